@@ -1,0 +1,149 @@
+"""Compile the C++ kernels once, keep the library in the user's cache folder, and load it.
+
+The cache key covers the sources, the compiler, its flags, torch and the CPU's instruction set, so a
+new torch, an edited kernel or another machine under the same home folder never loads a stale file.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import platformdirs
+import torch
+
+SOURCE_DIR = Path(__file__).parent
+ISAS = ("native", "avx512", "avx2", "generic")
+_ISA_FLAGS = {
+    "native": ["-march=native"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # The portable form of vec.h; the compiler may still vectorise its loops with what the CPU has.
+    "generic": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
+}
+# Contraction is off: a fused multiply-add happens exactly where a kernel writes one.
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+
+
+class BuildError(RuntimeError):
+    """The C++ kernels could not be compiled."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    compiler: str
+    version: str
+
+    @classmethod
+    def find(cls) -> Toolchain:
+        """The compiler named by ``$CXX``, else g++, else clang++."""
+        wanted = os.environ.get("CXX")
+        for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
+            path = shutil.which(name)
+            if path:
+                out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+                return cls(path, out.stdout.splitlines()[0] if out.stdout else path)
+        raise BuildError(
+            f"no C++ compiler found ({'$CXX=' + wanted if wanted else 'g++ and clang++ were tried'}): "
+            "install one, for example with 'apt-get install g++'"
+        )
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/llm42`` (``~/.cache/llm42``)."""
+    return Path(platformdirs.user_cache_dir("llm42"))
+
+
+@functools.cache
+def cpu_features() -> str:
+    """Model and instruction-set flags of this CPU, as one string."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    keys = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        keys.setdefault(key.strip(), value.strip())
+    return f"{platform.machine()} {keys.get('model name', '')} {keys.get('flags', keys.get('Features', ''))}"
+
+
+def sources() -> list[Path]:
+    return sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("kernels/*.cpp")])
+
+
+def _torch_paths() -> tuple[list[str], list[str]]:
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    return include, link
+
+
+def _abi_flag() -> str:
+    return f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+
+
+def build_key(isa: str = "native") -> str:
+    """Hash of everything that the compiled library depends on."""
+    digest = hashlib.sha256()
+    for path in sorted([*sources(), *SOURCE_DIR.glob("*.h"), *SOURCE_DIR.glob("kernels/*.h")]):
+        digest.update(path.relative_to(SOURCE_DIR).as_posix().encode())
+        digest.update(path.read_bytes())
+    for item in (Toolchain.find().version, *_FLAGS, *_ISA_FLAGS[isa], torch.__version__, cpu_features()):
+        digest.update(item.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        tail = "\n".join(result.stderr.strip().splitlines()[-25:])
+        raise BuildError(f"compiling the CPU kernels failed: {' '.join(command)}\n{tail}")
+
+
+def _compile(out: Path, isa: str) -> None:
+    compiler = Toolchain.find().compiler
+    include, link = _torch_paths()
+    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+        flags = [*_FLAGS, *_ISA_FLAGS[isa], _abi_flag(), f"-I{SOURCE_DIR}"]
+
+        def compile_one(source: Path) -> str:
+            target = str(Path(tmp) / (source.stem + ".o"))
+            extra = include if source.parent == SOURCE_DIR else []  # kernels/ does not see torch
+            _run([compiler, *flags, *extra, "-c", str(source), "-o", target])
+            return target
+
+        with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_one, sources()))
+        library = Path(tmp) / out.name
+        _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(library), *link])
+        os.replace(library, out)
+
+
+def build(isa: str = "native") -> Path:
+    """Path of the compiled library for ``isa``, compiling it if the cache does not hold it."""
+    folder = cache_dir() / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"llm42_cpu_{isa}_{build_key(isa)}.so"
+    if not out.exists():
+        with filelock.FileLock(str(out) + ".lock"):
+            if not out.exists():
+                _compile(out, isa)
+    return out
+
+
+@functools.cache
+def load_library(isa: str = "native") -> Path:
+    """Load the kernels into torch; returns the library's path. One ISA a process."""
+    path = build(isa)
+    torch.ops.load_library(str(path))
+    return path

@@ -1,0 +1,7 @@
+"""The list of all operators."""
+
+from __future__ import annotations
+
+from llm42c.codegen.ops.registry import Operator
+
+OPERATORS: tuple[Operator, ...] = ()

@@ -1,0 +1,31 @@
+"""Every exception a user of llm42 can meet. One class a mistake; messages say what to do."""
+
+from __future__ import annotations
+
+
+class Llm42Error(Exception):
+    """Base of all errors raised on purpose by llm42."""
+
+
+class OptionsError(Llm42Error, ValueError):
+    """An unknown option, or a value that an option does not take."""
+
+
+class UnsupportedModelError(Llm42Error, ValueError):
+    """The model has a part that llm42 cannot run under its promise."""
+
+
+class RequestError(Llm42Error, ValueError):
+    """A request that cannot be served: empty prompt, too long, token ids out of range, bad sampling."""
+
+
+class ConfigError(Llm42Error, ValueError):
+    """An engine configuration that cannot work, such as a KV budget too small for one request."""
+
+
+class ContractMismatchError(RequestError):
+    """A request pinned a contract hash that is not this engine's."""
+
+
+class WeightsError(Llm42Error, ValueError):
+    """The model's weights hold NaN or infinity."""

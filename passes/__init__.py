@@ -1,0 +1,1 @@
+"""FX graph in, FX graph out. One pass a file; no pass knows another."""

@@ -1,0 +1,1 @@
+"""Requests, scheduler, paged KV, packed batches, sampler, verifier and certificates."""
