@@ -1,0 +1,285 @@
+"""Capture a Hugging Face decoder as one Dynamo graph over a packed ragged batch.
+
+The model runs on ``input_ids [1, T]`` without a cache of its own; its attention calls go to
+``llm42::paged_attention``, which writes and reads the paged KV cache. Nothing is executed: the capture
+stops when Dynamo hands over the graph. Only T (tokens) and R (rows whose logits are wanted) are
+symbolic; the number of sequences and of pages is seen by the attention operator alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm42c.codegen.ops import registry
+from llm42c.errors import UnsupportedModelError
+from llm42c.packed import KVCache, PackedInputs
+
+ATTENTION_NAME = "llm42_paged"
+_BATCH_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table")
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """Shape of one layer's keys and values."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass
+class CapturedGraph:
+    """The canonical graph of a model.
+
+    ``gm`` has one placeholder per entry of ``inputs``; parameters and buffers are ``get_attr`` nodes
+    named after the model's own (``parameter_names`` maps the attribute to the qualified name).
+    """
+
+    gm: torch.fx.GraphModule
+    inputs: list[str]  # what each placeholder is: "input_ids", "k_cache.3", "sym:T", …
+    example_inputs: list[Any]
+    parameter_names: dict[str, str]
+    kv_spec: list[KVSpec]
+    digest: str
+
+
+class _GraphCaptured(Exception):
+    """Raised by the capturing backend instead of running the graph."""
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Hugging Face's attention interface on a packed batch.
+
+    query: [1, Hq, T, D]; key, value: [1, Hkv, T, D], positions already applied. Returns [1, T, Hq, D].
+    """
+    batch = kwargs["llm42_batch"]
+    layer = module.layer_idx
+    out = torch.ops.llm42.paged_attention(
+        query[0].transpose(0, 1),  # [T, Hq, D]
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        batch["k_cache"][layer],
+        batch["v_cache"][layer],
+        batch["slot_mapping"],
+        batch["cu_seqlens_q"],
+        batch["kv_lens"],
+        batch["block_table"],
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+        s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and windows live in the operator, so no mask is built."""
+
+
+@contextlib.contextmanager
+def _paged_attention_installed(model: nn.Module) -> Iterator[None]:
+    """The model calls our attention function inside this block; its own setting returns after it."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+    for config, _ in before:
+        config._attn_implementation_internal = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def kv_spec(model: nn.Module) -> list[KVSpec]:
+    """Per layer, the number of KV heads and the head size, from the model's configuration."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return [KVSpec(kv_heads, head_dim)] * config.num_hidden_layers
+
+
+def new_kv_cache(spec: list[KVSpec], num_pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
+    """Zeroed pages for every layer; separate storages, so that no cache is ever copied as a view."""
+    return KVCache(
+        k=[torch.zeros(num_pages, s.num_kv_heads, s.head_dim, page_size, dtype=dtype) for s in spec],
+        v=[torch.zeros(num_pages, s.num_kv_heads, page_size, s.head_dim, dtype=dtype) for s in spec],
+    )
+
+
+def _example_batch(tokens: int = 48, rows: int = 24) -> PackedInputs:
+    """A batch whose sizes occur nowhere else in a model, so that symbols are not mistaken for constants."""
+    return PackedInputs(
+        input_ids=torch.zeros(tokens, dtype=torch.int64),
+        positions=torch.arange(tokens),
+        slot_mapping=torch.full((tokens,), -1, dtype=torch.int64),
+        cu_seqlens_q=torch.tensor([0, tokens], dtype=torch.int32),
+        kv_lens=torch.tensor([tokens], dtype=torch.int32),
+        block_table=torch.zeros(1, tokens, dtype=torch.int32),
+        logits_indices=torch.arange(rows),
+    )
+
+
+def _run_dynamo(
+    model: nn.Module, batch: PackedInputs, cache: KVCache
+) -> tuple[torch.fx.GraphModule, list[Any]]:
+    captured: list[tuple[torch.fx.GraphModule, list[Any]]] = []
+
+    def grab(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        captured.append((gm, example_inputs))
+        raise _GraphCaptured
+
+    input_ids, positions = batch.input_ids.unsqueeze(0), batch.positions.unsqueeze(0)
+    for tensor, dim in ((input_ids, 1), (positions, 1), (batch.slot_mapping, 0), (batch.logits_indices, 0)):
+        torch._dynamo.mark_dynamic(tensor, dim)
+    paged = {name: getattr(batch, name) for name in _BATCH_FIELDS}
+    paged |= {"k_cache": cache.k, "v_cache": cache.v}
+    compiled = torch.compile(model, backend=grab, fullgraph=True)
+    with torch.no_grad(), contextlib.suppress(_GraphCaptured, torch._dynamo.exc.BackendCompilerFailed):
+        compiled(
+            input_ids=input_ids,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=batch.logits_indices,
+            llm42_batch=paged,
+        )
+    if not captured:
+        raise UnsupportedModelError(f"{type(model).__name__}: Dynamo captured no graph")
+    return captured[0]
+
+
+def _describe_inputs(batch: PackedInputs, cache: KVCache) -> dict[int, str]:
+    known = {id(getattr(batch, name)): name for name in (*_BATCH_FIELDS, "logits_indices")}
+    known |= {id(t): f"k_cache.{i}" for i, t in enumerate(cache.k)}
+    known |= {id(t): f"v_cache.{i}" for i, t in enumerate(cache.v)}
+    return known
+
+
+def graph_digest(gm: torch.fx.GraphModule) -> str:
+    """Hash of what the graph computes: operators, constants and dataflow, not names or metadata."""
+    number = {node: i for i, node in enumerate(gm.graph.nodes)}
+    text = []
+    for node in gm.graph.nodes:
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        target = (
+            node.target if isinstance(node.target, str) else torch.fx.graph._get_qualified_name(node.target)
+        )
+        text.append(f"{node.op} {target if node.op != 'placeholder' else ''} {args}")
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+
+
+def _input_name(example: Any, batch: PackedInputs, known: dict[int, str]) -> str | None:
+    """What a placeholder stands for, or None for a parameter, buffer or constant."""
+    if isinstance(example, (int, torch.SymInt)):
+        sizes = {batch.input_ids.shape[0]: "sym:T", batch.logits_indices.shape[0]: "sym:R"}
+        return sizes.get(int(example), f"const:{int(example)}")
+    if id(example) in known:
+        return known[id(example)]
+    if example.shape == (1, batch.input_ids.shape[0]) and example.dtype == torch.int64:
+        return "input_ids" if example._base is batch.input_ids else "positions"
+    return None
+
+
+def _lift_parameters(
+    gm: torch.fx.GraphModule, examples: list[Any], model: nn.Module, names: list[str | None]
+) -> dict[str, str]:
+    """Turn placeholders of parameters, buffers and constants into get_attr nodes, in place."""
+    qualified = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
+    parameter_names: dict[str, str] = {}
+    symbols: dict[str, torch.fx.Node] = {}
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for i, (node, example, name) in enumerate(zip(placeholders, examples, names, strict=True)):
+        if name is not None and name.startswith("sym:") and symbols.setdefault(name, node) is not node:
+            # Several inputs have T rows; Dynamo gave each its own symbol for the one number.
+            node.replace_all_uses_with(symbols[name])
+            gm.graph.erase_node(node)
+            continue
+        if name is not None and not name.startswith("const:"):
+            continue
+        if name is not None:
+            node.replace_all_uses_with(int(example))  # type: ignore[arg-type]
+            gm.graph.erase_node(node)
+            continue
+        label = qualified.get(id(example), f"constant_{i}")
+        attr = label.replace(".", "_")
+        if isinstance(example, nn.Parameter):
+            gm.register_parameter(attr, example)
+        else:
+            gm.register_buffer(attr, example)
+        parameter_names[attr] = label
+        with gm.graph.inserting_before(node):
+            get = gm.graph.get_attr(attr)
+        get.meta.update(node.meta)
+        node.replace_all_uses_with(get)
+        gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
+    return parameter_names
+
+
+def capture_packed(model: nn.Module) -> CapturedGraph:
+    """The canonical packed graph of ``model``; the model is left as it was.
+
+    Raises UnsupportedModelError when the model cannot be captured as one graph, or when a layer's
+    attention does not go through Hugging Face's attention interface.
+    """
+    registry.define()
+    spec = kv_spec(model)
+    dtype = next(model.parameters()).dtype
+    batch, cache = _example_batch(), new_kv_cache(spec, 1, 16, dtype)
+    try:
+        with _paged_attention_installed(model):
+            gm, examples = _run_dynamo(model, batch, cache)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured as one graph: {reason}"
+        ) from error
+    known = _describe_inputs(batch, cache)
+    names = [_input_name(example, batch, known) for example in examples]
+    parameter_names = _lift_parameters(gm, examples, model, names)
+    _require_attention(model, gm, len(spec))
+    kept: dict[str, Any] = {}
+    for name, example in zip(names, examples, strict=True):
+        if name is not None and not name.startswith("const:"):
+            kept.setdefault(name, example)
+    return CapturedGraph(
+        gm=gm,
+        inputs=list(kept),
+        example_inputs=list(kept.values()),
+        parameter_names=parameter_names,
+        kv_spec=spec,
+        digest=graph_digest(gm),
+    )
+
+
+def _require_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) -> None:
+    found = sum(1 for n in gm.graph.nodes if "paged_attention" in str(n.target))
+    if found != layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {found} of {layers} layers use an attention that llm42 can replace; "
+            "models whose layers keep other sequence state are not supported"
+        )
