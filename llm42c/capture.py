@@ -49,7 +49,7 @@ class CapturedGraph:
     digest: str
 
 
-class _GraphCaptured(Exception):
+class _GraphCapturedError(Exception):
     """Raised by the capturing backend instead of running the graph."""
 
 
@@ -150,7 +150,7 @@ def _run_dynamo(
 
     def grab(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         captured.append((gm, example_inputs))
-        raise _GraphCaptured
+        raise _GraphCapturedError
 
     input_ids, positions = batch.input_ids.unsqueeze(0), batch.positions.unsqueeze(0)
     for tensor, dim in ((input_ids, 1), (positions, 1), (batch.slot_mapping, 0), (batch.logits_indices, 0)):
@@ -158,7 +158,7 @@ def _run_dynamo(
     paged = {name: getattr(batch, name) for name in _BATCH_FIELDS}
     paged |= {"k_cache": cache.k, "v_cache": cache.v}
     compiled = torch.compile(model, backend=grab, fullgraph=True)
-    with torch.no_grad(), contextlib.suppress(_GraphCaptured, torch._dynamo.exc.BackendCompilerFailed):
+    with torch.no_grad(), contextlib.suppress(_GraphCapturedError, torch._dynamo.exc.BackendCompilerFailed):
         compiled(
             input_ids=input_ids,
             position_ids=positions,
