@@ -1,0 +1,39 @@
+"""Digest and health of a model's weights: the first line of every contract."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from llm42c.errors import WeightsError
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, in name order.
+
+    Tied tensors count under each of their names, so untying them changes the digest.
+    """
+    digest = hashlib.sha256()
+    seen: dict[int, bytes] = {}
+    state = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    for name in sorted(state):
+        tensor = state[name]
+        if id(tensor) not in seen:
+            seen[id(tensor)] = hashlib.sha256(_bytes_of(tensor)).digest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + seen[id(tensor)])
+    return digest.hexdigest()
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise WeightsError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        # A sum is NaN or infinite when an element is; the exact test runs only then.
+        if not torch.isfinite(parameter.detach().float().sum()) and not torch.isfinite(parameter).all():
+            raise WeightsError(f"weights of {name!r} hold NaN or infinity: the checkpoint is damaged")
