@@ -29,3 +29,7 @@ class ContractMismatchError(RequestError):
 
 class WeightsError(Llm42Error, ValueError):
     """The model's weights hold NaN or infinity."""
+
+
+class ModelNotFoundError(Llm42Error, ValueError):
+    """MODEL names no folder, no reachable hub id and no installed packaged model."""

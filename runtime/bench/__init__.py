@@ -1,0 +1,1 @@
+"""The benchmark harness behind `llm42 bench`: workloads, engines, measurements, CSV."""
