@@ -1,0 +1,60 @@
+"""Options of ``torch.compile(model, backend="llm42", options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from llm42c.errors import OptionsError
+
+Reductions = Literal["fixed", "free"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled.
+
+    reductions: ``"fixed"`` gives every row of a result the same bits whatever batch it stands in;
+        ``"free"`` leaves the model to Inductor unchanged.
+    strict: refuse a model with a part whose order of reduction is not known, instead of compiling it.
+    dump: directory for graphs before and after each pass and for the generated kernels; the
+        environment variable ``LLM42_DUMP`` gives the default.
+    """
+
+    reductions: Reductions = "fixed"
+    strict: bool = False
+    dump: str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Check ``options`` as given by a user.
+
+        Raises OptionsError for an unknown key (naming the nearest known one), for a value of the wrong
+        type, and for a ``mode``: modes are Inductor's.
+        """
+        if mode not in (None, "default"):
+            raise OptionsError(
+                f"backend 'llm42' has no mode {mode!r}; use options=, for example "
+                'options={"reductions": "fixed"}'
+            )
+        hints = get_type_hints(cls)
+        known = [f.name for f in fields(cls)]
+        for key, value in (options or {}).items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                raise OptionsError(
+                    f"unknown option {key!r}; did you mean {near[0]!r}? (known: {', '.join(known)})"
+                )
+            _check(key, value, hints[key])
+        return cls(**(options or {}))
+
+
+def _check(key: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise OptionsError(f"option {key!r} must be one of {get_args(hint)}, got {value!r}")
+    elif not isinstance(value, get_args(hint) or hint):
+        wanted = " or ".join(t.__name__ for t in (get_args(hint) or (hint,)))
+        raise OptionsError(f"option {key!r} must be {wanted}, got {value!r}")

@@ -1,0 +1,90 @@
+"""A pass is a value; a report says what each pass did, where, and why not elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from llm42c.passes.graph import where
+
+PLAIN = "plain"  # a user's model: parameters stay the user's, no packed weights
+PACKED = "packed"  # a captured packed graph: parameters are get_attr nodes, weights may be packed
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know besides the graph.
+
+    ``target`` is ``"plain"`` or ``"packed"``. ``grad`` says that the graph will be differentiated, so an
+    operator without an autograd formula must not be put into it.
+    """
+
+    target: str = PLAIN
+    grad: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """One place where a pass fired (``reason`` empty) or looked and declined."""
+
+    node: str
+    module: str
+    reason: str = ""
+
+
+@dataclass
+class PassReport:
+    """Matches and misses of one pass, with its time in seconds."""
+
+    name: str
+    matches: list[Event] = field(default_factory=list)
+    misses: list[Event] = field(default_factory=list)
+    seconds: float = 0.0
+    nodes_before: int = 0
+    nodes_after: int = 0
+
+    def match(self, node: fx.Node) -> None:
+        self.matches.append(Event(node.name, where(node)))
+
+    def miss(self, node: fx.Node, reason: str) -> None:
+        self.misses.append(Event(node.name, where(node), reason))
+
+    def reasons(self) -> dict[str, int]:
+        """How often each reason for declining was met."""
+        counts: dict[str, int] = {}
+        for event in self.misses:
+            counts[event.reason] = counts.get(event.reason, 0) + 1
+        return counts
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named rewrite of a graph in place. ``targets`` are the kinds of graph it runs on."""
+
+    name: str
+    apply: Callable[[fx.Graph, Context, PassReport], None]
+    targets: frozenset[str] = frozenset({PLAIN, PACKED})
+    doc: str = ""
+
+
+@dataclass
+class Report:
+    """What the pipeline did, pass by pass, in order."""
+
+    passes: list[PassReport] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> PassReport:
+        """The report of the pass of that name; a pass that ran twice is merged."""
+        merged = PassReport(name)
+        for p in self.passes:
+            if p.name == name:
+                merged.matches += p.matches
+                merged.misses += p.misses
+                merged.seconds += p.seconds
+        return merged
+
+    @property
+    def seconds(self) -> float:
+        return sum(p.seconds for p in self.passes)

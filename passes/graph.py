@@ -1,0 +1,376 @@
+"""What every pass needs to know of a Dynamo graph: names, values, insertion, replacement, aliasing.
+
+The value of a node is the fake tensor (or number) that Dynamo recorded; a node that a pass inserts gets
+its value by running the operator on the fakes of its arguments, so shapes and strides are never guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+VALUE = "example_value"
+
+# fmt: off
+_TORCH = (
+    "abs", "add", "addmm", "amax", "amin", "argmax", "bmm", "cat", "chunk", "clamp", "clone", "concat",
+    "cos", "cumsum", "diff", "div", "eq", "erf", "exp", "expm1", "flatten", "gather", "ge", "gt",
+    "index_select", "le", "log", "log1p", "log_softmax", "logsumexp", "lt", "masked_fill", "matmul",
+    "maximum", "mean", "minimum", "mm", "movedim", "mul", "narrow", "ne", "neg", "permute", "pow",
+    "prod", "reciprocal", "relu", "repeat_interleave", "reshape", "rsqrt", "select", "sigmoid", "sin",
+    "softmax", "split", "sqrt", "square", "squeeze", "std", "sub", "sum", "t", "tanh", "topk",
+    "transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "var", "var_mean", "where",
+)
+# fmt: on
+# Canonical name of every function that a pass may ask for. `normalize` spells methods and operators
+# as these functions; `view`, `expand`, `contiguous` and `to` exist as methods only.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(torch, name) for name in _TORCH},
+    "getitem": operator.getitem,
+    "linear": torch.nn.functional.linear,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "softplus": torch.nn.functional.softplus,
+    "layer_norm": torch.nn.functional.layer_norm,
+    "rms_norm": torch.nn.functional.rms_norm,
+    "dropout": torch.nn.functional.dropout,
+    "embedding": torch.nn.functional.embedding,
+    "sdpa": torch.nn.functional.scaled_dot_product_attention,
+}
+METHODS = frozenset({"view", "expand", "contiguous", "to"})
+_NAME_OF: dict[Any, str] = {fn: name for name, fn in FUNCTIONS.items()}
+
+# Positional order and defaults of arguments, for the functions whose arguments a pass reads.
+_SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
+    "add": (("input", None), ("other", None), ("alpha", 1)),
+    "sub": (("input", None), ("other", None), ("alpha", 1)),
+    "mul": (("input", None), ("other", None)),
+    "div": (("input", None), ("other", None), ("rounding_mode", None)),
+    "pow": (("input", None), ("exponent", None)),
+    "mean": (("input", None), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "sum": (("input", None), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "softmax": (("input", None), ("dim", None), ("dtype", None)),
+    "log_softmax": (("input", None), ("dim", None), ("dtype", None)),
+    "var": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
+    "cat": (("tensors", None), ("dim", 0)),
+    "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
+    "matmul": (("input", None), ("other", None)),
+    "mm": (("input", None), ("other", None)),
+    "bmm": (("input", None), ("other", None)),
+    "linear": (("input", None), ("weight", None), ("bias", None)),
+    "gelu": (("input", None), ("approximate", "none")),
+    "dropout": (("input", None), ("p", 0.5), ("training", True), ("inplace", False)),
+    "layer_norm": (
+        ("input", None),
+        ("normalized_shape", None),
+        ("weight", None),
+        ("bias", None),
+        ("eps", 1e-5),
+    ),
+    "rms_norm": (("input", None), ("normalized_shape", None), ("weight", None), ("eps", None)),
+    "embedding": (("input", None), ("weight", None), ("padding_idx", None), ("max_norm", None)),
+    "sdpa": (
+        ("query", None),
+        ("key", None),
+        ("value", None),
+        ("attn_mask", None),
+        ("dropout_p", 0.0),
+        ("is_causal", False),
+        ("scale", None),
+        ("enable_gqa", False),
+    ),
+}
+
+
+def name(node: Any) -> str:
+    """Canonical name of what a node computes; "" for placeholders, constants and unknown targets."""
+    if not isinstance(node, fx.Node):
+        return ""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target.name().removesuffix(".default")
+        return _NAME_OF.get(node.target, "")
+    return ""
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a node by name, defaults filled in; method and function calls alike.
+
+    Methods name their first argument differently, so it is always taken by position. Unknown keyword
+    arguments are kept under their own name.
+    """
+    signature = _SIGNATURES[name(node)]
+    bound: dict[str, Any] = dict(signature)
+    renamed = {"keepdims": "keepdim", "axis": "dim"}
+    for (key, _), arg in zip(signature, node.args, strict=False):
+        bound[key] = arg
+    bound |= {renamed.get(key, key): arg for key, arg in node.kwargs.items()}
+    return bound
+
+
+def value(node: Any) -> Any:
+    """Fake tensor or number of a node; an argument that is no node is its own value."""
+    return node.meta.get(VALUE, node.meta.get("val")) if isinstance(node, fx.Node) else node
+
+
+def tensor(node: Any) -> Tensor | None:
+    """Fake tensor of a node, or None for anything that is no tensor."""
+    v = value(node)
+    return v if isinstance(v, Tensor) and isinstance(node, fx.Node) else None
+
+
+def fake(node: Any) -> Tensor:
+    """Fake tensor of a node that is known to be one."""
+    t = tensor(node)
+    if t is None:
+        raise TypeError(f"{node} is no tensor")
+    return t
+
+
+def number(arg: Any) -> float | None:
+    """A Python number, or the value of a symbolic float (which is guarded on), else None.
+
+    Under ``dynamic=True`` Dynamo turns attributes such as an epsilon into symbolic floats.
+    """
+    v = value(arg)
+    if isinstance(v, bool):
+        return None
+    if isinstance(v, (int, float)):
+        return float(v)
+    return float(v) if isinstance(v, torch.SymFloat) else None
+
+
+def users(node: fx.Node) -> list[fx.Node]:
+    return list(node.users)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def where(node: fx.Node) -> str:
+    """Module path of a node, e.g. ``model.layers.0.self_attn``; "" when Dynamo recorded none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return str(path).removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Provably equal sizes (ints or symbols); never installs a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    return a.dim() == b.dim() and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def is_contiguous(t: Tensor) -> bool:
+    """Provably row-major; dimensions of size 1 may have any stride."""
+    expected: Any = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if not same(size, 1):
+            if not same(stride, expected):
+                return False
+            expected = expected * size
+    return True
+
+
+def last_dim(t: Tensor, dim: Any) -> bool:
+    """``dim`` (an int or a sequence of one) names the last dimension of ``t``."""
+    if isinstance(dim, (list, tuple)):
+        if len(dim) != 1:
+            return False
+        dim = dim[0]
+    return isinstance(dim, int) and dim in (-1, t.dim() - 1)
+
+
+def same_view(a: Tensor, b: Tensor) -> bool:
+    """Both fakes provably name the same elements of the same storage in the same order."""
+    if a.dtype != b.dtype or not same_shape(a, b):
+        return False
+    if storage(a) != storage(b) or not same(a.storage_offset(), b.storage_offset()):
+        return False
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(same(size, 1) or same(x, y) for size, x, y in pairs)
+
+
+def storage(t: Tensor) -> int:
+    """Identity of a fake's storage: two values with one identity alias each other."""
+    return int(t.untyped_storage()._cdata)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        v = value(node)
+        if isinstance(v, FakeTensor):
+            return v.fake_mode
+    return None
+
+
+@contextlib.contextmanager
+def fake_execution(graph: fx.Graph) -> Iterator[None]:
+    """Operators called inside run on fakes: shapes and strides only."""
+    mode = fake_mode(graph)
+    with mode or contextlib.nullcontext(), torch.no_grad():
+        yield
+
+
+def compute_value(node: fx.Node) -> None:
+    """Set a node's value by running it on the values of its arguments."""
+    args, kwargs = torch.utils._pytree.tree_map(value, (node.args, node.kwargs))
+    with fake_execution(node.graph):
+        if node.op == "call_function":
+            node.meta[VALUE] = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            node.meta[VALUE] = getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+
+
+def insert(
+    before: fx.Node,
+    target: Callable[..., Any] | str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    like: fx.Node | None = None,
+) -> fx.Node:
+    """A new call in front of ``before``; a string names a method. Module path is taken from ``like``."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        if isinstance(target, str):
+            node = graph.call_method(target, args, kwargs or {})
+        else:
+            node = graph.call_function(target, args, kwargs or {})
+    source = like or before
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+    compute_value(node)
+    return node
+
+
+class IllegalRewriteError(RuntimeError):
+    """A pass tried to replace a node by one of another shape, dtype or device: a fault of the pass."""
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Give ``old``'s users to ``new`` and delete ``old``; shapes, dtypes and devices must agree.
+
+    Strides may differ; the values of everything downstream are then computed again.
+    """
+    a, b = value(old), value(new)
+    if isinstance(a, Tensor) and not _interchangeable(a, b):
+        raise IllegalRewriteError(f"{old.format_node()} → {new.format_node()}: {describe(a)} → {describe(b)}")
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    if isinstance(a, Tensor) and (storage(a) != storage(b) or a.stride() != b.stride()):
+        refresh(new)
+
+
+def _interchangeable(a: Tensor, b: Any) -> bool:
+    return isinstance(b, Tensor) and a.dtype == b.dtype and a.device == b.device and same_shape(a, b)
+
+
+def refresh(changed: fx.Node) -> None:
+    """Compute again the values of all nodes that alias or follow ``changed``'s layout."""
+    stale = {changed}
+    node = changed.next
+    while node.op != "root":
+        if node.op in ("call_function", "call_method") and not stale.isdisjoint(node.all_input_nodes):
+            before = value(node)
+            compute_value(node)
+            if _same_layout(before, value(node), node.all_input_nodes):
+                node.meta[VALUE] = before  # keeps the storage identity that later nodes refer to
+            else:
+                stale.add(node)
+        node = node.next
+
+
+def _same_layout(before: Any, after: Any, inputs: list[fx.Node]) -> bool:
+    if not isinstance(after, Tensor):
+        return False
+    aliased = storage(after) in {storage(t) for n in inputs if (t := tensor(n)) is not None}
+    return not aliased and same_shape(before, after) and before.stride() == after.stride()
+
+
+def erase_dead(nodes: list[fx.Node]) -> None:
+    """Delete those of ``nodes`` (in graph order) that nobody uses any more."""
+    for node in reversed(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def order(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Position of every node."""
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def describe(v: Any) -> str:
+    """``bf16[1, s27, 576]`` for a tensor, its repr for anything else."""
+    if isinstance(v, Tensor):
+        kind = str(v.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
+        return f"{kind}[{', '.join(str(s) for s in v.shape)}]"
+    return repr(v)
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """Nodes whose tensors this call writes to."""
+    if node.op == "call_method":
+        target = str(node.target)
+        inplace = target.endswith("_") and not target.endswith("__")
+        return [node.args[0]] if inplace or target == "__setitem__" else []  # type: ignore[list-item]
+    if node.op != "call_function":
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        found = []
+        for i, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                arg = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+                found += [n for n in torch.utils._pytree.tree_leaves(arg) if isinstance(n, fx.Node)]
+        return found
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return [node.kwargs["out"]]  # type: ignore[list-item]
+    called = getattr(node.target, "__name__", "")
+    inplace = node.target is operator.setitem or node.kwargs.get("inplace") is True
+    inplace |= called.endswith("_") and not called.endswith("__")
+    inplace |= getattr(node.target, "__module__", "") == "_operator" and called in _IOPS
+    return [n for n in node.args[:1] if isinstance(n, fx.Node)] if inplace else []
+
+
+_IOPS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul"})
+
+
+class Effects:
+    """Which storages are written where; says whether a read may move."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._scan()
+
+    def _scan(self) -> None:
+        self._order = order(self._graph)
+        self._writes: list[tuple[int, int]] = [
+            (at, storage(t))
+            for node, at in self._order.items()
+            for arg in mutated_arguments(node)
+            if (t := tensor(arg)) is not None
+        ]
+
+    def unchanged(self, nodes: list[fx.Node], first: fx.Node, last: fx.Node) -> bool:
+        """None of ``nodes``' storages is written after ``first`` and before ``last``."""
+        if not self._writes:
+            return True
+        if first not in self._order or last not in self._order:
+            self._scan()
+        start, end = self._order[first], self._order[last]
+        storages = {storage(t) for n in nodes if (t := tensor(n)) is not None}
+        return not any(start < at < end and written in storages for at, written in self._writes)

@@ -1,0 +1,222 @@
+"""One spelling for one meaning, so that later passes match dataflow and not style.
+
+Cases:
+
+1. operators and methods become the ``torch`` function of the same meaning:
+   ``x.add(y)``, ``x + y``, ``torch.add(x, y)`` → ``torch.add(x, y)``; ``y - x`` stays ``torch.sub(y, x)``
+2. casts become ``x.to(dtype)``: ``x.float()``, ``x.bfloat16()``, ``x.type_as(y)``, ``x.to(y)``,
+   ``x.to(device=same, dtype=d)``
+3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  ``pow(x, -0.5)`` → ``torch.rsqrt(x)``
+4. ``x * torch.sigmoid(x)`` → ``silu(x)`` for fp32, where both round the same way
+5. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
+   ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, usage logging
+
+Before and after (fp32 model, x: [B, S, H])::
+
+    to    = x.to(torch.float32)                square = torch.square(x)
+    pow_1 = to.pow(2)                          mean   = torch.mean(square, -1, keepdim=True)
+    mean  = pow_1.mean(-1, keepdim=True)   →   add    = torch.add(mean, 1e-5)
+    add   = mean + 1e-5                        rsqrt  = torch.rsqrt(add)
+    rsqrt = torch.rsqrt(add)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llm42c.passes import graph as g
+from llm42c.passes.base import Context, PassReport
+
+_CAST_METHODS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "long": torch.int64,
+    "int": torch.int32,
+    "bool": torch.bool,
+}
+_OPERATORS = {
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    operator.neg: "neg",
+    operator.matmul: "matmul",
+    operator.pow: "pow",
+}
+_ALIASES = {
+    torch.true_divide: "div",
+    torch.divide: "div",
+    torch.multiply: "mul",
+    torch.subtract: "sub",
+    torch.negative: "neg",
+    torch.swapaxes: "transpose",
+    torch.swapdims: "transpose",
+    torch.nn.functional.softmax: "softmax",
+    torch.nn.functional.log_softmax: "log_softmax",
+    torch.nn.functional.sigmoid: "sigmoid",
+    torch.nn.functional.tanh: "tanh",
+    torch.nn.functional.relu: "relu",
+    torch.rms_norm: "rms_norm",
+    torch.special.expit: "sigmoid",
+}
+# Methods whose function has another parameter order or no function at all stay methods.
+_METHOD_ALIASES = {
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "__add__": "add",
+    "__mul__": "mul",
+    "__matmul__": "matmul",
+}
+_KEEP_METHODS = frozenset({"split", "where", "std", "clone", "embedding", "dropout", "linear"})
+
+
+def _spell(node: fx.Node) -> None:
+    """Case 1: the target becomes the canonical function; arguments keep their places."""
+    if node.op == "call_method":
+        target = _METHOD_ALIASES.get(str(node.target), str(node.target))
+        if (
+            target in g.FUNCTIONS
+            and target not in _KEEP_METHODS
+            and isinstance(g.value(node.args[0]), Tensor)
+        ):
+            node.op, node.target = "call_function", g.FUNCTIONS[target]
+            _pack_varargs(node, target)
+    elif node.op == "call_function":
+        spelled = _OPERATORS.get(node.target) or _ALIASES.get(node.target)
+        if not spelled or not any(g.tensor(a) is not None for a in node.args):
+            return
+        if g.tensor(node.args[0]) is None:  # `2 * x`: the functions take the tensor first
+            if spelled not in ("add", "mul"):
+                return
+            node.args = (node.args[1], node.args[0])
+        node.target = g.FUNCTIONS[spelled]
+        if spelled in ("softmax", "log_softmax"):
+            _drop_stacklevel(node)
+
+
+def _pack_varargs(node: fx.Node, target: str) -> None:
+    """``x.permute(0, 2, 1)`` and ``x.reshape(a, b)`` as methods take the list spread out."""
+    if (
+        target in ("permute", "reshape")
+        and len(node.args) > 1
+        and not isinstance(node.args[1], (tuple, list))
+    ):
+        node.args = (node.args[0], tuple(node.args[1:]))
+
+
+def _drop_stacklevel(node: fx.Node) -> None:
+    """``F.softmax(x, dim, _stacklevel, dtype)`` has one argument more than ``torch.softmax``."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    kwargs.pop("_stacklevel", None)
+    if len(args) > 3:
+        kwargs["dtype"] = args[3]
+    if len(args) > 2:
+        del args[2:]
+    node.args, node.kwargs = tuple(args), {k: v for k, v in kwargs.items() if v is not None}
+
+
+def _cast_target(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a call casts to when casting is all it does, else None (case 2)."""
+    if node.op != "call_method" or g.tensor(node) is None or g.tensor(node.args[0]) is None:
+        return None
+    before, after = g.fake(node.args[0]), g.fake(node)
+    if before.device != after.device or node.kwargs.get("copy") or node.kwargs.get("memory_format"):
+        return None
+    if node.target in _CAST_METHODS:
+        return _CAST_METHODS[str(node.target)]
+    if node.target == "type_as":
+        return after.dtype
+    if node.target in ("to", "type") and not any(isinstance(a, bool) and a for a in node.args[1:]):
+        return after.dtype
+    return None
+
+
+def _simplify(node: fx.Node) -> Any:
+    """Cases 3 and 4: (canonical name, arguments) of a shorter form, or None."""
+    kind = g.name(node)
+    if kind == "pow":
+        exponent = g.number(node.args[1]) if len(node.args) > 1 else None
+        if exponent in (2.0, -0.5) and (t := g.tensor(node.args[0])) is not None and t.is_floating_point():
+            return ("square" if exponent == 2.0 else "rsqrt"), (node.args[0],)
+    if kind == "mul" and len(node.args) == 2:
+        a, b = node.args
+        if a is b and g.tensor(a) is not None:
+            return "square", (a,)
+        for x, s in ((a, b), (b, a)):
+            t = g.tensor(x)
+            if g.name(s) == "sigmoid" and s.args[0] is x and t is not None and t.dtype == torch.float32:  # type: ignore[union-attr]
+                return "silu", (x,)
+    return None
+
+
+def _is_nothing(node: fx.Node, copies_may_alias: bool) -> bool:
+    """Case 5: the call returns its first argument unchanged.
+
+    ``x * 1.0`` makes a copy; dropping it is only allowed where nobody can tell.
+    """
+    kind, result = g.name(node), g.tensor(node)
+    first = g.tensor(node.args[0]) if node.args else None
+    if first is None or result is None or first.dtype != result.dtype or first.device != result.device:
+        return False
+    if kind == "dropout":
+        bound = g.bind(node)
+        return not bound["training"] or bound["p"] == 0
+    if kind in ("mul", "add") and copies_may_alias:
+        neutral = 1.0 if kind == "mul" else 0
+        exact = kind == "mul" or not result.is_floating_point()  # -0.0 + 0 is another number
+        return exact and g.number(node.args[1]) == neutral and g.same_shape(first, result)
+    if kind == "detach":
+        return not torch.is_grad_enabled()
+    if kind == "contiguous":
+        return not node.kwargs and g.is_contiguous(first)
+    return False
+
+
+def _storage_of_first(node: fx.Node) -> int | None:
+    first = g.tensor(node.args[0]) if node.args else None
+    return None if first is None else g.storage(first)
+
+
+def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
+    """Rewrite every node of ``graph`` to its canonical spelling."""
+    functional = not any(g.mutated_arguments(node) for node in graph.nodes)
+    inputs = {
+        g.storage(t)
+        for n in graph.nodes
+        if n.op in ("placeholder", "get_attr") and (t := g.tensor(n)) is not None
+    }
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is torch._C._log_api_usage_once:
+            graph.erase_node(node)
+            continue
+        _spell(node)
+        dtype = _cast_target(node)
+        if dtype is not None:
+            source = node.args[0]
+            if g.tensor(source).dtype == dtype:  # type: ignore[union-attr]
+                report.match(node)
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+                continue
+            node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
+        simpler = _simplify(node)
+        if simpler is not None:
+            report.match(node)
+            node.target, node.args, node.kwargs = g.FUNCTIONS[simpler[0]], simpler[1], {}
+        elif _is_nothing(node, functional and _storage_of_first(node) not in inputs):
+            report.match(node)
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)

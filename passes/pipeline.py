@@ -1,0 +1,58 @@
+"""The ordered list of rewrites. Read it top to bottom: this is what happens to a graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import fx
+
+from llm42c.passes.attention_sdpa import attention_sdpa
+from llm42c.passes.base import PACKED, PLAIN, Context, Pass, PassReport, Report
+from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
+from llm42c.passes.linear import linear
+from llm42c.passes.normalize import normalize
+from llm42c.passes.rms_norm import rms_norm
+
+_PLAIN = frozenset({PLAIN})
+_PACKED = frozenset({PACKED})
+
+PASSES: tuple[Pass, ...] = (
+    Pass("normalize", normalize),
+    Pass("dead_code", dead_code),
+    Pass("common_subexpressions", common_subexpressions),
+    Pass("attention_sdpa", attention_sdpa, _PLAIN),
+    Pass("rms_norm", rms_norm),
+    Pass("linear", linear),
+)
+
+Observer = Callable[[str, fx.Graph], None]
+
+
+def passes_for(target: str) -> list[Pass]:
+    return [p for p in PASSES if target in p.targets]
+
+
+def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Report:
+    """Run the pipeline on ``gm`` in place.
+
+    ``observe(name, graph)`` is called with ``"00_input"`` before the first pass and with
+    ``"NN_<pass>"`` after each pass that changed something.
+    """
+    report = Report()
+    graph = gm.graph
+    if observe is not None:
+        observe("00_input", graph)
+    for number, step in enumerate(passes_for(ctx.target), start=1):
+        entry = PassReport(step.name, nodes_before=len(graph.nodes))
+        start = time.perf_counter()
+        step.apply(graph, ctx, entry)
+        erase_dead_code(graph)
+        entry.seconds = time.perf_counter() - start
+        entry.nodes_after = len(graph.nodes)
+        report.passes.append(entry)
+        if observe is not None and (entry.matches or entry.nodes_after != entry.nodes_before):
+            observe(f"{number:02d}_{step.name}", graph)
+    graph.lint()
+    gm.recompile()
+    return report

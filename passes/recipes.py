@@ -1,0 +1,81 @@
+"""Packed weights as recipes: a pass says *what* a constant is made of; nobody copies data yet.
+
+A packed constant is a ``get_attr`` node whose recipe lists the parameters to stack. The caller of the
+pipeline materialises it afterwards (``llm42c.weights``), once, and may then free the originals. The
+attribute on the graph's module is a meta tensor until then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from llm42c.passes import graph as g
+
+RECIPE = "llm42_recipe"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter in a stack: its ``get_attr`` target, and whether it is stored [K, N]."""
+
+    attribute: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """``linear_pack(cat([part, …], dim=0))`` with every part as [n_i, K]."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def label(self) -> str:
+        """Attribute name of the packed constant, unique for its contents."""
+        return "packed__" + "__".join(p.attribute + ("_t" if p.transposed else "") for p in self.parts)
+
+
+@dataclass(frozen=True)
+class StackedBias:
+    """``cat([part, …])`` of bias vectors."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def label(self) -> str:
+        return "stacked__" + "__".join(p.attribute for p in self.parts)
+
+
+Recipe = PackedWeight | StackedBias
+
+
+def part(weight: fx.Node, transposed: bool) -> Part | None:
+    """The part that a parameter node stands for; None for a computed weight."""
+    return Part(str(weight.target), transposed) if weight.op == "get_attr" else None
+
+
+def constant(graph: fx.Graph, recipe: Recipe) -> fx.Node:
+    """The ``get_attr`` node of a recipe: at the top of the graph, one node however often it is used."""
+    attributes: dict[str, fx.Node] = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    if recipe.label in attributes:
+        return attributes[recipe.label]
+    sources = [attributes[p.attribute] for p in recipe.parts]
+    module = graph.owning_module
+    module.register_buffer(recipe.label, torch.empty(0, device="meta"), persistent=False)
+    values = [g.tensor(s) for s in sources]
+    with g.fake_execution(graph):
+        rows = [v.t() if p.transposed else v for v, p in zip(values, recipe.parts, strict=True)]  # type: ignore[union-attr]
+        stacked = torch.cat(rows)  # type: ignore[arg-type]
+        value = torch.ops.llm42.linear_pack(stacked) if isinstance(recipe, PackedWeight) else stacked
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr(recipe.label)
+    node.meta[g.VALUE] = value
+    node.meta[RECIPE] = recipe
+    return node
+
+
+def recipes(graph: fx.Graph) -> dict[str, Recipe]:
+    """Every packed constant that the graph still uses, by attribute."""
+    return {str(n.target): n.meta[RECIPE] for n in graph.nodes if n.op == "get_attr" and RECIPE in n.meta}
