@@ -134,11 +134,18 @@ inline V16 split_exponent(V16 x, V16& m) {
 inline V16 restore_bf16_pairs(V16 a) { return a; }
 // 16 unsigned integers as floats, correctly rounded.
 inline V16 from_uint32(const uint32_t* u) { return {_mm512_cvtepu32_ps(_mm512_loadu_si512(u))}; }
+// Sum and maximum in one fixed tree: lane i with lane i+8, then +4, +2, +1.
 inline float hsum(V16 a) {
   __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline float hmax(V16 a) {
+  __m256 h = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
 
 #elif !defined(LLM42_GENERIC_VEC) && defined(__AVX2__) && defined(__FMA__)
@@ -238,11 +245,18 @@ inline V16 from_uint32(const uint32_t* u) {
   return {from_uint32_half(_mm256_loadu_si256((const __m256i*)u)),
           from_uint32_half(_mm256_loadu_si256((const __m256i*)(u + 8)))};
 }
+// Sum and maximum in one fixed tree: lane i with lane i+8, then +4, +2, +1.
 inline float hsum(V16 a) {
   __m256 h = _mm256_add_ps(a.lo, a.hi);
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline float hmax(V16 a) {
+  __m256 h = _mm256_max_ps(a.lo, a.hi);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
 
 #else
@@ -307,6 +321,11 @@ inline float hsum(V16 a) {
     for (int i = 0; i < step; i++) a.v[i] += a.v[i + step];
   return a.v[0];
 }
+inline float hmax(V16 a) {
+  for (int step = 8; step; step >>= 1)
+    for (int i = 0; i < step; i++) a.v[i] = a.v[i] > a.v[i + step] ? a.v[i] : a.v[i + step];
+  return a.v[0];
+}
 #endif
 
 inline V16 load(const float* p) { return V16::load(p); }
@@ -315,16 +334,6 @@ inline V16 load(const f16* p) { return V16::load_f16(&p->bits); }
 inline void store(V16 a, float* p) { a.store(p); }
 inline void store(V16 a, bf16* p) { a.store_bf16(&p->bits); }
 inline void store(V16 a, f16* p) { a.store_f16(&p->bits); }
-
-// hsum() above adds in one fixed tree: lane i and lane i+8, then +4, +2, +1. The greatest lane needs
-// none: it is the same in any order (a NaN lane is passed over unless it is the last one standing).
-inline float hmax(V16 a) {
-  float x[16];
-  a.store(x);
-  for (int step = 8; step; step >>= 1)
-    for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
-  return x[0];
-}
 
 // exp(x) = 2^n e^r. e^r for |r| <= ln2/2, by the degree-6 polynomial of Cephes expf; ln2 in two parts.
 inline V16 exp_reduced(V16 x, V16 n) {
