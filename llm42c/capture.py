@@ -195,7 +195,9 @@ def _input_name(example: Any, batch: PackedInputs, known: dict[int, str]) -> str
     """What a placeholder stands for, or None for a parameter, buffer or constant."""
     if isinstance(example, (int, torch.SymInt)):
         sizes = {batch.input_ids.shape[0]: "sym:T", batch.logits_indices.shape[0]: "sym:R"}
-        return sizes.get(int(example), f"const:{int(example)}")
+        # Not int(example): that would guard on the size, and so make the symbol a constant everywhere.
+        size = example.node.hint if isinstance(example, torch.SymInt) else example
+        return sizes.get(size, f"const:{size}")
     if id(example) in known:
         return known[id(example)]
     if example.shape == (1, batch.input_ids.shape[0]) and example.dtype == torch.int64:
@@ -210,10 +212,16 @@ def _lift_parameters(
     qualified = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
     parameter_names: dict[str, str] = {}
     symbols: dict[str, torch.fx.Node] = {}
+    examples_of: dict[str, Any] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for i, (node, example, name) in enumerate(zip(placeholders, examples, names, strict=True)):
+        if name is not None and name.startswith("sym:"):
+            examples_of.setdefault(name, example)
         if name is not None and name.startswith("sym:") and symbols.setdefault(name, node) is not node:
-            # Several inputs have T rows; Dynamo gave each its own symbol for the one number.
+            # Several inputs have T rows; Dynamo gave each its own symbol for the one number. The
+            # comparison makes them one symbol in the shapes of all values too.
+            if not bool(example == examples_of[name]):
+                raise UnsupportedModelError(f"the graph needs {name} to be two different numbers")
             node.replace_all_uses_with(symbols[name])
             gm.graph.erase_node(node)
             continue
