@@ -1,6 +1,13 @@
 // The one translation unit that sees torch: turns tensors into pointers and sizes, and registers the
 // CPU implementations of the llm42 operators. Each part's wrappers stand in their own header.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include "bind_attention.h"
+#include "bind_linear.h"
+#include "bind_rowwise.h"
+
+TORCH_LIBRARY_IMPL(llm42, CPU, m) {
+  llm42::bind::register_attention(m);
+  llm42::bind::register_linear(m);
+  llm42::bind::register_rowwise(m);
+}

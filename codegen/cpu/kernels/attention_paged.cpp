@@ -1,0 +1,137 @@
+#include "attention.h"
+#include "attention_plan.h"
+
+namespace llm42::attention {
+namespace {
+
+template <class T>
+struct PagedCall {
+  const Paged& p;
+  const HeadShape h;
+  const int64_t group;
+
+  explicit PagedCall(const Paged& p_)
+      : p(p_), h{p_.head_dim, p_.scale, p_.softcap}, group(p_.q_heads / p_.kv_heads) {}
+
+  // K and V of tokens [begin, end) to their slots.
+  void write(int64_t begin, int64_t end) const {
+    const int64_t dim = p.head_dim, page = p.page, head_size = dim * page;
+    for (int64_t t = begin; t < end; t++) {
+      const int64_t slot = p.slot_mapping[t];
+      if (slot < 0) continue;
+      const int64_t block = slot / page, offset = slot % page;
+      for (int64_t head = 0; head < p.kv_heads; head++) {
+        const T* k = static_cast<const T*>(p.k) + t * p.k_token + head * p.k_head;
+        const T* v = static_cast<const T*>(p.v) + t * p.v_token + head * p.v_head;
+        const int64_t base = (block * p.kv_heads + head) * head_size;
+        T* k_to = static_cast<T*>(p.k_cache) + base + offset;
+        for (int64_t d = 0; d < dim; d++) k_to[d * page] = k[d];
+        std::memcpy(static_cast<T*>(p.v_cache) + base + offset * dim, v, size_t(dim) * sizeof(T));
+      }
+    }
+  }
+
+  void load_queries(const Sequence& s, const Job& job, int64_t head, float* q) const {
+    for (int r = 0; r < job.rows; r++) {
+      const int64_t row = job.row0 + r, token = s.first_token + row / group;
+      const T* from = static_cast<const T*>(p.q) + token * p.q_token + (head * group + row % group) * p.q_head;
+      widen(from, h.dim, q + r * h.dim);
+    }
+  }
+
+  void store_row(const Sequence& s, int64_t row, int64_t head, const Partial& result) const {
+    const int64_t token = s.first_token + row / group, q_head = head * group + row % group;
+    finish<T>(h, result, p.sinks ? p.sinks + q_head : nullptr,
+              static_cast<T*>(p.out) + (token * p.q_heads + q_head) * h.dim);
+  }
+
+  void load_split(const Job& job, int64_t head, int split, const TileScratch& t, SplitKV<T>& kv) const {
+    const int64_t per_page = p.page / kUnit, head_size = p.head_dim * p.page;
+    const int64_t keys = p.kv_lens[job.sequence], first = int64_t(split) * kUnits;
+    const int64_t last = std::min<int64_t>(first + kUnits, (keys + kUnit - 1) / kUnit);
+    const int32_t* table = p.block_table + job.sequence * p.table_width;
+    kv.k_stride = p.page, kv.v_stride = p.head_dim;
+    for (int64_t unit = first; unit < last; unit++) {
+      const int64_t base = (table[unit / per_page] * p.kv_heads + head) * head_size;
+      const int64_t offset = unit % per_page * kUnit;
+      kv.k[unit - first] = static_cast<const T*>(p.k_cache) + base + offset;
+      kv.v[unit - first] = static_cast<const T*>(p.v_cache) + base + offset * p.head_dim;
+    }
+    if (p.head_dim < 16) widen_values(kv, int(last - first), static_cast<T*>(t.units));
+  }
+
+  // Rows of 16 elements for heads that are narrower than a vector.
+  void widen_values(SplitKV<T>& kv, int units, T* to) const {
+    for (int u = 0; u < units; u++) {
+      const T* from = kv.v[u];
+      kv.v[u] = to;
+      for (int j = 0; j < kUnit; j++, to += 16) {
+        std::fill_n(to, 16, T{});
+        std::copy_n(from + j * kv.v_stride, h.dim, to);
+      }
+    }
+    kv.v_stride = 16;
+  }
+
+  void run(const Plan& plan, const Job& job, int64_t head, float* partials) const {
+    const Sequence& s = plan.sequences[size_t(job.sequence)];
+    const TileScratch t = TileScratch::of_this_thread(h, plan.max_rows);
+    const SharedTile* tile = job.shared < 0 ? nullptr : &plan.shared[size_t(job.shared)];
+    load_queries(s, job, head, t.q);
+    run_job<T>(
+        job, tile, s.horizon, group, h, t, partials + head * plan.partials,
+        [&](int split, SplitKV<T>& kv) { load_split(job, head, split, t, kv); },
+        [](int64_t, int, int64_t, const Span*, Mask*) { return false; });
+    for (int r = 0; !tile && r < job.rows; r++)
+      store_row(s, job.row0 + r, head, {t.m + r, t.l + r, t.o + r * h.width()});
+  }
+
+  void make_plan(Plan& plan, int threads) const {
+    plan.sequences.clear();
+    for (int64_t s = 0; s < p.sequences; s++) {
+      const int64_t tokens = p.cu_seqlens_q[s + 1] - p.cu_seqlens_q[s], keys = p.kv_lens[s];
+      plan.sequences.push_back({p.cu_seqlens_q[s], tokens, {keys - tokens, keys, p.window, true}});
+    }
+    plan.make(group, p.kv_heads, h.width(), threads);
+  }
+
+  void clear_padding() const {
+    const int64_t used = p.cu_seqlens_q[p.sequences], row = p.q_heads * p.head_dim;
+    std::memset(static_cast<T*>(p.out) + used * row, 0, size_t((p.tokens - used) * row) * sizeof(T));
+  }
+
+  void operator()(int threads) const {
+    struct Tag {};
+    constexpr int64_t kSerialCost = 2048, kSerialWrites = 4096;
+    thread_local Plan plan_of_this_thread;
+    Plan& plan = plan_of_this_thread;
+    make_plan(plan, threads);
+    if (plan.cost * h.dim < kSerialCost * 64) threads = 1;
+    float* partials = scratch<Tag>(plan.partials * p.kv_heads);
+    Queue queue(plan, p.kv_heads);
+    const bool write_first = threads == 1 || p.tokens * p.kv_heads * h.dim < kSerialWrites;
+    if (write_first) write(0, p.tokens);
+    clear_padding();
+    parallel(threads, [&](int thread, int team) {
+      if (!write_first) {
+        write(p.tokens * thread / team, p.tokens * (thread + 1) / team);
+#pragma omp barrier
+      }
+      queue.drain(
+          plan, p.kv_heads, [&](const Job& job, int64_t head) { run(plan, job, head, partials); },
+          [&](const SharedTile& tile, const Job& job, int64_t head) {
+            for (int r = 0; r < job.rows; r++)
+              store_row(plan.sequences[size_t(job.sequence)], job.row0 + r, head,
+                        fold_shared(tile, job.rows, r, h, partials + head * plan.partials));
+          });
+    });
+  }
+};
+
+}  // namespace
+
+void paged(const Paged& p, int threads) {
+  with_element(p.dtype, [&](auto element) { PagedCall<decltype(element)>{p}(threads); });
+}
+
+}  // namespace llm42::attention

@@ -1,0 +1,218 @@
+// Who computes which rows and splits. Nothing here shows in the bits: rows never mix, and splits are
+// folded from the left whoever has computed them.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "attention_tile.h"
+#include "parallel.h"
+
+namespace llm42::attention {
+
+// The keys that the query tokens of one sequence see. A causal token t stands at position offset + t.
+struct Horizon {
+  int64_t offset, keys, window;
+  bool causal;
+
+  int64_t hi(int64_t token) const { return causal ? std::min(keys, offset + token + 1) : keys; }
+  int64_t lo(int64_t token) const { return window > 0 ? std::max<int64_t>(0, offset + token + 1 - window) : 0; }
+};
+
+struct Sequence {
+  int64_t first_token, tokens;
+  Horizon horizon;
+};
+
+// Rows [row0, row0 + rows) of a sequence and one KV head, over splits [split0, split1). Row r is query
+// token r / group of query head r % group of the KV head's group.
+struct Job {
+  int32_t sequence, row0, rows, split0, split1;
+  int32_t shared;  // index of the tile that several jobs share the splits of, or -1
+  int64_t cost;
+};
+
+struct SharedTile {
+  int32_t jobs, split0, split1;
+  int64_t partials;  // where its partial results begin, in floats, inside one KV head's region
+};
+
+struct Plan {
+  std::vector<Sequence> sequences;
+  std::vector<Job> jobs;
+  std::vector<SharedTile> shared;
+  int64_t partials = 0;  // floats a KV head
+  int64_t cost = 0;      // rows * keys over all KV heads
+  int max_rows = 0;
+
+  void make(int64_t group, int64_t kv_heads, int64_t width, int threads);
+
+ private:
+  void add_tiles(int32_t sequence, int64_t group, int64_t tile_rows);
+  void share_long_tiles(int64_t limit, int64_t width);
+};
+
+inline void Plan::add_tiles(int32_t index, int64_t group, int64_t tile_rows) {
+  const Sequence& s = sequences[size_t(index)];
+  const int64_t rows = s.tokens * group;
+  for (int64_t r = 0; r < rows; r += tile_rows) {
+    const int64_t n = std::min(tile_rows, rows - r), first = r / group, last = (r + n - 1) / group;
+    const int64_t lo = s.horizon.lo(first), hi = std::max(s.horizon.hi(first), s.horizon.hi(last));
+    const int64_t seen = std::max<int64_t>(1, (s.horizon.hi(first) + hi) / 2 - lo);
+    const int64_t split0 = lo / kSplit, split1 = std::max(split0 + 1, (hi + kSplit - 1) / kSplit);
+    jobs.push_back({index, int32_t(r), int32_t(n), int32_t(split0), int32_t(split1), -1, n * seen});
+  }
+}
+
+// Cuts the splits of each tile that costs more than `limit` into several jobs.
+inline void Plan::share_long_tiles(int64_t limit, int64_t width) {
+  const size_t tiles = jobs.size();
+  for (size_t i = 0; i < tiles; i++) {
+    const Job tile = jobs[i];
+    const int64_t splits = tile.split1 - tile.split0;
+    const int64_t parts = std::min(splits, tile.cost / std::max<int64_t>(1, limit) + 1);
+    if (parts < 2) continue;
+    const int32_t id = int32_t(shared.size());
+    shared.push_back({int32_t(parts), tile.split0, tile.split1, partials});
+    partials += splits * tile.rows * (width + 2);
+    for (int64_t n = 0; n < parts; n++) {
+      Job part = tile;
+      part.split0 = int32_t(tile.split0 + splits * n / parts);
+      part.split1 = int32_t(tile.split0 + splits * (n + 1) / parts);
+      part.shared = id;
+      part.cost = tile.cost / parts;
+      if (n == 0)
+        jobs[i] = part;
+      else
+        jobs.push_back(part);
+    }
+  }
+}
+
+// `sequences` is set by the caller.
+inline void Plan::make(int64_t group, int64_t kv_heads, int64_t width, int threads) {
+  constexpr int64_t kTileRows = 96, kJobsPerThread = 4;
+  const int64_t wanted = kJobsPerThread * threads;
+  for (int64_t tile_rows = kTileRows;; tile_rows /= 2) {
+    jobs.clear();
+    for (size_t i = 0; i < sequences.size(); i++) add_tiles(int32_t(i), group, tile_rows);
+    if (threads == 1 || int64_t(jobs.size()) * kv_heads >= wanted || tile_rows <= 2 * kMicroRows) break;
+  }
+  shared.clear();
+  partials = cost = max_rows = 0;
+  for (const Job& job : jobs) {
+    cost += job.cost * kv_heads;
+    max_rows = std::max(max_rows, int(job.rows));
+  }
+  if (threads == 1 || jobs.empty()) return;
+  share_long_tiles(cost / wanted, width);
+  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.cost > b.cost; });
+}
+
+// Calls run(job, kv_head) for every job and KV head, longest first, and fold(shared tile, its first job,
+// kv_head) after the last job of a shared tile. To be called by every thread of a team.
+struct Queue {
+  std::atomic<int64_t> next{0};
+  std::unique_ptr<std::atomic<int32_t>[]> done;  // [shared, kv_heads]
+
+  explicit Queue(const Plan& plan, int64_t kv_heads) {
+    const size_t n = plan.shared.size() * size_t(kv_heads);
+    if (n) done.reset(new std::atomic<int32_t>[n]());
+  }
+
+  template <class Run, class Fold>
+  void drain(const Plan& plan, int64_t kv_heads, Run run, Fold fold) {
+    const int64_t total = int64_t(plan.jobs.size()) * kv_heads;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      const Job& job = plan.jobs[size_t(i / kv_heads)];
+      const int64_t head = i % kv_heads;
+      run(job, head);
+      if (job.shared < 0) continue;
+      const SharedTile& tile = plan.shared[size_t(job.shared)];
+      auto& count = done[size_t(job.shared * kv_heads + head)];
+      if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == tile.jobs) fold(tile, job, head);
+    }
+  }
+};
+
+// Memory of one thread for one tile.
+struct TileScratch {
+  float *q, *m, *l, *o;              // [rows, dim], [rows], [rows], [rows, width]
+  float *s, *new_m, *new_l, *new_o;  // of one microtile: [6, kSplit], [6], [6], [6, width]
+  Mask* mask;
+  void* units;  // [kSplit * max(dim, 16)] elements of up to 4 bytes
+
+  struct Tag {};
+  static TileScratch of_this_thread(const HeadShape& h, int64_t rows) {
+    const auto align = [](int64_t n) { return (n + 15) / 16 * 16; };
+    const int64_t mask_floats = align(int64_t(sizeof(Mask) / sizeof(float)) + 1);
+    const int64_t sizes[] = {align(rows * h.dim), align(rows), align(rows),      rows * h.width(),
+                             kMicroRows * kSplit, 16,          16,               kMicroRows * h.width(),
+                             mask_floats,         kSplit * std::max<int64_t>(h.dim, 16)};
+    int64_t total = 16;
+    for (int64_t n : sizes) total += n;
+    float* at = scratch<Tag>(total);
+    at += (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64 / sizeof(float);
+    float* part[10];
+    for (int i = 0; i < 10; i++) part[i] = at, at += sizes[i];
+    return {part[0], part[1], part[2], part[3], part[4],
+            part[5], part[6], part[7], reinterpret_cast<Mask*>(part[8]), part[9]};
+  }
+};
+
+// The spans of rows [row, row + n) in the split that begins at key `base`.
+inline void make_spans(const Horizon& horizon, int64_t group, int64_t row, int n, int64_t base, Span* spans) {
+  for (int r = 0; r < n; r++) {
+    const int64_t token = (row + r) / group;
+    const int64_t lo = std::clamp<int64_t>(horizon.lo(token) - base, 0, kSplit);
+    const int64_t hi = std::clamp<int64_t>(horizon.hi(token) - base, 0, kSplit);
+    spans[r] = lo < hi ? Span{int(lo), int(hi)} : Span{};
+  }
+}
+
+// Runs one job. load_split(split, kv) points kv at the keys and values of a split; load_mask(row, n, base,
+// spans, mask) returns whether there is a mask and fills it. Results of a job with a tile of its own go
+// into scratch.m/l/o; those of a shared one into `partials`, split by split: [split][m | l | o].
+template <class T, class LoadSplit, class LoadMask>
+inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horizon, int64_t group, const HeadShape& h,
+                    const TileScratch& t, float* partials, LoadSplit load_split, LoadMask load_mask) {
+  const int rows = job.rows;
+  if (!tile) {
+    std::fill_n(t.m, rows, -INFINITY);
+    std::fill_n(t.l, rows, 0.f);
+  }
+  const int parts = (rows + kMicroRows - 1) / kMicroRows;  // of nearly equal size
+  for (int split = job.split0; split < job.split1; split++) {
+    SplitKV<T> kv;
+    load_split(split, kv);
+    for (int part = 0; part < parts; part++) {
+      const int r0 = rows * part / parts, n = rows * (part + 1) / parts - r0;
+      Span spans[kMicroRows];
+      make_spans(horizon, group, job.row0 + r0, n, int64_t(split) * kSplit, spans);
+      const bool masked = load_mask(job.row0 + r0, n, int64_t(split) * kSplit, spans, t.mask);
+      Partial to{t.new_m, t.new_l, t.new_o};
+      if (tile) {
+        float* base = partials + tile->partials + (split - tile->split0) * int64_t(rows) * (h.width() + 2);
+        to = {base + r0, base + rows + r0, base + 2 * rows + r0 * h.width()};
+      }
+      attend<T>(n, h, kv, t.q + r0 * h.dim, spans, masked ? t.mask : nullptr, t.s, to.m, to.l, to.o);
+      for (int r = 0; !tile && r < n; r++)
+        fold(h, {t.m + r0 + r, t.l + r0 + r, t.o + (r0 + r) * h.width()},
+             {to.m + r, to.l + r, to.o + r * h.width()});
+    }
+  }
+}
+
+// The result of row r of a shared tile, folded into its first split's place.
+inline Partial fold_shared(const SharedTile& tile, int rows, int r, const HeadShape& h, float* partials) {
+  const int64_t stride = int64_t(rows) * (h.width() + 2);
+  float* base = partials + tile.partials;
+  const auto at = [&](int64_t split) {
+    float* p = base + split * stride;
+    return Partial{p + r, p + rows + r, p + 2 * rows + r * h.width()};
+  };
+  for (int64_t split = 1; split < tile.split1 - tile.split0; split++) fold(h, at(0), at(split));
+  return at(0);
+}
+
+}  // namespace llm42::attention

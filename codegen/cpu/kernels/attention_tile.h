@@ -1,0 +1,282 @@
+// Attention of a tile of query rows over one split of the keys (the order is stated in attention.h).
+//
+// Keys stand in units of 16, transposed, so that 16 keys are the lanes of a vector; values stand key by
+// key, so that 16 dimensions are the lanes. Both products are then chains of fma per lane, and the number
+// of rows a microkernel handles at once never shows in the bits.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "element.h"
+
+namespace llm42::attention {
+
+inline constexpr int kSplit = 256;
+inline constexpr int kUnit = 16;
+inline constexpr int kUnits = kSplit / kUnit;
+inline constexpr int kMicroRows = 6;
+#if !defined(LLM42_GENERIC_VEC) && defined(__AVX512F__) && defined(__AVX512BW__)
+inline constexpr int kAccumulators = 12;  // of type V16
+#else
+inline constexpr int kAccumulators = 6;
+#endif
+
+// Lanes in the order that is cheapest to load; restore_lanes() puts them right.
+template <class T>
+inline V16 load_lanes(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) return V16::load_bf16_pairs(&p->bits);
+  return load(p);
+}
+template <class T>
+inline V16 restore_lanes(V16 a) {
+  if constexpr (std::is_same_v<T, bf16>) return restore_bf16_pairs(a);
+  return a;
+}
+
+// Key j of the split, dimension d: k[j / 16][d * k_stride + j % 16]; its value v[j / 16][j % 16 * v_stride + d].
+template <class T>
+struct SplitKV {
+  const T *k[kUnits], *v[kUnits];
+  int64_t k_stride, v_stride;
+};
+
+// The keys of a split that a row sees: [lo, hi), and in them those whose bit is set.
+struct Span {
+  int lo = 0, hi = 0;
+  bool empty() const { return lo >= hi; }
+};
+
+// Which keys inside their spans the rows of a microtile see, and what is added to their scores.
+struct Mask {
+  uint16_t visible[kMicroRows][kUnits];
+  float bias[kMicroRows][kSplit];
+  bool has_bias;
+};
+
+struct HeadShape {
+  int64_t dim;
+  float scale, softcap;
+
+  // The output is kept as panels of 16 dimensions; the last one ends at `dim` and may overlap its
+  // neighbour, whose elements it then computes a second time by the same chain.
+  int64_t panels() const { return (dim + 15) / 16; }
+  int64_t width() const { return panels() * 16; }
+  int64_t panel_dim(int64_t panel) const { return std::max<int64_t>(0, std::min(panel * 16, dim - 16)); }
+};
+
+// s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys.
+template <class T, int Rows, int Units>
+inline void score_units(const HeadShape& h, const float* q, const T* const* k, int64_t k_stride,
+                        float* s) {
+  V16 acc[Rows][Units];
+  for (auto& row : acc)
+    for (auto& a : row) a = V16::zero();
+  const T* key[Units];
+  for (int u = 0; u < Units; u++) key[u] = k[u];
+  for (int64_t d = 0; d < h.dim; d++) {
+    V16 x[Units];
+    for (int u = 0; u < Units; u++) x[u] = load_lanes<T>(key[u] + d * k_stride);
+    for (int r = 0; r < Rows; r++) {
+      const V16 qd = V16::set1(q[r * h.dim + d]);
+      for (int u = 0; u < Units; u++) acc[r][u] = fma(qd, x[u], acc[r][u]);
+    }
+  }
+  const V16 scale = V16::set1(h.scale);
+  for (int r = 0; r < Rows; r++)
+    for (int u = 0; u < Units; u++) (restore_lanes<T>(acc[r][u]) * scale).store(s + r * kSplit + u * kUnit);
+}
+
+template <class T, int Rows>
+inline void scores(const HeadShape& h, const SplitKV<T>& kv, const float* q, int unit0, int unit1, float* s) {
+  constexpr int kWide = std::min(4, std::max(1, kAccumulators / Rows));
+  int u = unit0;
+  for (; u + kWide <= unit1; u += kWide)
+    score_units<T, Rows, kWide>(h, q, kv.k + u, kv.k_stride, s + u * kUnit);
+  if constexpr (kWide > 2)
+    for (; u + 2 <= unit1; u += 2) score_units<T, Rows, 2>(h, q, kv.k + u, kv.k_stride, s + u * kUnit);
+  if constexpr (kWide > 1)
+    for (; u < unit1; u++) score_units<T, Rows, 1>(h, q, kv.k + u, kv.k_stride, s + u * kUnit);
+}
+
+inline void hide(float* s, const Span& span, const uint16_t* visible) {
+  for (int j = span.lo & ~15; j < span.lo; j++) s[j] = -INFINITY;
+  for (int j = span.hi; j & 15; j++) s[j] = -INFINITY;
+  if (!visible) return;
+  for (int u = span.lo / kUnit; u * kUnit < span.hi; u++)
+    for (int j = 0; visible[u] != 0xffff && j < kUnit; j++)
+      if (!(visible[u] >> j & 1)) s[u * kUnit + j] = -INFINITY;
+}
+
+// Scores to exponentials, in place; m: their maximum, l: their sum. A row that sees nothing: -inf and 0.
+inline void softmax(const HeadShape& h, float* s, const Span& span, const uint16_t* visible, const float* bias,
+                    float& m, float& l) {
+  const int begin = span.lo & ~15, end = (span.hi + 15) & ~15;
+  if (h.softcap > 0.f) {
+    const V16 cap = V16::set1(h.softcap);
+    for (int j = begin; j < end; j += 16) (cap * tanh(V16::load(s + j) / cap)).store(s + j);
+  }
+  if (bias)
+    for (int j = begin; j < end; j += 16) (V16::load(s + j) + V16::load(bias + j)).store(s + j);
+  hide(s, span, visible);
+  V16 top = V16::set1(-INFINITY);
+  for (int j = begin; j < end; j += 16) top = max(V16::load(s + j), top);  // passes over NaN: it comes back below
+  m = hmax(top);
+  const V16 base = V16::set1(m == -INFINITY ? 0.f : m);
+  V16 sum = V16::zero();
+  for (int j = begin; j < end; j += 16) {
+    const V16 p = exp_nonpositive(V16::load(s + j) - base);
+    p.store(s + j);
+    sum = sum + p;
+  }
+  l = hsum(sum);
+}
+
+// o[r][panel] += sum of p[r][j] * value j over j in [begin, end), for `Panels` panels from `panel` on.
+template <class T, int Rows, int Panels>
+inline void add_values_panels(const HeadShape& h, const SplitKV<T>& kv, const float* p, int begin, int end,
+                              int64_t panel, float* o) {
+  const int64_t width = h.width();
+  int64_t dim[Panels];
+  V16 acc[Rows][Panels];
+  for (int n = 0; n < Panels; n++) dim[n] = h.panel_dim(panel + n);
+  for (int r = 0; r < Rows; r++)
+    for (int n = 0; n < Panels; n++) acc[r][n] = V16::load(o + r * width + (panel + n) * 16);
+  for (int j = begin; j < end;) {
+    const int stop = std::min(end, (j | 15) + 1);
+    const T* v = kv.v[j / kUnit] + (j % kUnit) * kv.v_stride;
+    for (; j < stop; j++, v += kv.v_stride) {
+      V16 x[Panels];
+      for (int n = 0; n < Panels; n++) x[n] = load_lanes<T>(v + dim[n]);
+      for (int r = 0; r < Rows; r++) {
+        const V16 weight = V16::set1(p[r * kSplit + j]);
+        for (int n = 0; n < Panels; n++) acc[r][n] = fma(weight, x[n], acc[r][n]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; r++)
+    for (int n = 0; n < Panels; n++) acc[r][n].store(o + r * width + (panel + n) * 16);
+}
+
+template <class T, int Rows>
+inline void add_values(const HeadShape& h, const SplitKV<T>& kv, const float* p, int begin, int end, float* o) {
+  constexpr int kWide = std::min(4, std::max(1, kAccumulators / Rows));
+  int64_t panel = 0;
+  for (; panel + kWide <= h.panels(); panel += kWide)
+    add_values_panels<T, Rows, kWide>(h, kv, p, begin, end, panel, o);
+  if constexpr (kWide > 1)
+    for (; panel < h.panels(); panel++) add_values_panels<T, Rows, 1>(h, kv, p, begin, end, panel, o);
+}
+
+// Row by row where the spans differ, all rows at once where they agree; keys ascend for every row.
+template <class T, int Rows>
+inline void add_spans(const HeadShape& h, const SplitKV<T>& kv, const float* p, const Span* spans, float* o) {
+  int lo = 0, hi = kSplit;
+  for (int r = 0; r < Rows; r++) lo = std::max(lo, spans[r].lo), hi = std::min(hi, spans[r].hi);
+  if (lo >= hi) lo = hi = kSplit;
+  const auto one_row = [&](int r, int begin, int end) {
+    if (begin < end) add_values<T, 1>(h, kv, p + r * kSplit, begin, end, o + r * h.width());
+  };
+  for (int r = 0; r < Rows; r++) one_row(r, spans[r].lo, std::min(spans[r].hi, lo));
+  if (lo < hi) add_values<T, Rows>(h, kv, p, lo, hi, o);
+  for (int r = 0; r < Rows; r++) one_row(r, std::max(spans[r].lo, hi), spans[r].hi);
+}
+
+// Like add_spans, with masks that have holes: whole units at once where every row sees all 16 keys.
+template <class T, int Rows>
+inline void add_masked(const HeadShape& h, const SplitKV<T>& kv, const float* p, const Mask& mask, float* o) {
+  for (int u = 0; u < kUnits;) {
+    const auto full = [&](int unit) {
+      uint16_t all = 0xffff;
+      for (int r = 0; r < Rows; r++) all &= mask.visible[r][unit];
+      return all == 0xffff;
+    };
+    int end = u;
+    while (end < kUnits && full(end)) end++;
+    if (end > u) add_values<T, Rows>(h, kv, p, u * kUnit, end * kUnit, o);
+    if (end == kUnits) break;
+    for (int r = 0; r < Rows; r++)
+      for (int j = 0; j < kUnit; j++) {
+        int stop = j;
+        while (stop < kUnit && mask.visible[r][end] >> stop & 1) stop++;
+        if (stop > j)
+          add_values<T, 1>(h, kv, p + r * kSplit, end * kUnit + j, end * kUnit + stop, o + r * h.width());
+        j = stop;
+      }
+    u = end + 1;
+  }
+}
+
+// One split for `Rows` rows: m[r], l[r] and o[r][width] (unnormalised) are overwritten.
+template <class T, int Rows>
+inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const float* q, const Span* spans, const Mask* mask,
+                        float* s, float* m, float* l, float* o) {
+  int lo = kSplit, hi = 0;
+  for (int r = 0; r < Rows; r++)
+    if (!spans[r].empty()) lo = std::min(lo, spans[r].lo), hi = std::max(hi, spans[r].hi);
+  if (lo < hi) scores<T, Rows>(h, kv, q, lo / kUnit, (hi + 15) / kUnit, s);
+  for (int r = 0; r < Rows; r++) {
+    const uint16_t* visible = mask ? mask->visible[r] : nullptr;
+    const float* bias = mask && mask->has_bias ? mask->bias[r] : nullptr;
+    softmax(h, s + r * kSplit, spans[r], visible, bias, m[r], l[r]);
+  }
+  std::fill_n(o, Rows * h.width(), 0.f);
+  if (mask)
+    add_masked<T, Rows>(h, kv, s, *mask, o);
+  else
+    add_spans<T, Rows>(h, kv, s, spans, o);
+}
+
+template <class T>
+inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const float* q, const Span* spans,
+                   const Mask* mask, float* s, float* m, float* l, float* o) {
+  switch (rows) {
+    case 1: return attend_rows<T, 1>(h, kv, q, spans, mask, s, m, l, o);
+    case 2: return attend_rows<T, 2>(h, kv, q, spans, mask, s, m, l, o);
+    case 3: return attend_rows<T, 3>(h, kv, q, spans, mask, s, m, l, o);
+    case 4: return attend_rows<T, 4>(h, kv, q, spans, mask, s, m, l, o);
+    case 5: return attend_rows<T, 5>(h, kv, q, spans, mask, s, m, l, o);
+    default: return attend_rows<T, 6>(h, kv, q, spans, mask, s, m, l, o);
+  }
+}
+
+// What one or several splits have given for a row.
+struct Partial {
+  float *m, *l, *o;
+};
+
+// into := into followed by `next`, which is the split (or splits) to its right.
+inline void fold(const HeadShape& h, const Partial& into, const Partial& next) {
+  const auto saw_nothing = [](const Partial& x) { return *x.m == -INFINITY && *x.l == 0.f; };
+  if (saw_nothing(next)) return;
+  if (saw_nothing(into)) {
+    *into.m = *next.m, *into.l = *next.l;
+    std::copy_n(next.o, h.width(), into.o);
+    return;
+  }
+  const float m = std::max(*into.m, *next.m);
+  const float a = exp_nonpositive(*into.m - m), b = exp_nonpositive(*next.m - m);
+  *into.m = m;
+  *into.l = *into.l * a + *next.l * b;
+  const V16 va = V16::set1(a), vb = V16::set1(b);
+  for (int64_t i = 0; i < h.width(); i += 16)
+    fma(V16::load(into.o + i), va, V16::load(next.o + i) * vb).store(into.o + i);
+}
+
+// The normalised row; the sink (or null) is one more score, with no value. A row that saw nothing: 0.
+template <class T>
+inline void finish(const HeadShape& h, const Partial& row, const float* sink, T* out) {
+  float l = *row.l, factor = 1.f;
+  if (sink && l != 0.f) {
+    const float m = std::max(*row.m, *sink);
+    factor = exp_nonpositive(*row.m - m);
+    l = l * factor + exp_nonpositive(*sink - m);
+  }
+  const V16 norm = V16::set1(l == 0.f ? 0.f : factor / l);
+  for (int64_t panel = 0; panel < h.panels(); panel++) {
+    // + 0 turns -0 into +0
+    const V16 y = restore_lanes<T>(fma(V16::load(row.o + panel * 16), norm, V16::zero()));
+    store_some(y, out + h.panel_dim(panel), h.dim);
+  }
+}
+
+}  // namespace llm42::attention

@@ -1,0 +1,125 @@
+"""``llm42::paged_attention``: causal attention of a packed ragged batch over paged keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm42c.codegen.ops.registry import Operator
+
+SPLIT = 256  # absolute positions that are reduced together; splits are folded in ascending order
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Put the keys and values of ``T`` tokens into their slots.
+
+    Args:
+        k, v: ``[T, Hkv, D]``.
+        k_cache: ``[pages, Hkv, D, page]``, written in place.
+        v_cache: ``[pages, Hkv, page, D]``, written in place.
+        slot_mapping: ``[T]`` int64, ``page_id * page + offset``; -1 writes nothing.
+    """
+    page = k_cache.shape[3]
+    kept = slot_mapping >= 0
+    pages, offsets = slot_mapping[kept] // page, slot_mapping[kept] % page
+    k_cache[pages, :, :, offsets] = k[kept]
+    v_cache[pages, :, offsets, :] = v[kept]
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Specification: writes the caches, then attends in fp64, one sequence at a time.
+
+    Args:
+        q: ``[T, Hq, D]``; rows from ``cu_seqlens_q[-1]`` on are padding and give 0.
+        k, v: ``[T, Hkv, D]`` of the same tokens, already rotated; ``Hkv`` divides ``Hq``.
+        k_cache: ``[pages, Hkv, D, page]``; ``page`` a multiple of 16. Keys are stored transposed.
+        v_cache: ``[pages, Hkv, page, D]``.
+        slot_mapping: ``[T]`` int64, ``page_id * page + offset``; -1: not written.
+        cu_seqlens_q: ``[S + 1]`` int32. A sequence may have no rows.
+        kv_lens: ``[S]`` int32, keys of a sequence including those of this call. Row ``i`` of a sequence
+            with ``n`` rows stands at position ``kv_lens[s] - n + i`` and sees the positions up to its own.
+        block_table: ``[S, P]`` int32, the pages of a sequence in order.
+        scale: multiplies the scores.
+        window: if positive, a row sees the last ``window`` positions only, its own included.
+        softcap: if positive, scores become ``softcap * tanh(score / softcap)``.
+        sinks: ``[Hq]`` or None, one more score per head, with no value.
+
+    Returns:
+        ``[T, Hq, D]`` in fp64. The operator itself returns the dtype of ``q``.
+
+    All rows of all sequences are written before any row attends, so sequences may share pages.
+    """
+    write_cache(k, v, k_cache, v_cache, slot_mapping)
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    heads = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])  # KV head of each query head
+    for s in range(len(kv_lens)):
+        begin, end, keys = int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1]), int(kv_lens[s])
+        if begin == end:
+            continue
+        pages = block_table[s, : -(-keys // k_cache.shape[3])].long()
+        ks = k_cache[pages].double().permute(1, 0, 3, 2).flatten(1, 2)[heads, :keys]  # [Hq, keys, D]
+        vs = v_cache[pages].double().permute(1, 0, 2, 3).flatten(1, 2)[heads, :keys]
+        scores = torch.einsum("thd,hkd->htk", q[begin:end].double(), ks) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(keys - (end - begin), keys)[:, None]
+        key = torch.arange(keys)
+        hidden = key > position
+        if window > 0:
+            hidden = hidden | (key <= position - window)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            column = sinks.double()[:, None, None].expand(-1, end - begin, 1)
+            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        out[begin:end] = torch.einsum("htk,hkd->thd", weights, vs)
+    return out
+
+
+OP = Operator(
+    schema=(
+        "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor slot_mapping, Tensor cu_seqlens_q, Tensor kv_lens, Tensor block_table, float scale, "
+        "int window, float softcap, Tensor? sinks) -> Tensor"
+    ),
+    fake=_fake,
+    reference=reference,
+    reduction=(
+        f"splits of {SPLIT} absolute positions folded from the left; in a split, scores are fma chains over "
+        "D ascending, exponentials of key j are summed in lane j % 16 and then in a fixed tree, outputs are "
+        "fma chains over the visible keys ascending"
+    ),
+)
