@@ -1,0 +1,154 @@
+// Tensors in, pointers out: the linear operators (kernels/gemm.h).
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "kernels/gemm.h"
+
+namespace llm42::bind {
+
+inline Dtype dtype_of(const at::Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
+
+// [..., K] as a matrix whose rows are contiguous; `keep` owns a copy if one is needed.
+struct MatrixView {
+  at::Tensor keep;
+  int64_t rows, cols, stride;
+};
+
+inline MatrixView as_rows(const at::Tensor& x, const char* op) {
+  TORCH_CHECK(x.dim() >= 1, op, ": expected at least one dimension, got a scalar");
+  const int64_t cols = x.size(-1);
+  if (x.dim() == 2 && (x.stride(1) == 1 || cols <= 1)) return {x, x.size(0), cols, x.stride(0)};
+  const at::Tensor c = x.contiguous();
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < c.dim(); i++) rows *= c.size(i);
+  return {c, rows, cols, cols};
+}
+
+inline void check_dtype(const at::Tensor& t, const at::Tensor& like, const char* op, const char* name) {
+  TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of dtype ", like.scalar_type(),
+              " as x, got ", t.scalar_type());
+}
+
+inline at::Tensor linear_pack(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2, "linear_pack: expected weight [N, K], got ", weight.sizes());
+  const Dtype dtype = dtype_of(weight, "linear_pack");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  at::Tensor packed = at::empty({gemm::panel_count(n), k, gemm::panel_width()}, weight.options());
+  gemm::pack(dtype, weight.const_data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.mutable_data_ptr(),
+             at::get_num_threads());
+  return packed;
+}
+
+inline void check_packed(const at::Tensor& packed, int64_t n, int64_t k, const char* op) {
+  TORCH_CHECK(n >= 0 && k >= 0, op, ": n and k must not be negative, got ", n, " and ", k);
+  TORCH_CHECK(packed.dim() == 3 && packed.size(0) == gemm::panel_count(n) && packed.size(1) == k &&
+                  packed.size(2) == gemm::panel_width() && packed.is_contiguous(),
+              op, ": expected linear_pack of a weight [", n, ", ", k, "], that is a contiguous tensor [",
+              gemm::panel_count(n), ", ", k, ", ", gemm::panel_width(), "], got ", packed.sizes());
+}
+
+inline at::Tensor linear_unpack(const at::Tensor& packed, int64_t n, int64_t k) {
+  check_packed(packed, n, k, "linear_unpack");
+  at::Tensor weight = at::empty({n, k}, packed.options());
+  gemm::unpack(dtype_of(packed, "linear_unpack"), packed.const_data_ptr(), n, k, weight.mutable_data_ptr(),
+               at::get_num_threads());
+  return weight;
+}
+
+// The part that all linear operators share: checks x and the bias, allocates the output.
+struct LinearCall {
+  gemm::Problem problem{};
+  MatrixView x;
+  at::Tensor bias, out;
+
+  LinearCall(const char* op, const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias_,
+             int64_t n)
+      : x(as_rows(x_, op)) {
+    check_dtype(weight, x_, op, "weight");
+    if (bias_) {
+      check_dtype(*bias_, x_, op, "bias");
+      TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == n, op, ": expected bias [", n, "], got ", bias_->sizes());
+      bias = bias_->contiguous();
+    }
+    at::DimVector sizes(x_.sizes());
+    sizes.back() = n;
+    out = at::empty(sizes, x_.options().memory_format(at::MemoryFormat::Contiguous));
+    problem.dtype = dtype_of(x_, op);
+    problem.x = x.keep.const_data_ptr();
+    problem.x_stride = x.stride;
+    problem.packed = weight.const_data_ptr();
+    problem.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+    problem.out = out.mutable_data_ptr();
+    problem.m = x.rows;
+    problem.n = n;
+    problem.k = x.cols;
+  }
+};
+
+inline at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                         int64_t n) {
+  LinearCall call("linear", x, packed, bias, n);
+  check_packed(packed, n, call.x.cols, "linear");
+  gemm::linear(call.problem, at::get_num_threads());
+  return call.out;
+}
+
+inline at::Tensor linear_dense(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(weight.dim() == 2, "linear_dense: expected weight [N, K], got ", weight.sizes());
+  LinearCall call("linear_dense", x, weight, bias, weight.size(0));
+  TORCH_CHECK(weight.size(1) == call.x.cols, "linear_dense: expected x [..., ", weight.size(1), "] for a weight ",
+              weight.sizes(), ", got ", x.sizes());
+  call.problem.dense = std::exchange(call.problem.packed, nullptr);
+  call.problem.stride_n = weight.stride(0);
+  call.problem.stride_k = weight.stride(1);
+  gemm::linear(call.problem, at::get_num_threads());
+  return call.out;
+}
+
+inline at::Tensor linear_silu_mul(const at::Tensor& x, const at::Tensor& packed, int64_t n) {
+  LinearCall call("linear_silu_mul", x, packed, std::nullopt, n);
+  check_packed(packed, 2 * n, call.x.cols, "linear_silu_mul");
+  gemm::linear_silu_mul(call.problem, at::get_num_threads());
+  return call.out;
+}
+
+inline at::Tensor linear_add(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                             const at::Tensor& residual, int64_t n) {
+  LinearCall call("linear_add", x, packed, bias, n);
+  check_packed(packed, n, call.x.cols, "linear_add");
+  check_dtype(residual, x, "linear_add", "residual");
+  TORCH_CHECK(residual.sizes() == call.out.sizes(), "linear_add: expected residual ", call.out.sizes(), ", got ",
+              residual.sizes());
+  const MatrixView r = as_rows(residual, "linear_add");
+  call.problem.residual = r.keep.const_data_ptr();
+  call.problem.residual_stride = r.stride;
+  gemm::linear(call.problem, at::get_num_threads());
+  return call.out;
+}
+
+inline void register_linear(torch::Library& m) {
+  m.impl("linear_pack", &linear_pack);
+  m.impl("linear_unpack", &linear_unpack);
+  m.impl("linear", &linear);
+  m.impl("linear_dense", &linear_dense);
+  m.impl("linear_silu_mul", &linear_silu_mul);
+  m.impl("linear_add", &linear_add);
+}
+
+}  // namespace llm42::bind

@@ -1,0 +1,222 @@
+// The matrix product. Every output element is one chain acc = fma(x[k], w[k], acc), k ascending from
+// acc = 0: vector lanes are different columns, and a chain interrupted at a block of k is stored and
+// taken up again exactly. So the blocking below is free to follow m, n, k, the caches and the number of
+// threads without changing a bit.
+#include "gemm.h"
+
+#include <vector>
+
+#include "gemm_tile.h"
+#include "parallel.h"
+
+namespace llm42::gemm {
+
+namespace {
+
+constexpr int64_t kBlockBytes = 24 * 1024;   // weights of one panel and one block of k: stay in L1
+constexpr int64_t kMaxRows = 256;            // rows whose partial sums are kept while a panel is read once
+constexpr int64_t kMacsPerThread = 1 << 15;  // below this, waking a thread costs more than it saves
+
+struct WidenedX;
+struct Partials;
+struct DenseBlock;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+constexpr int64_t block_k() {
+  return kBlockBytes / int64_t(kPanel * sizeof(T));
+}
+
+// kc values of k of one panel, from a dense weight of which `columns` rows are left.
+template <class T>
+void pack_block(const T* weight, int64_t stride_n, int64_t stride_k, int64_t columns, int64_t kc, T* out) {
+  for (int c = 0; c < kPanel; c++) {
+    T* to = out + slot<T>(c);
+    const T* from = weight + c * stride_n;
+    for (int64_t k = 0; k < kc; k++) to[k * kPanel] = c < columns ? from[k * stride_k] : T{};
+  }
+}
+
+template <class T>
+struct Job {
+  const Problem& p;
+  const float* x;  // [m, k] in fp32, rows lda apart
+  int64_t lda;
+
+  const T* panel_at(int64_t panel) const { return static_cast<const T*>(p.packed) + panel * p.k * kPanel; }
+
+  // Weights [kc, kPanel] of one panel from k0 on.
+  const T* block(int64_t panel, int64_t k0, int64_t kc) const {
+    if (p.packed) return panel_at(panel) + k0 * kPanel;
+    T* out = reinterpret_cast<T*>(scratch<DenseBlock>(kBlockBytes / int64_t(sizeof(float))));
+    const int64_t n0 = panel * kPanel;
+    pack_block(static_cast<const T*>(p.dense) + n0 * p.stride_n + k0 * p.stride_k, p.stride_n, p.stride_k, p.n - n0,
+               kc, out);
+    return out;
+  }
+
+  // Rows m0..m1 of x times one panel -> c: [m1 - m0, kPanel]. What follows in memory, or `next` after the
+  // panel, is fetched meanwhile, spread evenly over the tiles.
+  void product(int64_t panel, const T* next, int64_t m0, int64_t m1, float* c) const {
+    if (p.k == 0) std::fill(c, c + (m1 - m0) * kPanel, 0.f);
+    const int64_t tiles = ceil_div(m1 - m0, kRows);
+    for (int64_t k0 = 0; k0 < p.k; k0 += block_k<T>()) {
+      const int64_t kc = std::min(block_k<T>(), p.k - k0);
+      const T* w = block(panel, k0, kc);
+      const char* follow = reinterpret_cast<const char*>(k0 + kc < p.k && p.packed ? w + kc * kPanel : next);
+      const int64_t bytes = kc * kPanel * int64_t(sizeof(T)) / tiles;
+      const int64_t step = bytes / (kc / 4 + 1) / passes(int(std::min<int64_t>(m1 - m0, kRows)));
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t m = m0 + i * kRows;
+        tile_rows(std::min<int64_t>(kRows, m1 - m), x + m * lda + k0, lda, w, kc, c + (m - m0) * kPanel, k0 > 0,
+                  Prefetch{follow + i * bytes, step});
+      }
+    }
+  }
+
+  void store_panel(int64_t panel, int64_t m0, int64_t m1, const float* c) const {
+    const T* bias = static_cast<const T*>(p.bias);
+    const T* residual = static_cast<const T*>(p.residual);
+    const int64_t n0 = panel * kPanel;
+    for (int64_t n = n0; n < std::min(n0 + kPanel, p.n); n += 16) {
+      const int64_t left = p.n - n;
+      const V16 b = bias ? load_some(bias + n, left) : V16::zero();
+      for (int64_t m = m0; m < m1; m++) {
+        V16 y = V16::load(c + (m - m0) * kPanel + (n - n0));
+        if (bias) y = y + b;
+        if (residual) y = load_some(residual + m * p.residual_stride + n, left) + round_to<T>(y);
+        store_some(y, static_cast<T*>(p.out) + m * p.n + n, left);
+      }
+    }
+  }
+
+  void store_silu_mul(int64_t panel, int64_t m0, int64_t m1, const float* gate, const float* up) const {
+    for (int64_t m = m0; m < m1; m++)
+      for (int64_t n = 0; n < kPanel; n += 16) {
+        const int64_t i = (m - m0) * kPanel + n;
+        const V16 y = silu_mul<T>(round_to<T>(V16::load(gate + i)), round_to<T>(V16::load(up + i)));
+        store(y, static_cast<T*>(p.out) + m * p.n + panel * kPanel + n);
+      }
+  }
+};
+
+// Splits (blocks of rows) x (panels) evenly over the threads.
+struct Grid {
+  int64_t m, panels, row_blocks, block_rows;
+  int threads;
+
+  Grid(int64_t m_, int64_t panels_, int64_t macs, int max_threads) : m(m_), panels(panels_) {
+    threads = int(std::clamp<int64_t>(macs / kMacsPerThread, 1, max_threads));
+    row_blocks = ceil_div(m, kMaxRows);
+    while (row_blocks * panels < 4 * threads && ceil_div(m, row_blocks) > 4 * kRows) row_blocks *= 2;
+    block_rows = ceil_div(ceil_div(m, row_blocks), kRows) * kRows;
+    row_blocks = ceil_div(m, block_rows);
+    threads = int(std::min<int64_t>(threads, row_blocks * panels));
+  }
+
+  // body(panel, next panel, m0, m1)
+  template <class F>
+  void run(F body) const {
+    parallel(threads, [&](int thread, int team) {
+      const int64_t items = row_blocks * panels, end = items * (thread + 1) / team;
+      for (int64_t i = items * thread / team; i < end; i++) {
+        const int64_t m0 = i / panels * block_rows;
+        body(i % panels, std::min(i + 1, end - 1) % panels, m0, std::min(m, m0 + block_rows));
+      }
+    });
+  }
+};
+
+// x in fp32: in place when it already is, else in the caller's scratch.
+template <class T>
+Job<T> make_job(const Problem& p, int threads) {
+  const T* x = static_cast<const T*>(p.x);
+  if constexpr (std::is_same_v<T, float>) return {p, x, p.x_stride};
+  float* wide = scratch<WidenedX>(p.m * p.k);
+  parallel_rows(p.m, p.m * p.k, 1 << 15, threads,
+                [&](int64_t m) { widen(x + m * p.x_stride, p.k, wide + m * p.k); });
+  return {p, wide, p.k};
+}
+
+template <class T>
+void run_linear(const Problem& p, int threads) {
+  const Grid grid(p.m, panel_count(p.n), p.m * p.n * p.k, threads);
+  const Job<T> job = make_job<T>(p, grid.threads);
+  grid.run([&](int64_t panel, int64_t next, int64_t m0, int64_t m1) {
+    float* c = scratch<Partials>(grid.block_rows * kPanel);
+    job.product(panel, job.panel_at(next), m0, m1, c);
+    job.store_panel(panel, m0, m1, c);
+  });
+}
+
+// n is a multiple of kPanel: gate and up of the same columns are panels, and never leave the cache.
+template <class T>
+void run_silu_mul(const Problem& p, int threads) {
+  const int64_t panels = p.n / kPanel;
+  const Grid grid(p.m, panels, 2 * p.m * p.n * p.k, threads);
+  const Job<T> job = make_job<T>(p, grid.threads);
+  grid.run([&](int64_t panel, int64_t next, int64_t m0, int64_t m1) {
+    float* gate = scratch<Partials>(2 * grid.block_rows * kPanel);
+    float* up = gate + grid.block_rows * kPanel;
+    job.product(panel, job.panel_at(panel + panels), m0, m1, gate);
+    job.product(panel + panels, job.panel_at(next), m0, m1, up);
+    job.store_silu_mul(panel, m0, m1, gate, up);
+  });
+}
+
+// Any n: the merged product first.
+template <class T>
+void run_silu_mul_in_two(const Problem& p, int threads) {
+  std::vector<T> merged(size_t(p.m * 2 * p.n));
+  Problem first = p;
+  first.n = 2 * p.n;
+  first.out = merged.data();
+  run_linear<T>(first, threads);
+  parallel_rows(p.m, p.m * p.n, 1 << 12, threads, [&](int64_t m) {
+    const T* gate = merged.data() + m * 2 * p.n;
+    T* out = static_cast<T*>(p.out) + m * p.n;
+    for (int64_t n = 0; n < p.n; n += 16)
+      store_some(silu_mul<T>(load_some(gate + n, p.n - n), load_some(gate + p.n + n, p.n - n)), out + n, p.n - n);
+  });
+}
+
+}  // namespace
+
+int64_t panel_width() { return kPanel; }
+int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
+
+void pack(Dtype dtype, const void* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, void* packed,
+          int threads) {
+  with_element(dtype, [&]<class T>(T) {
+    parallel_rows(panel_count(n), n * k, 1 << 14, threads, [&](int64_t panel) {
+      const int64_t n0 = panel * kPanel;
+      pack_block(static_cast<const T*>(weight) + n0 * stride_n, stride_n, stride_k, n - n0, k,
+                 static_cast<T*>(packed) + n0 * k);
+    });
+  });
+}
+
+void unpack(Dtype dtype, const void* packed, int64_t n, int64_t k, void* weight, int threads) {
+  with_element(dtype, [&]<class T>(T) {
+    parallel_rows(n, n * k, 1 << 14, threads, [&](int64_t row) {
+      const int column = int(row % kPanel);
+      const T* from = static_cast<const T*>(packed) + (row - column) * k + slot<T>(column);
+      for (int64_t i = 0; i < k; i++) static_cast<T*>(weight)[row * k + i] = from[i * kPanel];
+    });
+  });
+}
+
+void linear(const Problem& p, int threads) {
+  if (p.m == 0 || p.n == 0) return;
+  with_element(p.dtype, [&]<class T>(T) { run_linear<T>(p, threads); });
+}
+
+void linear_silu_mul(const Problem& p, int threads) {
+  if (p.m == 0 || p.n == 0) return;
+  with_element(p.dtype, [&]<class T>(T) {
+    p.n % kPanel == 0 ? run_silu_mul<T>(p, threads) : run_silu_mul_in_two<T>(p, threads);
+  });
+}
+
+}  // namespace llm42::gemm

@@ -1,0 +1,70 @@
+// The innermost kernel: a few rows of x times one panel of weights over one block of k.
+#pragma once
+#include <utility>
+
+#include "gemm_lanes.h"
+
+namespace llm42::gemm {
+
+// Weights to fetch into the cache while a tile is computed: one line at `next` for every four k.
+struct Prefetch {
+  const char* next;
+  int64_t step;
+};
+
+// kR rows of x times registers kV0..kV0+kN-1 of a panel. x: rows lda apart; w: [kc, kPanel];
+// c: [kR, kPanel] partial sums, continued from if `resume`.
+template <int kR, int kV0, int kN, class T>
+inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, bool resume, Prefetch fetch) {
+  Vec acc[kR][kN];
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kN; v++) acc[r][v] = resume ? vload(c + r * kPanel + (kV0 + v) * kLanes) : vzero();
+  const auto step = [&](int64_t k) {
+    const T* row = w + k * kPanel;
+    Vec b[kN];
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      ((b[I] = decode<kV0 + I>(row)), ...);
+    }(std::make_integer_sequence<int, kN>{});
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; r++) {
+      const Vec a = vset1(x[r * lda + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kN; v++) acc[r][v] = vfma(a, b[v], acc[r][v]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= kc; k += 4) {
+    __builtin_prefetch(fetch.next, 0, 2);
+    fetch.next += fetch.step;
+    step(k);
+    step(k + 1);
+    step(k + 2);
+    step(k + 3);
+  }
+  for (; k < kc; k++) step(k);
+#pragma GCC unroll 8
+  for (int r = 0; r < kR; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kN; v++) vstore(c + r * kPanel + (kV0 + v) * kLanes, acc[r][v]);
+}
+
+// Passes over the panel that a tile of `rows` rows takes: as many registers at once as leave kRows * 3
+// accumulators.
+inline constexpr int passes(int rows) { return rows * kVecs <= 3 * kRows ? 1 : 2; }
+
+// `rows` <= kRows rows times the whole panel.
+template <class T, int kR = kRows>
+inline void tile_rows(int64_t rows, const float* x, int64_t lda, const T* w, int64_t kc, float* c, bool resume,
+                      Prefetch fetch) {
+  if constexpr (kR > 1) {
+    if (rows < kR) return tile_rows<T, kR - 1>(rows, x, lda, w, kc, c, resume, fetch);
+  }
+  constexpr int kN = kVecs / passes(kR);
+  tile<kR, 0, kN>(x, lda, w, kc, c, resume, fetch);
+  if constexpr (kN < kVecs)
+    tile<kR, kN, kVecs - kN>(x, lda, w, kc, c, resume, {fetch.next + kc / 4 * fetch.step, fetch.step});
+}
+
+}  // namespace llm42::gemm
