@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from llm42c.codegen.ops import paged_attention
+from llm42c.codegen.ops import activation, linear, norm, paged_attention, reduce, rotary
 from llm42c.codegen.ops.registry import Operator
 
-OPERATORS: tuple[Operator, ...] = (paged_attention.OP,)
+OPERATORS: tuple[Operator, ...] = (
+    activation.OP,
+    *linear.OPERATORS,
+    *norm.OPERATORS,
+    paged_attention.OP,
+    *reduce.OPERATORS,
+    rotary.OP,
+)
