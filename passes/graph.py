@@ -210,6 +210,12 @@ def storage(t: Tensor) -> int:
     return int(t.untyped_storage()._cdata)
 
 
+def storage_of(node: fx.Node) -> int | None:
+    """Identity of a node's storage; None for what is no tensor."""
+    t = tensor(node)
+    return None if t is None else storage(t)
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     for node in graph.nodes:
         v = value(node)

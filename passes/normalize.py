@@ -3,7 +3,7 @@
 Cases:
 
 1. operators and methods become the ``torch`` function of the same meaning:
-   ``x.add(y)``, ``x + y``, ``torch.add(x, y)`` → ``torch.add(x, y)``; ``y - x`` stays ``torch.sub(y, x)``
+   ``x.add(y)``, ``x + y`` → ``torch.add(x, y)``; ``torch.ops.llm42.op`` → its only overload
 2. casts become ``x.to(dtype)``: ``x.float()``, ``x.bfloat16()``, ``x.type_as(y)``, ``x.to(y)``,
    ``x.to(device=same, dtype=d)``
 3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  ``pow(x, -0.5)`` → ``torch.rsqrt(x)``
@@ -92,6 +92,9 @@ def _spell(node: fx.Node) -> None:
         ):
             node.op, node.target = "call_function", g.FUNCTIONS[target]
             _pack_varargs(node, target)
+    elif isinstance(node.target, torch._ops.OpOverloadPacket):
+        if node.target._qualified_op_name.startswith("llm42::"):
+            node.target = node.target.default
     elif node.op == "call_function":
         spelled = _OPERATORS.get(node.target) or _ALIASES.get(node.target)
         if not spelled or not any(g.tensor(a) is not None for a in node.args):

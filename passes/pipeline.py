@@ -7,12 +7,18 @@ from collections.abc import Callable
 
 from torch import fx
 
+from llm42c.passes.add_rms_norm import add_rms_norm
 from llm42c.passes.attention_sdpa import attention_sdpa
 from llm42c.passes.base import PACKED, PLAIN, Context, Pass, PassReport, Report
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
+from llm42c.passes.layout import layout
 from llm42c.passes.linear import linear
+from llm42c.passes.linear_add import linear_add
+from llm42c.passes.linear_silu_mul import linear_silu_mul
+from llm42c.passes.merge_linears import merge_linears
 from llm42c.passes.normalize import normalize
 from llm42c.passes.rms_norm import rms_norm
+from llm42c.passes.rotary import merge_rotary, rotary
 
 _PLAIN = frozenset({PLAIN})
 _PACKED = frozenset({PACKED})
@@ -23,7 +29,16 @@ PASSES: tuple[Pass, ...] = (
     Pass("common_subexpressions", common_subexpressions),
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
     Pass("rms_norm", rms_norm),
+    Pass("add_rms_norm", add_rms_norm),
+    Pass("linear_silu_mul", linear_silu_mul),
+    Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),
+    Pass("linear_add", linear_add, _PACKED),
+    Pass("rotary", rotary, _PACKED),
+    Pass("layout", layout, _PACKED),
+    Pass("common_subexpressions", common_subexpressions, _PACKED),
+    Pass("merge_rotary", merge_rotary, _PACKED),
+    Pass("layout", layout, _PACKED),
 )
 
 Observer = Callable[[str, fx.Graph], None]

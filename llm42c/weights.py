@@ -1,0 +1,139 @@
+"""Packed weights of one model: built once from recipes, shared by all its graphs, undone exactly.
+
+A packed weight replaces its originals in memory. The originals come back bit for bit, because packing
+only permutes elements: :meth:`WeightStore.restore` undoes the release, and while it lasts
+``model.state_dict()`` (and so ``save_pretrained``) still returns the original tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from llm42c.errors import WeightsError
+from llm42c.passes.recipes import PackedWeight, Part, Recipe, recipes
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a released parameter lives: rows ``start:start + rows`` of a packed weight [total, k]."""
+
+    label: str
+    start: int
+    rows: int
+    total: int
+    k: int
+    transposed: bool
+
+
+class WeightStore:
+    """The packed weights of ``model``. Graphs captured from the same model share them by name.
+
+    ``keep_originals=True`` never frees the model's own parameters.
+    """
+
+    def __init__(self, model: nn.Module, *, keep_originals: bool = False) -> None:
+        self._model = model
+        self._keep = keep_originals
+        self._packed: dict[str, Tensor] = {}
+        self._places: dict[int, _Place] = {}  # by id of the released Parameter
+        self._released: dict[int, nn.Parameter] = {}
+        self._hook: Any = None
+
+    def materialise(self, gm: fx.GraphModule) -> None:
+        """Build every packed constant that ``gm`` uses and set it as its attribute.
+
+        Call it for all graphs before :meth:`release`; a packed weight that another graph already built is
+        shared.
+        """
+        for label, recipe in recipes(gm.graph).items():
+            if label not in self._packed:
+                self._packed[label] = self._build(gm, label, recipe)
+            setattr(gm, label, self._packed[label])
+        _drop_unused(gm)
+
+    def release(self, *graphs: fx.GraphModule) -> int:
+        """Free the originals that no graph in ``graphs`` reads any more; returns the bytes freed."""
+        if self._keep:
+            return 0
+        read = {id(getattr(gm, str(n.target))) for gm in graphs for n in gm.graph.nodes if n.op == "get_attr"}
+        freed = 0
+        for parameter in self._model.parameters():
+            if id(parameter) not in self._places or id(parameter) in read or id(parameter) in self._released:
+                continue
+            freed += parameter.untyped_storage().nbytes()
+            self._released[id(parameter)] = parameter
+            parameter.data = parameter.data.new_empty(0)
+        if self._hook is None and self._released:
+            # A plain function: torch sets an attribute on the hook.
+            def hook(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+                self._fill_state_dict(module, state, prefix)
+
+            self._hook = self._model.register_state_dict_post_hook(hook)
+        return freed
+
+    def restore(self) -> None:
+        """Give the model its parameters back, bit for bit."""
+        for key, parameter in self._released.items():
+            parameter.data = self._original(self._places[key])
+        self._released.clear()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(t.untyped_storage().nbytes() for t in self._packed.values())
+
+    def _build(self, gm: fx.GraphModule, label: str, recipe: Recipe) -> Tensor:
+        with torch.no_grad():
+            rows = [_rows(self._source(gm, p), p) for p in recipe.parts]
+            stacked = torch.cat(rows) if len(rows) > 1 else rows[0].detach()
+            if not isinstance(recipe, PackedWeight):
+                return stacked
+            start, total, k = 0, stacked.shape[0], stacked.shape[1]
+            for part, piece in zip(recipe.parts, rows, strict=True):
+                n = piece.shape[0]
+                place = _Place(label, start, n, total, k, part.transposed)
+                self._places.setdefault(id(getattr(gm, part.attribute)), place)
+                start += n
+            packed: Tensor = torch.ops.llm42.linear_pack(stacked.contiguous())
+            return packed
+
+    def _source(self, gm: fx.GraphModule, part: Part) -> Tensor:
+        tensor = getattr(gm, part.attribute)
+        if id(tensor) in self._released:
+            return self._original(self._places[id(tensor)])
+        if not isinstance(tensor, Tensor):
+            raise WeightsError(f"{part.attribute} is no tensor")
+        return tensor
+
+    def _original(self, place: _Place) -> Tensor:
+        whole = torch.ops.llm42.linear_unpack(self._packed[place.label], place.total, place.k)
+        rows = whole[place.start : place.start + place.rows]
+        return (rows.t() if place.transposed else rows).clone(memory_format=torch.contiguous_format)
+
+    def _fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Put the originals where ``state_dict`` found released parameters."""
+        names = {name: p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in self._released}
+        made: dict[int, Tensor] = {}  # tied parameters stay tied
+        for name, parameter in names.items():
+            if prefix + name in state:
+                key = id(parameter)
+                made.setdefault(key, self._original(self._places[key]))
+                state[prefix + name] = made[key]
+
+
+def _rows(tensor: Tensor, part: Part) -> Tensor:
+    return tensor.t() if part.transposed else tensor
+
+
+def _drop_unused(gm: fx.GraphModule) -> None:
+    """Forget the module attributes that the graph does not read, so that nothing holds their memory."""
+    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    for name in [n for n, _ in (*gm.named_parameters(), *gm.named_buffers()) if n not in read]:
+        delattr(gm, name)

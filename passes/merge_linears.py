@@ -1,0 +1,67 @@
+"""Linears that read the same input become one, over stacked weights (packed target).
+
+Cases:
+
+1. q, k and v projection without bias
+2. the same with biases on all of them (Qwen 2): the biases are stacked too
+
+One wide product reads x once and starts one parallel region instead of three. The bits stay: an output
+element is one chain over k, whatever columns stand beside it.
+
+Before and after (x: [1, T, K]; wq: [Nq, K], wk, wv: [Nk, K])::
+
+    q = F.linear(x, wq)          y       = llm42.linear(x, packed(wq‖wk‖wv), None, Nq + 2 Nk)
+    k = F.linear(x, wk)     →    q, k, v = torch.split(y, [Nq, Nk, Nk], dim=-1)
+    v = F.linear(x, wv)
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from llm42c.passes import graph as g
+from llm42c.passes import recipes
+from llm42c.passes.base import Context, PassReport
+from llm42c.passes.linear import Product, product, refusal
+
+
+def _candidates(graph: fx.Graph) -> dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]]:
+    """Linears over parameters, grouped by (input, has a bias)."""
+    groups: dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]] = {}
+    for node in graph.nodes:
+        p = product(node)
+        if p is None or refusal(p, node) or recipes.part(p.weight, p.transposed) is None:
+            continue
+        if p.bias is not None and p.bias.op != "get_attr":
+            continue
+        groups.setdefault((p.x, p.bias is not None), []).append((node, p))
+    return groups
+
+
+def _merge(graph: fx.Graph, members: list[tuple[fx.Node, Product]]) -> None:
+    first = members[0][0]
+    parts = [recipes.Part(str(p.weight.target), p.transposed) for _, p in members]
+    packed = recipes.constant(graph, recipes.PackedWeight(tuple(parts)))
+    bias = None
+    if members[0][1].bias is not None:
+        biases = tuple(recipes.Part(str(p.bias.target)) for _, p in members if p.bias is not None)
+        bias = recipes.constant(graph, recipes.StackedBias(biases))
+    sizes = [g.fake(node).shape[-1] for node, _ in members]
+    args = (members[0][1].x, packed, bias, sum(sizes))
+    merged = g.insert(first, torch.ops.llm42.linear.default, args)
+    pieces = g.insert(first, g.FUNCTIONS["split"], (merged, sizes), {"dim": -1})
+    for i, (node, _) in enumerate(members):
+        g.replace(node, g.insert(first, operator.getitem, (pieces, i), like=node))
+
+
+def merge_linears(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
+    """Merge every group of two or more."""
+    for members in _candidates(graph).values():
+        if len(members) < 2:
+            continue
+        for node, _ in members:
+            report.match(node)
+        _merge(graph, members)
