@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm42c.codegen.ops import activation, linear, norm, paged_attention, reduce, rotary
+from llm42c.codegen.ops import activation, linear, norm, paged_attention, reduce, rotary, sample
 from llm42c.codegen.ops.registry import Operator
 
 OPERATORS: tuple[Operator, ...] = (
@@ -12,4 +12,5 @@ OPERATORS: tuple[Operator, ...] = (
     paged_attention.OP,
     *reduce.OPERATORS,
     rotary.OP,
+    *sample.OPERATORS,
 )
