@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "element.h"
 
@@ -64,26 +65,45 @@ struct HeadShape {
   int64_t panel_dim(int64_t panel) const { return std::max<int64_t>(0, std::min(panel * 16, dim - 16)); }
 };
 
+// f(0), ..., f(N - 1) with constant arguments, so that arrays indexed by them become registers.
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// Makes the compiler forget what it has read through p: it broadcasts again instead of running out of
+// registers.
+[[gnu::always_inline]] inline const float* reread(const float* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 // s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys.
 template <class T, int Rows, int Units>
-inline void score_units(const HeadShape& h, const float* q, const T* const* k, int64_t k_stride,
-                        float* s) {
-  V16 acc[Rows][Units];
-  for (auto& row : acc)
-    for (auto& a : row) a = V16::zero();
+[[gnu::noinline]] void score_units(int64_t dim, float scale, const float* q, const T* const* k, int64_t k_stride,
+                                   float* s) {
+  V16 acc[Units][Rows];
   const T* key[Units];
-  for (int u = 0; u < Units; u++) key[u] = k[u];
-  for (int64_t d = 0; d < h.dim; d++) {
-    V16 x[Units];
-    for (int u = 0; u < Units; u++) x[u] = load_lanes<T>(key[u] + d * k_stride);
-    for (int r = 0; r < Rows; r++) {
-      const V16 qd = V16::set1(q[r * h.dim + d]);
-      for (int u = 0; u < Units; u++) acc[r][u] = fma(qd, x[u], acc[r][u]);
-    }
+  unrolled<Units>([&](auto u) {
+    key[u] = k[u];
+    unrolled<Rows>([&](auto r) { acc[u][r] = V16::zero(); });
+  });
+  for (int64_t d = 0; d < dim; d++, q++) {
+    const float* qd = q;
+    unrolled<Units>([&](auto u) {
+      const V16 x = load_lanes<T>(key[u]);
+      key[u] += k_stride;
+      qd = reread(qd);
+      unrolled<Rows>([&](auto r) { acc[u][r] = fma(V16::set1(qd[r * dim]), x, acc[u][r]); });
+    });
   }
-  const V16 scale = V16::set1(h.scale);
-  for (int r = 0; r < Rows; r++)
-    for (int u = 0; u < Units; u++) (restore_lanes<T>(acc[r][u]) * scale).store(s + r * kSplit + u * kUnit);
+  unrolled<Units>([&](auto u) {
+    unrolled<Rows>([&](auto r) {
+      (restore_lanes<T>(acc[u][r]) * V16::set1(scale)).store(s + r * kSplit + u * kUnit);
+    });
+  });
 }
 
 template <class T, int Rows>
@@ -91,11 +111,11 @@ inline void scores(const HeadShape& h, const SplitKV<T>& kv, const float* q, int
   constexpr int kWide = std::min(4, std::max(1, kAccumulators / Rows));
   int u = unit0;
   for (; u + kWide <= unit1; u += kWide)
-    score_units<T, Rows, kWide>(h, q, kv.k + u, kv.k_stride, s + u * kUnit);
+    score_units<T, Rows, kWide>(h.dim, h.scale, q, kv.k + u, kv.k_stride, s + u * kUnit);
   if constexpr (kWide > 2)
-    for (; u + 2 <= unit1; u += 2) score_units<T, Rows, 2>(h, q, kv.k + u, kv.k_stride, s + u * kUnit);
+    for (; u + 2 <= unit1; u += 2) score_units<T, Rows, 2>(h.dim, h.scale, q, kv.k + u, kv.k_stride, s + u * kUnit);
   if constexpr (kWide > 1)
-    for (; u < unit1; u++) score_units<T, Rows, 1>(h, q, kv.k + u, kv.k_stride, s + u * kUnit);
+    for (; u < unit1; u++) score_units<T, Rows, 1>(h.dim, h.scale, q, kv.k + u, kv.k_stride, s + u * kUnit);
 }
 
 inline void hide(float* s, const Span& span, const uint16_t* visible) {
@@ -133,28 +153,30 @@ inline void softmax(const HeadShape& h, float* s, const Span& span, const uint16
 
 // o[r][panel] += sum of p[r][j] * value j over j in [begin, end), for `Panels` panels from `panel` on.
 template <class T, int Rows, int Panels>
-inline void add_values_panels(const HeadShape& h, const SplitKV<T>& kv, const float* p, int begin, int end,
-                              int64_t panel, float* o) {
-  const int64_t width = h.width();
+[[gnu::noinline]] void add_values_panels(const HeadShape& h, const SplitKV<T>& kv, const float* p, int begin, int end,
+                                         int64_t panel, float* o) {
+  const int64_t width = h.width(), stride = kv.v_stride;
+  o += panel * 16;
   int64_t dim[Panels];
-  V16 acc[Rows][Panels];
-  for (int n = 0; n < Panels; n++) dim[n] = h.panel_dim(panel + n);
-  for (int r = 0; r < Rows; r++)
-    for (int n = 0; n < Panels; n++) acc[r][n] = V16::load(o + r * width + (panel + n) * 16);
+  V16 acc[Panels][Rows];
+  unrolled<Panels>([&](auto n) {
+    dim[n] = h.panel_dim(panel + n);
+    unrolled<Rows>([&](auto r) { acc[n][r] = V16::load(o + r * width + n * 16); });
+  });
   for (int j = begin; j < end;) {
-    const int stop = std::min(end, (j | 15) + 1);
-    const T* v = kv.v[j / kUnit] + (j % kUnit) * kv.v_stride;
-    for (; j < stop; j++, v += kv.v_stride) {
-      V16 x[Panels];
-      for (int n = 0; n < Panels; n++) x[n] = load_lanes<T>(v + dim[n]);
-      for (int r = 0; r < Rows; r++) {
-        const V16 weight = V16::set1(p[r * kSplit + j]);
-        for (int n = 0; n < Panels; n++) acc[r][n] = fma(weight, x[n], acc[r][n]);
-      }
+    const T* v = kv.v[j / kUnit] + (j % kUnit) * stride;
+    for (const int stop = std::min(end, (j | 15) + 1); j < stop; j++, v += stride) {
+      const float* pj = p + j;
+      unrolled<Panels>([&](auto n) {
+        const V16 x = load_lanes<T>(v + dim[n]);
+        pj = reread(pj);
+        unrolled<Rows>([&](auto r) { acc[n][r] = fma(V16::set1(pj[r * kSplit]), x, acc[n][r]); });
+      });
     }
   }
-  for (int r = 0; r < Rows; r++)
-    for (int n = 0; n < Panels; n++) acc[r][n].store(o + r * width + (panel + n) * 16);
+  unrolled<Panels>([&](auto n) {
+    unrolled<Rows>([&](auto r) { acc[n][r].store(o + r * width + n * 16); });
+  });
 }
 
 template <class T, int Rows>
