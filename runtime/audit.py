@@ -1,0 +1,174 @@
+"""Audits: replaying a sample of what certificates vouch for through the verifier graph.
+
+An audit takes a random window of computed positions of a running request and compares KV bits, tokens and
+log-prob bits. What differs names the shape that wrote it. That shape's certificate is revoked, and every
+result that no verifier run has confirmed is taken back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm42c.errors import ConfigError
+from llm42c.packed import KVCache
+from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
+from llm42c.runtime.certificates import Certificates
+from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.packing import Chunk, slots_of
+from llm42c.runtime.request import Request, State
+from llm42c.runtime.sampling import Sampled
+from llm42c.runtime.scheduler import Scheduler, VerifyPlan
+from llm42c.runtime.stats import Stats
+from llm42c.runtime.verifier import VERIFIER, prove, row_problem
+
+REMEMBERED_FINISHES = 1024  # finished requests that a later revocation can still name
+
+
+@dataclass(slots=True)
+class Replay:
+    """An audited chunk and the KV bits that its positions had before the verifier rewrote them."""
+
+    chunk: Chunk
+    slots: Tensor  # [N] int64
+    before: list[Tensor]  # as from `read_kv`
+
+
+class Auditor:
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: KVCache,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        certificates: Certificates,
+        stats: Stats,
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._pool = pool
+        self._scheduler = scheduler
+        self._certificates = certificates
+        self._stats = stats
+        self._credit = 0.0  # certified positions that are due for an audit
+        self._rng = np.random.default_rng(config.audit_seed)
+        self._certified_finishes: deque[str] = deque(maxlen=REMEMBERED_FINISHES)
+
+    def wrote(self, chunk: Chunk, origin: int) -> None:
+        """Remember which shape wrote a chunk's positions; certified ones earn audits."""
+        size, request = self._config.page_size, chunk.request
+        if chunk.num_tokens == 1:
+            self._pool.origin[request.pages[chunk.start // size], chunk.start % size] = origin
+        else:
+            positions = np.arange(chunk.start, chunk.end)
+            self._pool.origin[request.block_row[positions // size], positions % size] = origin
+        if origin == VERIFIER:
+            self._confirm_pages(request)
+        else:
+            self._credit += self._config.audit_fraction * chunk.num_tokens
+
+    def finished(self, request: Request) -> None:
+        """The request left while some of its outputs rest on certificates alone."""
+        if request.deterministic and request.proved_outputs < request.num_outputs:
+            self._certified_finishes.append(request.id)
+
+    def extend(self, plan: VerifyPlan | None) -> VerifyPlan | None:
+        """Add a random window of certified positions to the verifier step, if one is due and fits."""
+        due = self._config.verify_tokens
+        if self._credit < due:
+            return plan
+        plan = plan or VerifyPlan(self._config)
+        candidates = [
+            r
+            for r in self._scheduler.running
+            if r.deterministic and r.proved < r.num_computed and not r.pending and r not in plan
+        ]
+        if candidates and not plan.full:
+            request = candidates[self._rng.integers(len(candidates))]
+            start = int(self._rng.integers(request.num_computed))
+            first_row = max(start, request.prompt_len - 1)
+            end = min(request.num_computed, start + plan.tokens_left, first_row + plan.rows_left)
+            if end > start:
+                plan.add(Chunk(request, start, end, min(first_row, end), audit=True))
+                self._credit = min(self._credit - due, due)
+        return plan if plan.chunks else None
+
+    def before(self, chunk: Chunk) -> Replay:
+        """To be called before the verifier step that holds the audited `chunk`."""
+        slots = torch.from_numpy(
+            slots_of(chunk.request, np.arange(chunk.start, chunk.end), self._config.page_size)
+        )
+        return Replay(chunk, slots, read_kv(self._cache, slots, self._config.page_size))
+
+    def after(self, replay: Replay, sampled: Sampled, first: int) -> None:
+        """Compare; rows of the chunk begin at `first`. Warns (RuntimeWarning) and takes back on a difference.
+
+        Raises ConfigError if what differs was the verifier graph's own work.
+        """
+        chunk = replay.chunk
+        self._stats.audits += 1
+        self._stats.audited_tokens += chunk.num_tokens
+        found = self._first_difference(replay, sampled, first)
+        if found is None:
+            prove(chunk, chunk.num_rows)
+            self._confirm_pages(chunk.request)
+            return
+        position, origin = found
+        shape = self._certificates.shape_of(origin)
+        if shape is None:
+            raise ConfigError(
+                f"the verifier graph is not row independent: its own result at position {position} of "
+                f"{chunk.request.id} has other bits when replayed, so nothing that it commits is deterministic"
+            )
+        self._certificates.revoke(shape)
+        self._stats.suspects += self._certified_finishes
+        self._certified_finishes.clear()
+        warnings.warn(
+            f"certificate of the fast graph at {shape[0]} tokens, {shape[1]} rows revoked: an audit of "
+            f"{chunk.request.id} found other bits at position {position}; unaudited results are taken back",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self._take_back()
+
+    def _first_difference(self, replay: Replay, sampled: Sampled, first: int) -> tuple[int, int] | None:
+        """Position and origin of the first KV entry or output that differs."""
+        chunk, request, size = replay.chunk, replay.chunk.request, self._config.page_size
+        same = kv_rows_equal(replay.before, read_kv(self._cache, replay.slots, size))
+        differing = torch.nonzero(~same)
+        found: tuple[int, int] | None = None
+        if len(differing):
+            position = chunk.start + int(differing[0, 0])
+            found = position, int(self._pool.origin[request.pages[position // size], position % size])
+        for j in range(chunk.num_rows):
+            position = chunk.first_row + j
+            if found is not None and found[0] <= position:
+                break
+            output = position - (request.prompt_len - 1)
+            committed = request.tokens[position + 1], request.logprobs[output]
+            row = first + j
+            replayed = sampled.tokens[row], sampled.logprobs[row]
+            if row_problem(sampled, row) or replayed != committed:
+                return position, request.origins[output]
+        return found
+
+    def _confirm_pages(self, request: Request) -> None:
+        for page in request.pages[: request.proved // self._config.page_size]:
+            self._pool.proved[page] = 1
+
+    def _take_back(self) -> None:
+        """Return every deterministic request to what the verifier graph itself computed."""
+        self._pool.drop_unproved()
+        for request in (*self._scheduler.running, *self._scheduler.waiting):
+            if request.deterministic and (
+                request.proved_outputs < request.num_outputs or request.proved < request.num_computed
+            ):
+                self._stats.rollbacks += 1
+                request.take_back_unproved()
+                if request.state is State.RUNNING:
+                    self._scheduler.preempt(request)

@@ -1,0 +1,134 @@
+"""Paged KV: page allocation, reference counts, and the canonical prefix cache.
+
+A page holds `page_size` consecutive positions of one sequence. Full pages of canonical KV may be shared: they
+are found by a hash chained over (contract, token ids from position 0), so equal keys mean equal bits. Pages
+that nobody references but that the cache still knows are evicted in least-recently-used order when the free
+list is empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm42c.packed import KVCache
+
+
+class BlockPool:
+    def __init__(self, num_pages: int, page_size: int, salt: bytes) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.refs = [0] * num_pages
+        self.proved = bytearray(num_pages)  # 1: every position was written (or audited) by the verifier graph
+        # Which shape wrote a position: 0 = verifier, else an id that the certificates know.  [num_pages,
+        # page_size]
+        self.origin = np.zeros((num_pages, page_size), dtype=np.int32)
+        self._salt = hashlib.blake2b(salt, digest_size=16).digest()
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # cached, unreferenced, oldest first
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that `allocate` can still hand out."""
+        return len(self._free) + len(self._idle)
+
+    def allocate(self) -> int | None:
+        """A page with one reference, or None when all are referenced."""
+        if self._free:
+            page = self._free.pop()
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            self._forget(page)
+        else:
+            return None
+        self.refs[page] = 1
+        self.proved[page] = 0
+        return page
+
+    def retain(self, page: int) -> None:
+        if self.refs[page] == 0:
+            del self._idle[page]
+        self.refs[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give back a reference of each page; a sequence's end becomes evictable before its beginning."""
+        for page in reversed(pages):
+            self.refs[page] -= 1
+            if self.refs[page] == 0:
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def key(self, parent: bytes | None, tokens: Sequence[int]) -> bytes:
+        """Cache key of the full page `tokens` that follows the page with key `parent` (None: first page)."""
+        data = np.asarray(tokens, dtype=np.int64).tobytes()
+        return hashlib.blake2b((parent or self._salt) + data, digest_size=16).digest()
+
+    def lookup(self, key: bytes) -> int | None:
+        return self._page_of.get(key)
+
+    def is_idle(self, page: int) -> bool:
+        return self.refs[page] == 0
+
+    def register(self, page: int, key: bytes, proved: bool) -> None:
+        """Offer a full canonical page for sharing; the first page of a key stays the shared one."""
+        self.proved[page] = proved
+        if key not in self._page_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def drop_unproved(self) -> None:
+        """Stop sharing every page that only a certificate vouches for."""
+        for page in [p for p in self._key_of if not self.proved[p]]:
+            self._forget(page)
+            if self.refs[page] == 0:
+                del self._idle[page]
+                self._free.append(page)
+
+    def _forget(self, page: int) -> None:
+        del self._page_of[self._key_of.pop(page)]
+
+
+def read_kv(cache: KVCache, slots: Tensor, page_size: int) -> list[Tensor]:
+    """KV at `slots` [N] int64 (page * page_size + offset): for each layer k then v, each [N, num_kv_heads,
+    head_dim].
+    """
+    pages, offsets = slots // page_size, slots % page_size
+    found = []
+    for k, v in zip(cache.k, cache.v, strict=True):
+        found.append(k[pages, :, :, offsets])  # k: [num_pages, H, D, page]
+        found.append(v[pages, :, offsets])  # v: [num_pages, H, page, D]
+    return found
+
+
+def kv_rows_equal(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Which of N positions have equal bits in every layer. Both as from `read_kv`; returns [N] bool."""
+    same = torch.ones(a[0].shape[0], dtype=torch.bool)
+    for x, y in zip(a, b, strict=True):
+        same &= (as_bits(x) == as_bits(y)).flatten(1).all(dim=1)
+    return same
+
+
+def as_bits(x: Tensor) -> Tensor:
+    """`x` seen as integers of the same width, so that NaN equals NaN and -0 differs from 0."""
+    if not x.dtype.is_floating_point:
+        return x
+    return x.contiguous().view(
+        {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[x.element_size()]
+    )
+
+
+def kv_digest(cache: KVCache, slots: Tensor, page_size: int) -> str:
+    """Digest of the KV bits at `slots`, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in read_kv(cache, slots, page_size):
+        digest.update(as_bits(part).contiguous().numpy().tobytes())
+    return digest.hexdigest()

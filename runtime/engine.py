@@ -1,0 +1,364 @@
+"""The engine: schedule → pack → run → sample → (commit | propose | verify) → deliver.
+
+`step` is the whole of it; everything else here is a request's way in and out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm42c.errors import ConfigError, RequestError
+from llm42c.packed import PackedModel
+from llm42c.runtime import verifier as verification
+from llm42c.runtime.audit import Auditor
+from llm42c.runtime.block_pool import BlockPool, kv_digest
+from llm42c.runtime.certificates import Certificates
+from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.contract import Contract, engine_contract
+from llm42c.runtime.intake import Limits, check_limits, check_prompt
+from llm42c.runtime.outputs import RequestOutput
+from llm42c.runtime.packing import Chunk, Packer, slots_of
+from llm42c.runtime.probe import Probe
+from llm42c.runtime.processors import Decode, TextState
+from llm42c.runtime.request import Request, State
+from llm42c.runtime.sampling import MAX_SEED, RowSampler, Sampled, Sampler, SamplingParams, operator_sampler
+from llm42c.runtime.scheduler import FastPlan, Scheduler
+from llm42c.runtime.stats import Stats
+
+
+class Engine:
+    """Continuous batching of deterministic and ordinary requests over one paged KV cache.
+
+    `fast` runs at bucketed shapes, `verifier` always at (verify_tokens, verify_seqs, verify_rows); both read
+    and write the same cache. `sampler` defaults to the llm42 operators; `decode` turns token ids
+    into text and is needed for stop strings; `contract` defaults to what can be known from the arguments. Not
+    thread-safe.
+
+    Raises ConfigError when the configuration cannot work or the verifier graph is not row independent.
+    """
+
+    def __init__(
+        self,
+        fast: PackedModel,
+        verifier: PackedModel,
+        config: EngineConfig,
+        *,
+        sampler: Sampler | None = None,
+        decode: Decode | None = None,
+        contract: Contract | None = None,
+    ) -> None:
+        if (fast.vocab_size, fast.dtype) != (verifier.vocab_size, verifier.dtype):
+            raise ConfigError("the fast and the verifier graph have different vocabularies or dtypes")
+        self.config = config
+        self.contract = contract or engine_contract(verifier, config)
+        context = min(config.max_model_len or 1 << 62, verifier.max_position_embeddings)
+        num_pages = config.num_pages or config.kv_cache_bytes // verifier.kv_bytes_per_page(config.page_size)
+        if num_pages < 1:
+            raise ConfigError(f"kv_cache_bytes ({config.kv_cache_bytes}) does not hold one page")
+        self.limits = Limits(verifier.vocab_size, context, num_pages, config.page_size, decode is not None)
+        self._fast, self._verifier = fast, verifier
+        self._cache = verifier.new_kv_cache(num_pages, config.page_size)
+        self._decode = decode
+        self._stats = Stats()
+        self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
+        self.certificates = Certificates(
+            config, self.contract, Probe(fast, verifier, config, context), self._stats
+        )
+        self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats)
+        self._auditor = Auditor(
+            config, self._cache, self._pool, self._scheduler, self.certificates, self._stats
+        )
+        self._max_pages = -(-context // config.page_size)
+        top, size = config.token_buckets[-1], config.page_size
+        self._fast_packer = Packer(top, config.max_num_seqs, top, self._max_pages, size)
+        self._verify_packer = Packer(
+            config.verify_tokens, config.verify_seqs, config.rows, self._max_pages, size
+        )
+        sampler = sampler or operator_sampler()
+        # One for each kind of step, because each remembers the parameters of its last batch.
+        self._sample_fast, self._sample_verify = RowSampler(sampler), RowSampler(sampler)
+        self._requests: dict[str, Request] = {}
+        self._touched: dict[str, Request] = {}  # with something new to deliver
+        self._arrivals = itertools.count()
+        if config.certify == "startup":
+            self.certify()
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        deterministic: bool = True,
+        request_id: str | None = None,
+        contract: str | Contract | None = None,
+        stream: bool = True,
+    ) -> str:
+        """Queue a request; returns its id. Raises RequestError (ContractMismatchError) and changes nothing.
+
+        With `stream=False` only the finished output is delivered, so that even a revoked certificate can be
+        repaired before the user sees a token.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be a SamplingParams, not {type(params).__name__}")
+        if contract is not None:
+            self.contract.require(contract)
+        arrival = next(self._arrivals)
+        request_id = f"request-{arrival}" if request_id is None else request_id
+        if not isinstance(request_id, str) or not request_id:
+            raise RequestError(f"request_id must be a non-empty string, not {request_id!r}")
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use")
+        prompt = check_prompt(prompt_ids, self.limits)
+        max_tokens = check_limits(prompt, params, self.limits)
+        text = TextState(self._decode, params.stop) if self._decode and params.detokenize else None
+        seed = params.seed
+        if seed is None:
+            seed = params.derived_seed(prompt) if deterministic else secrets.randbelow(MAX_SEED + 1)
+        request = Request(
+            request_id,
+            arrival,
+            prompt,
+            params,
+            deterministic=deterministic,
+            stream=stream,
+            seed=seed,
+            max_tokens=max_tokens,
+            eos_ids=frozenset(self.config.eos_token_ids),
+            max_pages=self._max_pages,
+            text=text,
+        )
+        self._requests[request_id] = request
+        self._scheduler.add(request)
+        return request_id
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and free its pages; nothing more is delivered for it. False if it is not running."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        self._touched.pop(request_id, None)
+        if request.state is not State.FINISHED:
+            self._scheduler.remove(request)
+            self._stats.aborted += 1
+        return True
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        deterministic: bool = True,
+    ) -> list[RequestOutput]:
+        """Run `prompts` to their ends, and whatever else is queued along with them; finished outputs in
+        order.
+        """
+        each = (
+            [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        )
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        ids: list[str] = []
+        try:
+            for prompt, p in zip(prompts, each, strict=True):
+                ids.append(self.submit(prompt, p, deterministic=deterministic, stream=False))
+        except RequestError:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        done: dict[str, RequestOutput] = {}
+        while len(done) < len(ids):
+            done |= {o.request_id: o for o in self.step() if o.request_id in ids}
+        return [done[i] for i in ids]
+
+    def certify(self) -> None:
+        """Check the verifier graph and settle the state of every shape now, instead of along the way."""
+        start = time.perf_counter()
+        self.certificates.check_verifier()
+        if self.certificates.enabled:
+            self.certificates.probe_all()
+        self._stats.seconds_probe += time.perf_counter() - start
+        self._stats.seconds_total += time.perf_counter() - start
+
+    def stats(self) -> Stats:
+        return self._stats
+
+    def kv_digest(self, request_id: str, num_positions: int | None = None) -> str:
+        """Digest of the KV bits of a running request's leading computed positions."""
+        request = self._requests[request_id]
+        count = request.num_computed if num_positions is None else min(num_positions, request.num_computed)
+        return kv_digest(self._cache, self._slots(request, 0, count), self.config.page_size)
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run at most one fast and one verifier batch; returns what is new, request by request."""
+        start = time.perf_counter()
+        self._stats.steps += 1
+        if not self.certificates.verifier_checked and any(r.deterministic for r in self._requests.values()):
+            self._timed_probe(self.certificates.check_verifier)
+        fast = self._scheduler.plan_fast()
+        if fast is not None:
+            self._run_fast(fast)
+        verify = self._auditor.extend(self._scheduler.plan_verify())
+        if verify is not None:
+            self._run_verifier(verify.chunks)
+        if self.certificates.enabled:
+            self._timed_probe(self.certificates.advance)
+        outputs = self._deliver()
+        self._stats.seconds_total += time.perf_counter() - start
+        return outputs
+
+    def _run_fast(self, plan: FastPlan) -> None:
+        stats = self._stats
+        inputs = self._fast_packer.pack(plan.chunks, plan.num_tokens, plan.num_rows)
+        start = time.perf_counter()
+        logits = self._fast.forward(inputs, self._cache)
+        middle = time.perf_counter()
+        sampled = self._sample_fast(logits, plan.chunks)
+        stats.seconds_fast += middle - start
+        stats.seconds_sample += time.perf_counter() - middle
+        stats.fast_steps += 1
+        row = tokens = 0
+        origin = self.certificates.origin_id(plan.shape) if plan.commits else 0
+        for chunk in plan.chunks:
+            request = chunk.request
+            if not request.deterministic:
+                request.num_computed = chunk.end
+                if chunk.num_rows:
+                    stats.ordinary_tokens += 1
+                    self._commit_fast(request, sampled, row, origin)
+            elif plan.commits and not request.pending:
+                self._auditor.wrote(chunk, origin)
+                request.num_computed = chunk.end
+                self._scheduler.share(request)
+                if chunk.num_rows:
+                    stats.certified_tokens += 1
+                    self._commit_fast(request, sampled, row, origin)
+            else:
+                self._propose(request, sampled, row, plan.commits)
+            row += chunk.num_rows
+            tokens += chunk.num_tokens
+        stats.fast_tokens += tokens
+        stats.fast_padding += plan.num_tokens - tokens
+
+    def _commit_fast(self, request: Request, sampled: Sampled, row: int, origin: int) -> None:
+        problem = verification.row_problem(sampled, row)
+        if problem is not None:
+            request.fail(problem)
+        else:
+            request.commit(sampled.tokens[row], sampled.logprobs[row], sampled.tops.get(row), origin)
+        self._touch(request)
+
+    def _propose(self, request: Request, sampled: Sampled, row: int, certified: bool) -> None:
+        if verification.row_problem(sampled, row) is not None:
+            request.blocked = True  # perhaps only because an earlier proposal is wrong: the verifier decides
+        else:
+            self._stats.speculated_tokens += 1
+            request.propose(sampled.tokens[row])
+        request.drain = certified
+
+    def _run_verifier(self, chunks: list[Chunk]) -> None:
+        stats, config = self._stats, self.config
+        inputs = self._verify_packer.pack(chunks, config.verify_tokens, config.rows)
+        replays = [self._auditor.before(c) for c in chunks if c.audit]
+        start = time.perf_counter()
+        logits = self._verifier.forward(inputs, self._cache)
+        middle = time.perf_counter()
+        sampled = self._sample_verify(logits, chunks)
+        stats.seconds_verify += middle - start
+        stats.seconds_sample += time.perf_counter() - middle
+        stats.verifier_steps += 1
+        tokens = sum(c.num_tokens for c in chunks)
+        stats.verifier_tokens += tokens
+        stats.verifier_padding += config.verify_tokens - tokens
+        starts = itertools.accumulate((c.num_rows for c in chunks), initial=0)
+        first = {id(c): row for c, row in zip(chunks, starts, strict=False)}
+        # Audits first: a revocation takes back the ground that other chunks of this step stood on.
+        for replay in replays:
+            self._auditor.after(replay, sampled, first[id(replay.chunk)])
+        for chunk in chunks:
+            if not chunk.audit and chunk.request.state is State.RUNNING:
+                self._accept(chunk, sampled, first[id(chunk)])
+
+    def _accept(self, chunk: Chunk, sampled: Sampled, first: int) -> None:
+        request, stats = chunk.request, self._stats
+        verdict = verification.accept(chunk, sampled, first)
+        self._auditor.wrote(chunk, verification.VERIFIER)
+        self._scheduler.share(request)
+        stats.verified_tokens += verdict.committed
+        stats.rollbacks += verdict.rolled_back
+        stats.recomputed_tokens += verdict.dropped
+        if verdict.committed or verdict.finished:
+            self._touch(request)
+
+    def _touch(self, request: Request) -> None:
+        """The request has news; if it ended, it leaves."""
+        self._touched[request.id] = request
+        if request.finish_reason is None:
+            return
+        self._scheduler.remove(request)
+        request.drop_pending()
+        if request.text is not None:
+            request.text.finish(isinstance(request.stop_reason, str), request.params.include_stop)
+        if request.finish_reason == "error":
+            self._stats.failed += 1
+        else:
+            self._stats.finished += 1
+        self._auditor.finished(request)
+
+    def _deliver(self) -> list[RequestOutput]:
+        outputs = []
+        for request in self._touched.values():
+            finished = request.finish_reason is not None
+            if finished:
+                del self._requests[request.id]
+            elif not request.stream or request.delivered >= request.num_outputs:
+                continue
+            outputs.append(self._output(request, finished))
+        self._touched.clear()
+        return outputs
+
+    def _output(self, request: Request, finished: bool) -> RequestOutput:
+        done = request.delivered
+        output = RequestOutput(
+            request.id,
+            request.tokens[request.prompt_len + done :],
+            request.logprobs[done:],
+            request.top_logprobs[done:] if request.params.logprobs is not None else None,
+        )
+        request.delivered = max(done, request.num_outputs)
+        if request.text is not None:
+            shown = len(request.text.text) if finished else request.text.safe_length()
+            output.new_text = request.text.text[request.text_sent : shown]
+            request.text_sent = max(request.text_sent, shown)
+        if finished:
+            output.finished = True
+            output.finish_reason = request.finish_reason
+            output.stop_reason = request.stop_reason
+            output.error = request.error
+            output.prompt_token_ids = request.tokens[: request.prompt_len]
+            output.token_ids = request.outputs
+            output.logprobs = request.logprobs
+            output.top_logprobs = request.top_logprobs if request.params.logprobs is not None else None
+            output.text = request.text.text if request.text is not None else ""
+        return output
+
+    def _timed_probe(self, probe: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        probe()
+        self._stats.seconds_probe += time.perf_counter() - start
+
+    def _slots(self, request: Request, start: int, end: int) -> Tensor:
+        return torch.from_numpy(slots_of(request, np.arange(start, end), self.config.page_size))

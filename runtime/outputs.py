@@ -1,0 +1,34 @@
+"""What the engine hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "error"]
+TopLogprobs = list[tuple[int, float]]  # (token id, log-prob), most likely first, ties by token id
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """News of one request after a step.
+
+    `new_*` extend what earlier outputs delivered and are never taken back. The complete `token_ids`,
+    `logprobs`, `top_logprobs` and `text` are filled in the output that has `finished` set. Log-probs are
+    exact float32 values.
+    """
+
+    request_id: str
+    new_token_ids: list[int]
+    new_logprobs: list[float]
+    new_top_logprobs: list[TopLogprobs] | None = None
+    new_text: str = ""
+    finished: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the token id or string that ended it
+    error: str | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] | None = None
+    text: str = ""

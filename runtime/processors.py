@@ -1,0 +1,132 @@
+"""What a request's own parameters do to its logits and its text. Pure functions of the row and the token
+history, so a rollback has nothing to undo; `TextState` is copied before it may see proposals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llm42c.runtime.request import Request
+
+Decode = Callable[[list[int]], str]
+
+
+def process_row(request: Request, row: Tensor, history: list[int]) -> Tensor:
+    """Logits to sample from. `row`: [V] fp32 (not modified); `history`: prompt + outputs before this row's
+    token.
+
+    Order: repetition penalty, frequency and presence penalty, logit bias, the user's processors, min_tokens.
+    Raises whatever a user's processor raises.
+    """
+    params = request.params
+    output = history[request.prompt_len :]
+    row = row.clone()
+    if params.repetition_penalty != 1.0:
+        apply_repetition_penalty(row, history, params.repetition_penalty)
+    if output and (params.frequency_penalty or params.presence_penalty):
+        apply_count_penalties(row, output, params.frequency_penalty, params.presence_penalty)
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+    for processor in params.logits_processors:
+        row = _checked(processor(list(history), row), row.shape[0])
+    if len(output) < params.min_tokens and request.stop_ids:
+        row[torch.tensor(sorted(request.stop_ids), dtype=torch.int64)] = -torch.inf
+    return row
+
+
+def apply_repetition_penalty(row: Tensor, history: Sequence[int], penalty: float) -> None:
+    """In place on `row` [V]: positive logits of seen tokens are divided, others multiplied (CTRL, section
+    4.1).
+    """
+    seen = torch.from_numpy(np.unique(np.asarray(history, dtype=np.int64)))
+    values = row[seen]
+    row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def apply_count_penalties(row: Tensor, output: Sequence[int], frequency: float, presence: float) -> None:
+    """In place on `row` [V]: minus count * frequency, minus presence, for tokens in the output."""
+    seen, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
+    ids = torch.from_numpy(seen)
+    row[ids] = row[ids] - torch.from_numpy(counts.astype(np.float32)) * frequency - presence
+
+
+def _checked(row: Tensor, vocab_size: int) -> Tensor:
+    if not isinstance(row, Tensor) or row.shape != (vocab_size,) or not row.dtype.is_floating_point:
+        raise TypeError(f"a logits processor must return a float tensor of shape [{vocab_size}]")
+    return row.float().clone()
+
+
+class TextState:
+    """Text of the outputs so far, decoded token by token, and the stop strings looked for in it.
+
+    The text is a function of the sequence of tokens pushed, however they were grouped into steps. A token
+    that ends inside a multi-byte character shows once the character is complete.
+    """
+
+    __slots__ = ("_decode", "_hold", "_read", "_stops", "_window", "cut", "text")
+
+    def __init__(self, decode: Decode, stops: tuple[str, ...]) -> None:
+        self._decode = decode
+        self._stops = stops
+        self._hold = max((len(s) for s in stops), default=1) - 1
+        self._window: list[int] = []  # the last tokens whose text may still change
+        self._read = 0  # how many of them the text already shows
+        self.text = ""
+        self.cut: tuple[int, int] | None = None  # where the last matched stop string begins and ends
+
+    def push(self, token: int) -> str | None:
+        """Take one more token; returns the stop string that it completes, if any."""
+        self._window.append(token)
+        shown = self._decode(self._window[: self._read])
+        text = self._decode(self._window)
+        if len(text) <= len(shown) or text.endswith("\ufffd"):
+            return None
+        old = len(self.text)
+        self.text += text[len(shown) :]
+        del self._window[: self._read]
+        self._read = len(self._window)
+        return self._match(old)
+
+    def _match(self, old: int) -> str | None:
+        """The leftmost stop string that ends after position `old`."""
+        found: tuple[int, str] | None = None
+        for stop in self._stops:
+            at = self.text.find(stop, max(0, old - len(stop) + 1))
+            if at >= 0 and (found is None or at < found[0]):
+                found = (at, stop)
+        if found is None:
+            return None
+        self.cut = (found[0], found[0] + len(found[1]))
+        return found[1]
+
+    def safe_length(self) -> int:
+        """Characters that no later stop string can take back."""
+        return max(0, len(self.text) - self._hold)
+
+    def finish(self, stopped: bool, include_stop: bool) -> None:
+        """The request ended: cut at the stop string, or show what an incomplete character hides."""
+        if stopped and self.cut is not None:
+            self.text = self.text[: self.cut[1] if include_stop else self.cut[0]]
+            return
+        shown = self._decode(self._window[: self._read])
+        self.text += self._decode(self._window)[len(shown) :]
+
+    def copy(self) -> TextState:
+        twin = TextState(self._decode, self._stops)
+        twin._window, twin._read = list(self._window), self._read
+        twin.text, twin.cut = self.text, self.cut
+        return twin
+
+    def restart(self, tokens: Sequence[int]) -> TextState:
+        """A state that has seen exactly `tokens`."""
+        fresh = TextState(self._decode, self._stops)
+        for token in tokens:
+            fresh.push(token)
+        return fresh

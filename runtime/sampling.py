@@ -1,0 +1,287 @@
+"""Sampling parameters, and the choice of tokens for the rows of a step.
+
+Every row is drawn by one path whatever shares the step: (row of logits, the request's own parameters, seed,
+position). Log-probs are of the raw logits, before penalties, bias and temperature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm42c.errors import RequestError
+from llm42c.runtime.outputs import TopLogprobs
+from llm42c.runtime.processors import process_row
+
+if TYPE_CHECKING:
+    from llm42c.runtime.packing import Chunk
+    from llm42c.runtime.request import Request
+
+# (prompt + output token ids so far, logits [V] fp32) -> logits [V]. Must be a pure function: it may be called
+# on proposals that are thrown away later.
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Raises RequestError from the constructor.
+
+    `temperature` 0 is greedy. Without a `seed`, a deterministic request derives one from its prompt and
+    parameters (so that it stays a function of the request alone); an ordinary one gets a random seed.
+    `repetition_penalty` counts prompt and output as Hugging Face does; `frequency_penalty` and
+    `presence_penalty` count the output only, as the OpenAI API does. `min_tokens` masks end-of-sequence and
+    stop ids, and ignores stop strings, until that many tokens came out. `logprobs=k` reports the k most
+    likely tokens of every step.
+    """
+
+    max_tokens: int | None = None  # None: up to the model's context
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False  # keep the stop string in the text
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("stop_token_ids", "stop", "logits_processors"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if not isinstance(value, Sequence):
+                raise RequestError(f"{name} must be a list or tuple, not {type(value).__name__}")
+            object.__setattr__(self, name, tuple(value))
+        self._check_numbers()
+        self._check_collections()
+        self._check_conflicts()
+
+    def _check_numbers(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, None)
+        _integer("min_tokens", self.min_tokens, 0, None)
+        _integer("top_k", self.top_k, 0, None)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, MAX_SEED)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, None)
+        _real("temperature", self.temperature, 0.0, math.inf)
+        _real("top_p", self.top_p, 0.0, 1.0, above=True)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+
+    def _check_collections(self) -> None:
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0, None)
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise RequestError("stop must hold non-empty strings")
+        if any(not callable(p) for p in self.logits_processors):
+            raise RequestError("logits_processors must hold callables (token_ids, logits) -> logits")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise RequestError("logit_bias must be a dict of token id to number")
+            for token, bias in self.logit_bias.items():
+                _integer("logit_bias token id", token, 0, None)
+                _real(f"logit_bias[{token}]", bias, -1e6, 1e6)
+
+    def _check_conflicts(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})")
+        if self.temperature == 0.0 and (self.top_k > 1 or self.top_p < 1.0 or self.min_p > 0.0):
+            raise RequestError("top_k, top_p and min_p have no effect at temperature 0; set temperature > 0")
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True")
+
+    @property
+    def processes_logits(self) -> bool:
+        """Whether rows must be rewritten before sampling."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.logit_bias
+            or self.min_tokens
+            or self.logits_processors
+        )
+
+    def derived_seed(self, prompt: Sequence[int]) -> int:
+        """A seed in [0, 2^63) that is a function of the prompt and of every parameter but user callables."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values.pop("logits_processors")
+        values["logit_bias"] = sorted((self.logit_bias or {}).items())
+        text = json.dumps([list(prompt), values], sort_keys=True)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & MAX_SEED
+
+
+def _integer(name: str, value: Any, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be an integer, not {value!r}")
+    if value < low or (high is not None and value > high):
+        raise RequestError(
+            f"{name} must be {f'in [{low}, {high}]' if high is not None else f'>= {low}'}, not {value}"
+        )
+
+
+def _real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        raise RequestError(f"{name} must be finite and in {'(' if above else '['}{low}, {high}], not {value}")
+
+
+class Sampler(Protocol):
+    """Row-independent choice of tokens; the operators of `torch.ops.llm42` by default."""
+
+    def sample(
+        self,
+        logits: Tensor,  # [R, V]
+        temperature: Tensor,  # [R] float32, 0 = greedy
+        top_k: Tensor,  # [R] int32, 0 = off
+        top_p: Tensor,  # [R] float32, 1 = off
+        min_p: Tensor,  # [R] float32, 0 = off
+        seed: Tensor,  # [R] int64
+        position: Tensor,  # [R] int64
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [R] int64 (-1: the row holds NaN or no finite value), their log-probs [R] float32."""
+        ...
+
+    def token_logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probs [R] float32 of `tokens` [R], with the bits that `sample` gives."""
+        ...
+
+    def top_logprobs(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k greatest log-probs of each row, descending, ties by index: [R, k] float32, [R, k] int64."""
+        ...
+
+
+def operator_sampler() -> Sampler:
+    """The operators `llm42::sample`, `llm42::token_logprobs` and `llm42::top_logprobs`."""
+    from llm42c.codegen.ops import registry
+
+    registry.load()
+    sampler: Sampler = torch.ops.llm42
+    return sampler
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One entry a row, in the order of the chunks' rows."""
+
+    tokens: list[int]  # -1: the row holds NaN or no finite value
+    logprobs: list[float]
+    tops: dict[int, TopLogprobs]  # rows of requests that asked for `logprobs`
+    errors: dict[int, str]  # rows whose logits processors failed; their token means nothing
+
+
+@dataclass(slots=True)
+class _Params:
+    """Per-row parameter tensors of one list of requests, kept while the list stays the same."""
+
+    requests: list[Request]
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    special: list[int]  # rows that need processing or top log-probs
+
+
+class RowSampler:
+    """Samples the rows of a step, rewriting those whose requests have penalties, bias or processors."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._params: _Params | None = None
+
+    def __call__(self, logits: Tensor, chunks: Sequence[Chunk]) -> Sampled:
+        """`logits` [R', V] with R' >= rows of `chunks`; only the leading rows are read."""
+        rows = [(c.request, p + 1) for c in chunks for p in range(c.first_row, c.end)]
+        params = self._row_params([r for r, _ in rows])
+        position = torch.from_numpy(np.array([p for _, p in rows], dtype=np.int64))
+        logits = logits[: len(rows)]
+        token, logprob = self._draw(logits, params, position)
+        result = Sampled(token.tolist(), logprob.tolist(), {}, {})
+        if params.special:
+            self._special(logits, rows, params, position, result)
+        return result
+
+    def _row_params(self, requests: list[Request]) -> _Params:
+        if self._params is not None and self._params.requests == requests:
+            return self._params
+        p = [r.params for r in requests]
+        self._params = _Params(
+            requests,
+            temperature=torch.tensor([x.temperature for x in p], dtype=torch.float32),
+            top_k=torch.tensor([x.top_k for x in p], dtype=torch.int32),
+            top_p=torch.tensor([x.top_p for x in p], dtype=torch.float32),
+            min_p=torch.tensor([x.min_p for x in p], dtype=torch.float32),
+            seed=torch.tensor([r.seed for r in requests], dtype=torch.int64),
+            special=[i for i, r in enumerate(requests) if r.processed or r.params.logprobs is not None],
+        )
+        return self._params
+
+    def _draw(
+        self, logits: Tensor, p: _Params, position: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        args = (p.temperature, p.top_k, p.top_p, p.min_p, p.seed, position)
+        if rows is not None:
+            args = (*(a[rows] for a in args),)  # type: ignore[assignment]
+        return self._sampler.sample(logits, *args)
+
+    def _special(
+        self,
+        logits: Tensor,
+        rows: list[tuple[Request, int]],
+        params: _Params,
+        position: Tensor,
+        result: Sampled,
+    ) -> None:
+        """Redo processed rows on rewritten logits, and collect the most likely tokens where asked for."""
+        redo: list[int] = []
+        rewritten: list[Tensor] = []
+        for i in params.special:
+            request, length = rows[i]
+            if request.processed and result.tokens[i] >= 0:
+                try:
+                    rewritten.append(process_row(request, logits[i].float(), request.token_slice(0, length)))
+                    redo.append(i)
+                except Exception as error:
+                    result.errors[i] = f"{type(error).__name__}: {error}"
+        if redo:
+            index = torch.tensor(redo)
+            tokens, _ = self._draw(torch.stack(rewritten), params, position, index)
+            logprobs = self._sampler.token_logprobs(logits[index], tokens.clamp(min=0))
+            for i, token, logprob in zip(redo, tokens.tolist(), logprobs.tolist(), strict=True):
+                result.tokens[i], result.logprobs[i] = token, logprob
+        for i in params.special:
+            k = rows[i][0].params.logprobs
+            if k is not None:
+                result.tops[i] = self._top(logits[i : i + 1], min(k, logits.shape[1]))
+
+    def _top(self, row: Tensor, k: int) -> TopLogprobs:
+        if k == 0:
+            return []
+        values, ids = self._sampler.top_logprobs(row, k)
+        return list(zip(ids[0].tolist(), values[0].tolist(), strict=True))

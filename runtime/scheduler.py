@@ -1,0 +1,310 @@
+"""Which rows run next. First come, first served; memory is taken back from the newest request first.
+
+Each step runs at most one fast batch and one verifier batch. The fast batch holds a row for every request
+that can decode, then prompt chunks that fill a bucket. A deterministic prompt goes there only if the bucket's
+results commit; otherwise, like every window of proposals, it goes to the verifier.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llm42c.runtime.block_pool import BlockPool
+from llm42c.runtime.certificates import Certificates
+from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.packing import Chunk
+from llm42c.runtime.request import Request, State
+from llm42c.runtime.stats import Stats
+
+# Padding of up to this many tokens is cheaper than another pass over the weights.
+PADDING_SLACK = 8
+
+
+@dataclass(slots=True)
+class FastPlan:
+    chunks: list[Chunk]
+    num_tokens: int  # bucket
+    num_rows: int  # bucket
+    commits: bool  # the bucket is certified: results of deterministic requests are final
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_tokens, self.num_rows
+
+
+class Scheduler:
+    def __init__(
+        self, config: EngineConfig, pool: BlockPool, certificates: Certificates, stats: Stats
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._certificates = certificates
+        self._stats = stats
+        self._buckets = config.token_buckets
+        self.waiting: list[Request] = []  # both in order of arrival
+        self.running: list[Request] = []
+        self._deferred: list[Request] = []  # prompts that the verifier has to continue in this step
+
+    # -- requests come and go --------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        bisect.insort(self.waiting, request, key=_arrival)
+
+    def remove(self, request: Request) -> None:
+        """Forget a finished, failed or aborted request and free its pages."""
+        (self.running if request.state is State.RUNNING else self.waiting).remove(request)
+        self._free(request)
+        request.state = State.FINISHED
+
+    def preempt(self, request: Request) -> int:
+        """Take a request's pages; it keeps what is committed. Returns how many proposals were lost."""
+        self.running.remove(request)
+        self._free(request)
+        request.state = State.WAITING
+        self.add(request)
+        return request.drop_pending()
+
+    def _free(self, request: Request) -> None:
+        self._pool.release(request.pages)
+        request.pages = []
+        request.page_keys = []
+        request.num_computed = request.proved = 0
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._config.max_num_seqs:
+            request = self.waiting[0]
+            keys, pages = self._match(request)
+            new = self._pages_for(len(request.tokens)) - len(pages)
+            idle = sum(self._pool.is_idle(p) for p in pages)
+            # A page for each running request, so that an admission does not cause a preemption at once.
+            if self._pool.num_free - idle < new + len(self.running):
+                return
+            del self.waiting[0]
+            request.state = State.RUNNING
+            bisect.insort(self.running, request, key=_arrival)
+            for i, page in enumerate(pages):
+                self._pool.retain(page)
+                _append_page(request, page)
+                if self._pool.proved[page] and request.proved == i * self._config.page_size:
+                    request.proved += self._config.page_size
+            request.page_keys = keys
+            request.num_computed = len(pages) * self._config.page_size
+            self._stats.prefix_hits += len(pages)
+            self._stats.prefix_hit_tokens += request.num_computed
+            self._grow(request, len(request.tokens))
+
+    def _match(self, request: Request) -> tuple[list[bytes], list[int]]:
+        """Keys and pages of the longest cached prefix that leaves the newest token to be computed."""
+        keys: list[bytes] = []
+        pages: list[int] = []
+        if self._config.prefix_cache:
+            size = self._config.page_size
+            for i in range((len(request.tokens) - 1) // size):
+                key = self._pool.key(keys[-1] if keys else None, request.tokens[i * size : (i + 1) * size])
+                page = self._pool.lookup(key)
+                if page is None:
+                    break
+                keys.append(key)
+                pages.append(page)
+        return keys, pages
+
+    def share(self, request: Request) -> None:
+        """Offer the request's full canonical pages to the prefix cache."""
+        if not self._config.prefix_cache:
+            return
+        size, keys = self._config.page_size, request.page_keys
+        while (len(keys) + 1) * size <= request.num_computed:
+            i = len(keys)
+            keys.append(self._pool.key(keys[-1] if keys else None, request.tokens[i * size : (i + 1) * size]))
+            self._pool.register(request.pages[i], keys[i], request.proved >= (i + 1) * size)
+
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def _pages_for(self, num_positions: int) -> int:
+        return -(-num_positions // self._config.page_size)
+
+    def _grow(self, request: Request, num_positions: int) -> bool:
+        """Give the request pages for `num_positions`; False (and what it has stays) when none is free."""
+        while len(request.pages) < self._pages_for(num_positions):
+            page = self._pool.allocate()
+            if page is None:
+                return False
+            _append_page(request, page)
+        return True
+
+    def _secure(self, request: Request, num_positions: int) -> bool:
+        """Like `_grow`, preempting newer requests; False if the request itself had to go."""
+        while not self._grow(request, num_positions):
+            victim = self.running[-1]
+            self._stats.preemptions += 1
+            self._stats.recomputed_tokens += self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    # -- the fast batch --------------------------------------------------------------------------------------
+
+    def plan_fast(self) -> FastPlan | None:
+        self._admit()
+        self._deferred = []
+        decodes, prompts = self._candidates()
+        if any(r.deterministic for r in prompts):
+            plan = self._committing_plan(decodes, prompts)
+            if plan is not None:
+                return plan
+            self._deferred = [r for r in prompts if r.deterministic]
+            prompts = [r for r in prompts if not r.deterministic]
+        if not decodes and not prompts:
+            return None
+        if any(r.deterministic for r in decodes):
+            plan = self._committing_plan(decodes, prompts)
+            if plan is not None:
+                return plan
+        return self._build(decodes, prompts, self._fill(len(decodes), _remaining(prompts)))
+
+    def _candidates(self) -> tuple[list[Request], list[Request]]:
+        """Requests that can take one token, with memory for it, and requests with a prompt to compute."""
+        decodes: list[Request] = []
+        prompts: list[Request] = []
+        for request in list(self.running):
+            if request.state is not State.RUNNING:
+                continue  # preempted for an older request, a moment ago
+            if request.prefilling:
+                prompts.append(request)
+            elif request.spec_done or request.blocked or len(request.pending) >= self._config.pending_limit:
+                continue  # waits for the verifier
+            elif self._secure(request, len(request.tokens) + len(request.pending)):
+                decodes.append(request)
+        return decodes, prompts
+
+    def _fill(self, num_decodes: int, num_prompt_tokens: int) -> int:
+        """The bucket to run: the next larger one if the padding is small, else a smaller one, filled."""
+        want = min(num_decodes + num_prompt_tokens, self._buckets[-1])
+        i = bisect.bisect_left(self._buckets, want)
+        if i > 0 and self._buckets[i] - want > PADDING_SLACK and self._buckets[i - 1] > num_decodes:
+            return self._buckets[i - 1]
+        return self._buckets[i]
+
+    def _committing_plan(self, decodes: list[Request], prompts: list[Request]) -> FastPlan | None:
+        """A plan whose bucket is certified, if one of a sensible size is."""
+        num_decodes, num_prompt = len(decodes), _remaining(prompts)
+        if not self._certificates.enabled:
+            return None
+        # A prompt that would trickle in is faster through the verifier.
+        least = num_decodes + min(num_prompt, self._config.verify_tokens // 2)
+        want = num_decodes + num_prompt
+        usable = [b for b in self._buckets if least <= b <= max(2, 2 * want)]
+        usable.sort(key=lambda b: (b > want, abs(b - want)))
+        asked = False
+        for bucket in (self._fill(num_decodes, num_prompt), *usable):
+            plan = self._build(decodes, prompts, bucket)
+            if plan.commits:
+                return plan
+            asked = asked or self._certificates.want(plan.shape)
+        return None
+
+    def _build(self, decodes: list[Request], prompts: list[Request], bucket: int) -> FastPlan:
+        chunks = []
+        for request in decodes:
+            end = len(request.tokens) + len(request.pending)
+            chunks.append(Chunk(request, end - 1, end, end - 1))
+        room, rows = bucket - len(decodes), len(decodes)
+        for request in prompts:
+            if room == 0:
+                break
+            length = len(request.tokens)
+            start = request.num_computed
+            end = min(length, start + room)
+            first_row = end - 1 if end == length else end
+            chunks.append(Chunk(request, start, end, first_row))
+            room -= end - start
+            rows += end - first_row
+        num_rows = self._config.row_bucket(bucket, rows)
+        return FastPlan(chunks, bucket, num_rows, self._certificates.commits((bucket, num_rows)))
+
+    # -- the verifier batch ----------------------------------------------------------------------------------
+
+    def plan_verify(self) -> VerifyPlan | None:
+        """Windows that are ready and prompts that the fast step left, then windows that merely fit; None if
+        idle.
+        """
+        windows = [r for r in self.running if self._ready(r)]
+        prompts = [r for r in self._deferred if r.state is State.RUNNING]
+        if not windows and not prompts:
+            return None
+        windows.sort(key=lambda r: (not r.spec_done, -len(r.pending)))
+        plan = VerifyPlan(self._config)
+        # Neither kind may starve the other.
+        reserved = min(_remaining(prompts), self._config.verify_tokens // 2)
+        for request in windows:
+            plan.add(self._continuation(request, plan, reserved))
+        for request in prompts:
+            plan.add(self._continuation(request, plan))
+        for request in (*windows, *self._speculating()):
+            if request not in plan:
+                plan.add(self._continuation(request, plan))
+        return plan
+
+    def _ready(self, request: Request) -> bool:
+        if not request.deterministic or request.prefilling:
+            return False
+        full = len(request.pending) >= self._config.verify_window
+        return full or request.spec_done or request.blocked or request.drain
+
+    def _speculating(self) -> Iterator[Request]:
+        return (r for r in self.running if r.pending)
+
+    def _continuation(self, request: Request, plan: VerifyPlan, reserved: int = 0) -> Chunk | None:
+        """The next canonical positions of a request that fit into the plan."""
+        newest = len(request.tokens) - 1
+        # The newest proposal is an input too, for the verifier's own next token, unless the request ends with
+        # it.
+        total = len(request.tokens) + len(request.pending) - (1 if request.spec_done else 0)
+        total = min(total, len(request.pages) * self._config.page_size)
+        end = min(total, request.num_computed + plan.tokens_left - reserved, newest + plan.rows_left)
+        if end <= request.num_computed:
+            return None
+        return Chunk(request, request.num_computed, end, min(newest, end))
+
+
+class VerifyPlan:
+    """Chunks of one verifier step, within its fixed shape."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.chunks: list[Chunk] = []
+        self.tokens_left = config.verify_tokens
+        self.rows_left = config.rows
+        self._seqs_left = config.verify_seqs
+        self._members: set[int] = set()
+
+    def add(self, chunk: Chunk | None) -> None:
+        if chunk is None or self._seqs_left == 0:
+            return
+        self.chunks.append(chunk)
+        self.tokens_left -= chunk.num_tokens
+        self.rows_left -= chunk.num_rows
+        self._seqs_left -= 1
+        self._members.add(id(chunk.request))
+
+    @property
+    def full(self) -> bool:
+        return self._seqs_left == 0 or self.tokens_left == 0
+
+    def __contains__(self, request: Request) -> bool:
+        return id(request) in self._members
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival
+
+
+def _remaining(prompts: list[Request]) -> int:
+    """Prompt tokens still to be computed."""
+    return sum(len(r.tokens) - r.num_computed for r in prompts)
+
+
+def _append_page(request: Request, page: int) -> None:
+    request.block_row[len(request.pages)] = page
+    request.pages.append(page)

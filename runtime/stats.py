@@ -1,0 +1,62 @@
+"""Counters of one engine. Plain numbers, cheap to bump, printed by `as_dict`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Stats:
+    steps: int = 0
+    fast_steps: int = 0
+    verifier_steps: int = 0
+    fast_tokens: int = 0  # rows computed by the fast graph, padding excluded
+    fast_padding: int = 0
+    verifier_tokens: int = 0
+    verifier_padding: int = 0
+
+    certified_tokens: int = 0  # committed by a certified bucket without replay
+    verified_tokens: int = 0  # committed by the verifier graph
+    ordinary_tokens: int = 0  # of requests that did not ask for determinism
+    speculated_tokens: int = 0  # proposed by a speculative bucket
+    rollbacks: int = 0
+    recomputed_tokens: int = 0  # proposals thrown away, by rollback or preemption
+    preemptions: int = 0
+    prefix_hits: int = 0  # pages taken from the canonical prefix cache
+    prefix_hit_tokens: int = 0
+
+    probes: int = 0
+    audits: int = 0
+    audited_tokens: int = 0
+    revocations: int = 0
+    suspects: list[str] = field(default_factory=list)  # finished on a certificate that was revoked later
+
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+
+    seconds_fast: float = 0.0
+    seconds_verify: float = 0.0
+    seconds_sample: float = 0.0
+    seconds_probe: float = 0.0
+    seconds_total: float = 0.0
+
+    @property
+    def certified_share(self) -> float:
+        """Share of deterministic tokens that were committed without replay."""
+        total = self.certified_tokens + self.verified_tokens
+        return self.certified_tokens / total if total else 0.0
+
+    @property
+    def seconds_overhead(self) -> float:
+        """Time of the engine's own Python: everything but the graphs, the sampler and probing."""
+        spent = self.seconds_fast + self.seconds_verify + self.seconds_sample + self.seconds_probe
+        return self.seconds_total - spent
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "certified_share": self.certified_share,
+            "seconds_overhead": self.seconds_overhead,
+        }

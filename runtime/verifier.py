@@ -1,0 +1,81 @@
+"""What the verifier graph's answer means for a request: commit, roll back, or doubt a certificate.
+
+Following LLM-42 (arXiv 2601.17768, section 4): the window [last committed, pending…] is replayed at the fixed
+shape; the matching prefix is committed together with the verifier's own next token, so each replay makes
+progress. Unlike there, a chunk of a prompt, a window and a recomputation are one thing: canonical positions
+continued from `num_computed`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm42c.runtime.packing import Chunk
+from llm42c.runtime.sampling import Sampled
+
+VERIFIER = 0  # origin of what the verifier graph itself computed
+NO_TOKEN = "no token can be chosen: the logits hold NaN, or none of them is finite"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What one chunk of a verifier step led to."""
+
+    committed: int = 0
+    rolled_back: bool = False
+    dropped: int = 0  # proposals thrown away
+    finished: bool = False
+
+
+def accept(chunk: Chunk, sampled: Sampled, first: int) -> Verdict:
+    """Apply rows `first`, `first + 1`, … of `sampled` to the chunk's request.
+
+    Row j predicts the token after position `chunk.first_row + j`. It counts only while every earlier row
+    agreed with the proposal there; the first that does not is committed in the proposal's place, wherever in
+    the window it is.
+    """
+    request, verdict = chunk.request, Verdict()
+    pending = request.pending
+    for j in range(chunk.num_rows):
+        row = first + j
+        problem = row_problem(sampled, row)
+        if problem is not None:
+            request.fail(problem)
+            verdict.finished = True
+            break
+        token = sampled.tokens[row]
+        verdict.committed += 1
+        verdict.finished = request.commit(token, sampled.logprobs[row], sampled.tops.get(row), VERIFIER)
+        agreed = j < len(pending) and token == pending[j]
+        if verdict.finished or not agreed:
+            verdict.rolled_back = j < len(pending) and not agreed
+            break
+    else:
+        # Every row agreed, so proposals beyond the chunk are still possible.
+        request.keep_pending(verdict.committed)
+        request.num_computed = chunk.end
+        prove(chunk, verdict.committed)
+        return verdict
+    verdict.dropped = max(0, len(pending) - verdict.committed + (1 if verdict.rolled_back else 0))
+    request.drop_pending()
+    request.num_computed = min(chunk.end, len(request.tokens) - 1)
+    prove(chunk, verdict.committed)
+    return verdict
+
+
+def row_problem(sampled: Sampled, row: int) -> str | None:
+    """Why a row has no token, if it has none."""
+    if row in sampled.errors:
+        return sampled.errors[row]
+    return NO_TOKEN if sampled.tokens[row] < 0 else None
+
+
+def prove(chunk: Chunk, outputs: int) -> None:
+    """Canonical so far by the verifier's own hand: leading positions and outputs, without a gap."""
+    request = chunk.request
+    if chunk.start > request.proved:
+        return
+    request.proved = max(request.proved, min(chunk.end, request.num_computed))
+    first_output = chunk.first_row - (request.prompt_len - 1)
+    if outputs and first_output <= request.proved_outputs:
+        request.proved_outputs = max(request.proved_outputs, first_output + outputs)
