@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from llm42c import hf_interface
 from llm42c.codegen.ops import registry
 from llm42c.errors import UnsupportedModelError
 from llm42c.packed import KVCache, PackedInputs
+from llm42c.support import require_supported
 
-ATTENTION_NAME = "llm42_paged"
 _BATCH_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table")
 
 
@@ -51,66 +51,6 @@ class CapturedGraph:
 
 class _GraphCapturedError(Exception):
     """Raised by the capturing backend instead of running the graph."""
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface on a packed batch.
-
-    query: [1, Hq, T, D]; key, value: [1, Hkv, T, D], positions already applied. Returns [1, T, Hq, D].
-    """
-    batch = kwargs["llm42_batch"]
-    layer = module.layer_idx
-    out = torch.ops.llm42.paged_attention(
-        query[0].transpose(0, 1),  # [T, Hq, D]
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        batch["k_cache"][layer],
-        batch["v_cache"][layer],
-        batch["slot_mapping"],
-        batch["cu_seqlens_q"],
-        batch["kv_lens"],
-        batch["block_table"],
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window or 0,
-        softcap or 0.0,
-        s_aux,
-    )
-    return out.unsqueeze(0), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows live in the operator, so no mask is built."""
-
-
-@contextlib.contextmanager
-def _paged_attention_installed(model: nn.Module) -> Iterator[None]:
-    """The model calls our attention function inside this block; its own setting returns after it."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    for config, _ in before:
-        config._attn_implementation_internal = ATTENTION_NAME
-    try:
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
 
 
 def kv_spec(model: nn.Module) -> list[KVSpec]:
@@ -255,11 +195,12 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
     attention does not go through Hugging Face's attention interface.
     """
     registry.define()
+    require_supported(model)
     spec = kv_spec(model)
     dtype = next(model.parameters()).dtype
     batch, cache = _example_batch(), new_kv_cache(spec, 1, 16, dtype)
     try:
-        with _paged_attention_installed(model):
+        with hf_interface.installed(model):
             gm, examples = _run_dynamo(model, batch, cache)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
@@ -285,9 +226,15 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
 
 
 def _require_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) -> None:
-    found = sum(1 for n in gm.graph.nodes if "paged_attention" in str(n.target))
-    if found != layers:
+    calls = [n for n in gm.graph.nodes if "paged_attention" in str(n.target)]
+    if len(calls) != layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {found} of {layers} layers use an attention that llm42 can replace; "
-            "models whose layers keep other sequence state are not supported"
+            f"{type(model).__name__} is not supported: {len(calls)} of {layers} layers use an attention that "
+            "llm42 can replace; layers that keep other sequence state are not served"
+        )
+    schema = torch.ops.llm42.paged_attention.default._schema
+    window = [argument.name for argument in schema.arguments].index("window")
+    if any(n.args[window] == hf_interface.UNKNOWN_WINDOW for n in calls):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: its attention mask is neither causal nor a sliding window"
         )

@@ -3,12 +3,14 @@
 #include <torch/library.h>
 
 #include "bind_attention.h"
+#include "bind_grouped.h"
 #include "bind_linear.h"
 #include "bind_rowwise.h"
 #include "bind_sample.h"
 
 TORCH_LIBRARY_IMPL(llm42, CPU, m) {
   llm42::bind::register_attention(m);
+  llm42::bind::register_grouped(m);
   llm42::bind::register_linear(m);
   llm42::bind::register_rowwise(m);
   llm42::bind::register_sample(m);

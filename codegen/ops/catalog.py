@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from llm42c.codegen.ops import activation, linear, norm, paged_attention, reduce, rotary, sample
+from llm42c.codegen.ops import activation, grouped_linear, linear, norm, paged_attention, reduce, rotary, sample
 from llm42c.codegen.ops.registry import Operator
 
 OPERATORS: tuple[Operator, ...] = (
     activation.OP,
+    grouped_linear.OP,
     *linear.OPERATORS,
     *norm.OPERATORS,
     paged_attention.OP,

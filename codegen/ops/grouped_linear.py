@@ -1,0 +1,32 @@
+"""Matrix products with a weight chosen for each row: the experts of a mixture.
+
+Row i of the result is ``linear_dense(x[i], weight[group[i]], bias[group[i]])``, bit for bit: one chain of
+fused multiply-adds over k ascending. Which rows share an expert, and how many, cannot be seen in a row.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llm42c.codegen.ops.registry import Operator
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
+    """In fp64, not rounded to ``x.dtype``."""
+    w = (weight if transposed else weight.transpose(1, 2)).double()[group]  # [R, K, N]
+    y = (x.double().unsqueeze(1) @ w).squeeze(1)
+    return y if bias is None else y + bias.double()[group]
+
+
+# x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64 in [0, E)
+# → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E).
+OP = Operator(
+    schema="grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor group, bool transposed) -> Tensor",
+    fake=_fake,
+    reference=_reference,
+    reduction="one fp32 FMA chain over k ascending for each output element",
+)

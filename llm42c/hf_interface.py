@@ -1,0 +1,141 @@
+"""What a Hugging Face model calls while it is captured: our attention, mask and experts functions.
+
+They are installed for the duration of a capture only. The functions call ``llm42`` operators; causality
+and windows live in the attention operator, so the mask function builds no mask. It returns an empty tensor
+whose last size says which window the model asked for, and the attention function compares that with the
+window that the model gives to the attention itself: a pattern that the operator does not know (chunks,
+prefixes, blocks) is found here instead of being computed as something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION_NAME = "llm42_paged"
+UNKNOWN_WINDOW = -1
+"""The ``window`` argument of an attention call whose mask is not a causal or sliding one."""
+
+_CONFIG_FIELDS = {
+    "_attn_implementation": "_attn_implementation_internal",
+    "_experts_implementation": "_experts_implementation_internal",
+}
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Hugging Face's attention interface on a packed batch.
+
+    query: [1, Hq, T, D]; key, value: [1, Hkv, T, D], positions already applied. Returns [1, T, Hq, D].
+    """
+    batch = kwargs["llm42_batch"]
+    layer = module.layer_idx
+    out = torch.ops.llm42.paged_attention(
+        query[0].transpose(0, 1),  # [T, Hq, D]
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        batch["k_cache"][layer],
+        batch["v_cache"][layer],
+        batch["slot_mapping"],
+        batch["cu_seqlens_q"],
+        batch["kv_lens"],
+        batch["block_table"],
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        _window(attention_mask, sliding_window or 0)
+        if getattr(module, "is_causal", True)
+        else UNKNOWN_WINDOW,
+        softcap or 0.0,
+        s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+def _window(mask: Tensor | None, window: int) -> int:
+    """The window of the attention operator, or UNKNOWN_WINDOW where the mask says something else."""
+    if mask is None or mask.dim() != 4 or mask.shape[2] != 0:
+        return UNKNOWN_WINDOW
+    return window if mask.shape[3] == window else UNKNOWN_WINDOW
+
+
+def mask_marker(
+    *args: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """Instead of a mask: an empty tensor whose last size is the window; None for custom mask functions."""
+    return None if use_vmap else torch.empty(1, 1, 0, local_size or 0)
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Hugging Face's experts interface. hidden_states: [T, H]; index, weights: [T, K] → [T, H].
+
+    Each chosen expert's output is one row's own computation; the K of a token are weighted and added in
+    fp32 in the order in which the router gives them.
+    """
+    tokens, chosen = top_k_index.shape
+    hidden = hidden_states.shape[-1]
+    rows = hidden_states.unsqueeze(1).expand(tokens, chosen, hidden).reshape(tokens * chosen, hidden)
+    group = top_k_index.reshape(-1)
+    gated = getattr(module, "has_gate", True)
+    first = "gate_up_proj" if gated else "up_proj"
+    up = _grouped(module, rows, first, group)  # [T·K, 2I] or [T·K, I]
+    act = module._apply_gate(up) if gated else module.act_fn(up)
+    down = _grouped(module, act, "down_proj", group)
+    if getattr(module, "has_post_expert_norm", False):
+        down = module.post_expert_norm(down)
+    weighted = down.float().view(tokens, chosen, hidden) * top_k_weights.float().unsqueeze(-1)
+    total = weighted[:, 0]
+    for i in range(1, chosen):
+        total = total + weighted[:, i]
+    return total.to(hidden_states.dtype)
+
+
+def _grouped(module: Any, rows: Tensor, name: str, group: Tensor) -> Tensor:
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    return torch.ops.llm42.grouped_linear(  # type: ignore[no-any-return]
+        rows, getattr(module, name), bias, group, module.is_transposed
+    )
+
+
+@contextlib.contextmanager
+def installed(model: nn.Module) -> Iterator[None]:
+    """The model calls our functions, without dropout, inside this block; its own settings return after it."""
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, mask_marker)
+    ExpertsInterface.register(ATTENTION_NAME, experts_forward)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    training = [m for m in model.modules() if m.training]
+    before = [
+        (config, stored, getattr(config, name))
+        for config in configs.values()
+        for name, stored in _CONFIG_FIELDS.items()
+        if hasattr(config, name)
+    ]
+    for config, stored, _ in before:
+        setattr(config, stored, ATTENTION_NAME)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for config, stored, value in before:
+            setattr(config, stored, value)
+        for module in training:
+            module.training = True
