@@ -74,7 +74,11 @@ def _trim(nodes: list[fx.Node]) -> list[fx.Node]:
         if kind(node) is Kind.VIEW and not any(u in kept for u in node.users):
             kept.discard(node)
     for node in nodes:  # a call that returns a tuple needs its accesses beside it
-        if node in kept and not isinstance(g.value(node), torch.Tensor) and any(u not in kept for u in node.users):
+        if (
+            node in kept
+            and not isinstance(g.value(node), torch.Tensor)
+            and any(u not in kept for u in node.users)
+        ):
             kept.discard(node)
     return [n for n in nodes if n in kept]
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm42c import inductor
 from llm42c.clusters import Cluster, find_clusters, outline, structural_hash
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import Kind, kind
+from llm42c.passes.sizes import SYMBOLS, symbolic
 from llm42c.straightline import Step, emit
 
 
@@ -56,7 +58,7 @@ def compile_piecewise(gm: fx.GraphModule) -> PiecewiseProgram:
         module = outline(cluster)
         key = structural_hash(module)
         if key not in compiled:
-            compiled[key] = _compile_cluster(module)
+            compiled[key] = _compile_cluster(module, gm.meta.get(SYMBOLS))
         calls[key] = calls.get(key, 0) + 1
         functions.append(compiled[key])
         owner |= dict.fromkeys(cluster.nodes, i)
@@ -69,10 +71,14 @@ def compile_piecewise(gm: fx.GraphModule) -> PiecewiseProgram:
     return PiecewiseProgram(run, source, calls, _count(graph, owner), time.perf_counter() - start)
 
 
-def _compile_cluster(module: fx.GraphModule) -> Callable[..., Any]:
-    """The cluster as a callable on its inputs, returning a tuple."""
+def _compile_cluster(module: fx.GraphModule, symbols: dict[int, torch.SymInt] | None) -> Callable[..., Any]:
+    """The cluster as a callable on its inputs, returning a tuple. ``symbols``: see ``passes.sizes``."""
     values = [g.value(n) for n in module.graph.nodes if n.op == "placeholder"]
     mode = g.fake_mode(module.graph)
+    if symbols:
+        env = next(iter(symbols.values())).node.shape_env
+        mode = FakeTensorMode(shape_env=env)
+        values = [symbolic(v, symbols, mode) for v in values]
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
         return inductor.compile_fixed(module, values)
 

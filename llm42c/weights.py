@@ -119,7 +119,9 @@ class WeightStore:
 
     def _fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Put the originals where ``state_dict`` found released parameters."""
-        names = {name: p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in self._released}
+        names = {
+            name: p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in self._released
+        }
         made: dict[int, Tensor] = {}  # tied parameters stay tied
         for name, parameter in names.items():
             if prefix + name in state:

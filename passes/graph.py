@@ -7,6 +7,7 @@ its value by running the operator on the fakes of its arguments, so shapes and s
 from __future__ import annotations
 
 import contextlib
+import heapq
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -225,17 +226,17 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
 
 
 @contextlib.contextmanager
-def fake_execution(graph: fx.Graph) -> Iterator[None]:
+def fake_execution(graph: fx.Graph, mode: FakeTensorMode | None = None) -> Iterator[None]:
     """Operators called inside run on fakes: shapes and strides only."""
-    mode = fake_mode(graph)
+    mode = mode or fake_mode(graph)
     with mode or contextlib.nullcontext(), torch.no_grad():
         yield
 
 
-def compute_value(node: fx.Node) -> None:
+def compute_value(node: fx.Node, mode: FakeTensorMode | None = None) -> None:
     """Set a node's value by running it on the values of its arguments."""
     args, kwargs = torch.utils._pytree.tree_map(value, (node.args, node.kwargs))
-    with fake_execution(node.graph):
+    with fake_execution(node.graph, mode):
         if node.op == "call_function":
             node.meta[VALUE] = node.target(*args, **kwargs)  # type: ignore[operator]
         elif node.op == "call_method":
@@ -276,35 +277,50 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     a, b = value(old), value(new)
     if isinstance(a, Tensor) and not _interchangeable(a, b):
         raise IllegalRewriteError(f"{old.format_node()} → {new.format_node()}: {describe(a)} → {describe(b)}")
+    followers = users(old)
+    fresh = not (_is_view(a, old) or _is_view(b, new)) if isinstance(a, Tensor) else False
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
-    if isinstance(a, Tensor) and (storage(a) != storage(b) or a.stride() != b.stride()):
-        refresh(new)
+    if not isinstance(a, Tensor):
+        return
+    if fresh and a.stride() == b.stride():
+        new.meta[VALUE] = a  # one fresh tensor for another: what refers to its storage stays right
+    else:
+        refresh(followers)
+
+
+def _is_view(t: Tensor, node: fx.Node) -> bool:
+    """``t``, the value of ``node``, aliases an input."""
+    return any(storage_of(source) == storage(t) for source in node.all_input_nodes)
 
 
 def _interchangeable(a: Tensor, b: Any) -> bool:
     return isinstance(b, Tensor) and a.dtype == b.dtype and a.device == b.device and same_shape(a, b)
 
 
-def refresh(changed: fx.Node) -> None:
-    """Compute again the values of all nodes that alias or follow ``changed``'s layout."""
-    stale = {changed}
-    node = changed.next
-    while node.op != "root":
-        if node.op in ("call_function", "call_method") and not stale.isdisjoint(node.all_input_nodes):
-            before = value(node)
-            compute_value(node)
-            if _same_layout(before, value(node), node.all_input_nodes):
-                node.meta[VALUE] = before  # keeps the storage identity that later nodes refer to
-            else:
-                stale.add(node)
-        node = node.next
+def refresh(stale: list[fx.Node]) -> None:
+    """Compute the values of ``stale`` again, and of what follows as long as layouts change."""
+    queue = list(stale)
+    heapq.heapify(queue)
+    seen: set[fx.Node] = set()
+    while queue:
+        node = heapq.heappop(queue)
+        if node in seen or node.op not in ("call_function", "call_method"):
+            continue
+        seen.add(node)
+        before = value(node)
+        compute_value(node)
+        if _same_layout(before, value(node), node.all_input_nodes):
+            node.meta[VALUE] = before  # keeps the storage identity that later nodes refer to
+        else:
+            for user in node.users:
+                heapq.heappush(queue, user)
 
 
 def _same_layout(before: Any, after: Any, inputs: list[fx.Node]) -> bool:
     if not isinstance(after, Tensor):
         return False
-    aliased = storage(after) in {storage(t) for n in inputs if (t := tensor(n)) is not None}
+    aliased = storage(after) in {storage_of(n) for n in inputs}
     return not aliased and same_shape(before, after) and before.stride() == after.stride()
 
 

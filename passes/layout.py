@@ -33,21 +33,23 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
+from llm42c.passes.sizes import PRIMES
 
 
 def _sources(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Graph inputs that are sizes, by the text of their symbol."""
-    return {str(g.value(n)): n for n in graph.nodes if n.op == "placeholder" and isinstance(g.value(n), torch.SymInt)}
+    """Graph inputs that are sizes, by the text of their symbol (or of the prime that stands for it)."""
+    inputs = (n for n in graph.nodes if n.op == "placeholder")
+    return {str(v): n for n in inputs if isinstance(v := g.value(n), (int, torch.SymInt))}
 
 
 def _as_arguments(sizes: Any, known: dict[str, fx.Node]) -> tuple[Any, ...] | None:
     """Sizes as numbers and graph inputs, or None when one is neither."""
     out: list[Any] = []
     for s in sizes:
-        if isinstance(s, int):
-            out.append(s)
-        elif (node := known.get(str(s))) is not None:
+        if (node := known.get(str(s))) is not None:
             out.append(node)
+        elif isinstance(s, int) and s < min(PRIMES):
+            out.append(s)
         else:
             return None
     return tuple(out)
@@ -124,5 +126,3 @@ def _depth(node: fx.Node, root: fx.Node) -> int:
         node = node.all_input_nodes[0]
         steps += 1
     return steps
-
-

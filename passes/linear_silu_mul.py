@@ -51,7 +51,11 @@ def halves(a: fx.Node, b: fx.Node) -> fx.Node | None:
         return None
     y: Any = a
     while y is not None and not (g.tensor(y) is not None and g.same(g.fake(y).shape[-1], 2 * ta.shape[-1])):
-        y = y.args[0] if isinstance(y, fx.Node) and g.name(y) in ("getitem", "chunk", "split", "narrow") else None
+        y = (
+            y.args[0]
+            if isinstance(y, fx.Node) and g.name(y) in ("getitem", "chunk", "split", "narrow")
+            else None
+        )
     if y is None or g.storage(g.fake(y)) != g.storage(ta):
         return None
     whole, width = g.fake(y), ta.shape[-1]
@@ -97,7 +101,9 @@ def linear_silu_mul(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         elif y is not None:
             new = g.insert(node, torch.ops.llm42.silu_mul.default, (y,))
         else:
-            report.miss(node, "gate and up are no bias-free projections of one input, nor halves of one tensor")
+            report.miss(
+                node, "gate and up are no bias-free projections of one input, nor halves of one tensor"
+            )
             continue
         report.match(node)
         g.replace(node, new)

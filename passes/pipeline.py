@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from llm42c.passes import graph as g
 from llm42c.passes.add_rms_norm import add_rms_norm
 from llm42c.passes.attention_sdpa import attention_sdpa
 from llm42c.passes.base import PACKED, PLAIN, Context, Pass, PassReport, Report
@@ -19,6 +20,7 @@ from llm42c.passes.merge_linears import merge_linears
 from llm42c.passes.normalize import normalize
 from llm42c.passes.rms_norm import rms_norm
 from llm42c.passes.rotary import merge_rotary, rotary
+from llm42c.passes.sizes import baked, concretise
 
 _PLAIN = frozenset({PLAIN})
 _PACKED = frozenset({PACKED})
@@ -56,6 +58,8 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
     """
     report = Report()
     graph = gm.graph
+    if ctx.target == PACKED:
+        concretise(gm)
     if observe is not None:
         observe("00_input", graph)
     for number, step in enumerate(passes_for(ctx.target), start=1):
@@ -68,6 +72,8 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
         report.passes.append(entry)
         if observe is not None and (entry.matches or entry.nodes_after != entry.nodes_before):
             observe(f"{number:02d}_{step.name}", graph)
+    if faults := baked(graph):
+        raise g.IllegalRewriteError(f"a size was written into {faults[0].format_node()}")
     graph.lint()
     gm.recompile()
     return report

@@ -1,0 +1,106 @@
+"""Large primes in place of symbolic sizes, for the time of a pipeline.
+
+Computing with symbolic shapes costs about a millisecond a call; a decoder of 30 layers has thousands of
+calls. So the packed pipeline gives each symbol (T, R) a prime larger than any constant of a model and
+runs on ordinary numbers. Nothing is lost: a size is a polynomial in the symbols with non-negative
+coefficients below the prime, such a polynomial is determined by its value there, so two sizes that are
+equal at the primes are equal for every T and R.
+
+Nothing may bake a prime into an argument; :func:`baked` finds such a fault.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm42c.passes import graph as g
+
+# Below 2^25, so that the square of a size and a row of it still fit into an int64 byte count.
+PRIMES = (33554393, 33554383, 33554371, 33554347)
+SYMBOLS = "llm42_symbols"  # on the graph module's meta: prime → the symbolic size that it stands for
+
+
+def concretise(gm: fx.GraphModule) -> bool:
+    """Replace the symbolic sizes in all values of ``gm`` by primes.
+
+    Returns False, and leaves every value as it was, when the graph has more symbols than primes or a
+    call whose result depends on data.
+    """
+    nodes = list(gm.graph.nodes)
+    primes = _assign(nodes)
+    if primes is None or not primes:
+        return False
+    before = [g.value(n) for n in nodes]
+    mode = FakeTensorMode()
+    try:
+        for node in nodes:
+            if node.op in ("placeholder", "get_attr"):
+                node.meta[g.VALUE] = _concrete(g.value(node), primes, mode)
+        for node in nodes:
+            if node.op in ("call_function", "call_method"):
+                g.compute_value(node, mode)
+    except Exception:  # any operator may refuse: the symbolic values serve as well
+        for node, v in zip(nodes, before, strict=True):
+            node.meta[g.VALUE] = v
+        return False
+    gm.meta[SYMBOLS] = {prime: symbol for _, (prime, symbol) in primes.items()}
+    return True
+
+
+def _assign(nodes: list[fx.Node]) -> dict[str, tuple[int, torch.SymInt]] | None:
+    """A prime for every symbolic input, by the text of its expression."""
+    primes: dict[str, tuple[int, torch.SymInt]] = {}
+    for node in nodes:
+        v = g.value(node)
+        if node.op == "placeholder" and isinstance(v, torch.SymInt) and str(v) not in primes:
+            if len(primes) == len(PRIMES):
+                return None
+            primes[str(v)] = (PRIMES[len(primes)], v)
+    return primes
+
+
+def _concrete(v: Any, primes: dict[str, tuple[int, torch.SymInt]], mode: FakeTensorMode) -> Any:
+    if isinstance(v, torch.SymInt):
+        return primes[str(v)][0]
+    if not isinstance(v, Tensor):
+        return v
+    replaced = {symbol.node.expr: prime for prime, symbol in primes.values()}
+
+    def number(size: Any) -> int:
+        return int(size) if isinstance(size, int) else int(size.node.expr.xreplace(replaced))
+
+    sizes, strides = [number(s) for s in v.shape], [number(s) for s in v.stride()]
+    with mode:
+        return torch.empty_strided(sizes, strides, dtype=v.dtype, device=v.device)
+
+
+def symbolic(v: Any, symbols: dict[int, torch.SymInt], mode: FakeTensorMode) -> Any:
+    """The value with symbolic sizes that ``v`` stands for; the inverse of what ``concretise`` did."""
+
+    def size(n: int) -> Any:
+        for prime, symbol in symbols.items():
+            if n >= prime:
+                return size(n // prime) * symbol + size(n % prime)
+        return n
+
+    if isinstance(v, int) and not isinstance(v, bool):
+        return size(v)
+    if not isinstance(v, Tensor):
+        return v
+    with mode:
+        return torch.empty_strided(
+            [size(s) for s in v.shape], [size(s) for s in v.stride()], dtype=v.dtype, device=v.device
+        )
+
+
+def baked(graph: fx.Graph) -> list[fx.Node]:
+    """Calls with a prime, or a multiple of one, written into their arguments."""
+
+    def is_size(arg: Any) -> bool:
+        return isinstance(arg, int) and arg > 0 and any(arg % prime == 0 for prime in PRIMES)
+
+    return [n for n in graph.nodes if any(map(is_size, torch.utils._pytree.tree_leaves((n.args, n.kwargs))))]
