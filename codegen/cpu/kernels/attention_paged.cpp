@@ -45,24 +45,24 @@ struct PagedCall {
               static_cast<T*>(p.out) + (token * p.q_heads + q_head) * h.dim);
   }
 
-  void load_split(const Job& job, int64_t head, int split, const TileScratch& t, SplitKV<T>& kv) const {
-    const int64_t per_page = p.page / kUnit, head_size = p.head_dim * p.page;
-    const int64_t keys = p.kv_lens[job.sequence], first = int64_t(split) * kUnits;
-    const int64_t last = std::min<int64_t>(first + kUnits, (keys + kUnit - 1) / kUnit);
-    const int32_t* table = p.block_table + job.sequence * p.table_width;
+  void load_split(const Work& work, int split, SplitKV<T>& kv) const {
+    const int64_t per_page = p.page / kUnit, head_size = p.head_dim * p.page, sequence = work.job->sequence;
+    const int64_t units = (p.kv_lens[sequence] + kUnit - 1) / kUnit;
+    const int32_t* table = p.block_table + sequence * p.table_width;
     kv.k_stride = p.page, kv.v_stride = p.head_dim;
-    for (int64_t unit = first; unit < last; unit++) {
-      const int64_t base = (table[unit / per_page] * p.kv_heads + head) * head_size;
+    for (int u = 0; u < kUnits; u++) {
+      const int64_t unit = std::min(int64_t(split) * kUnits + u, units - 1);  // those past the end are not read
+      const int64_t base = (table[unit / per_page] * p.kv_heads + work.head) * head_size;
       const int64_t offset = unit % per_page * kUnit;
-      kv.k[unit - first] = static_cast<const T*>(p.k_cache) + base + offset;
-      kv.v[unit - first] = static_cast<const T*>(p.v_cache) + base + offset * p.head_dim;
+      kv.k[u] = static_cast<const T*>(p.k_cache) + base + offset;
+      kv.k_lines[u] = static_cast<const T*>(p.k_cache) + base + offset * p.head_dim;
+      kv.v[u] = static_cast<const T*>(p.v_cache) + base + offset * p.head_dim;
     }
-    if (p.head_dim < 16) widen_values(kv, int(last - first), static_cast<T*>(t.units));
   }
 
   // Rows of 16 elements for heads that are narrower than a vector.
-  void widen_values(SplitKV<T>& kv, int units, T* to) const {
-    for (int u = 0; u < units; u++) {
+  void widen_values(SplitKV<T>& kv, T* to) const {
+    for (int u = 0; u < kUnits; u++) {
       const T* from = kv.v[u];
       kv.v[u] = to;
       for (int j = 0; j < kUnit; j++, to += 16) {
@@ -73,17 +73,31 @@ struct PagedCall {
     kv.v_stride = 16;
   }
 
-  void run(const Plan& plan, const Job& job, int64_t head, float* partials) const {
+  struct Keys {
+    const PagedCall& call;
+    const Work &work, &following_work;
+    const TileScratch& t;
+
+    void split(int n, SplitKV<T>& kv) const { call.load_split(work, n, kv); }
+    void following(SplitKV<T>& kv) const {
+      if (following_work.job) call.load_split(following_work, following_work.job->split0, kv);
+    }
+    void prepare(SplitKV<T>& kv, int) const {
+      if (call.h.dim < 16) call.widen_values(kv, static_cast<T*>(t.units));
+    }
+    bool mask(int64_t, int, int64_t, const Span*, Mask*) const { return false; }
+  };
+
+  void run(const Plan& plan, const Work& work, const Work& following, float* partials) const {
+    const Job& job = *work.job;
     const Sequence& s = plan.sequences[size_t(job.sequence)];
     const TileScratch t = TileScratch::of_this_thread(h, plan.max_rows);
     const SharedTile* tile = job.shared < 0 ? nullptr : &plan.shared[size_t(job.shared)];
-    load_queries(s, job, head, t.q);
-    run_job<T>(
-        job, tile, s.horizon, group, h, t, partials + head * plan.partials,
-        [&](int split, SplitKV<T>& kv) { load_split(job, head, split, t, kv); },
-        [](int64_t, int, int64_t, const Span*, Mask*) { return false; });
+    load_queries(s, job, work.head, t.q);
+    run_job<T>(job, tile, s.horizon, group, h, t, partials + work.head * plan.partials,
+               Keys{*this, work, following, t});
     for (int r = 0; !tile && r < job.rows; r++)
-      store_row(s, job.row0 + r, head, {t.m + r, t.l + r, t.o + r * h.width()});
+      store_row(s, job.row0 + r, work.head, {t.m + r, t.l + r, t.o + r * h.width()});
   }
 
   void make_plan(Plan& plan, int threads) const {
@@ -118,11 +132,13 @@ struct PagedCall {
 #pragma omp barrier
       }
       queue.drain(
-          plan, p.kv_heads, [&](const Job& job, int64_t head) { run(plan, job, head, partials); },
-          [&](const SharedTile& tile, const Job& job, int64_t head) {
+          plan, p.kv_heads,
+          [&](const Work& work, const Work& following) { run(plan, work, following, partials); },
+          [&](const SharedTile& tile, const Work& work) {
+            const Job& job = *work.job;
             for (int r = 0; r < job.rows; r++)
-              store_row(plan.sequences[size_t(job.sequence)], job.row0 + r, head,
-                        fold_shared(tile, job.rows, r, h, partials + head * plan.partials));
+              store_row(plan.sequences[size_t(job.sequence)], job.row0 + r, work.head,
+                        fold_shared(tile, job.rows, r, h, partials + work.head * plan.partials));
           });
     });
   }

@@ -109,8 +109,15 @@ inline void Plan::make(int64_t group, int64_t kv_heads, int64_t width, int threa
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.cost > b.cost; });
 }
 
-// Calls run(job, kv_head) for every job and KV head, longest first, and fold(shared tile, its first job,
-// kv_head) after the last job of a shared tile. To be called by every thread of a team.
+// One job for one KV head.
+struct Work {
+  const Job* job;
+  int64_t head;
+};
+
+// Calls run(work, following) for every job and KV head, longest first, and fold(shared tile, work) after the
+// last job of a shared tile. `following` is the work that the thread does next, if that is settled. To be
+// called by every thread of a team.
 struct Queue {
   std::atomic<int64_t> next{0};
   std::unique_ptr<std::atomic<int32_t>[]> done;  // [shared, kv_heads]
@@ -120,17 +127,25 @@ struct Queue {
     if (n) done.reset(new std::atomic<int32_t>[n]());
   }
 
+  Work take(const Plan& plan, int64_t kv_heads) {
+    const int64_t i = next.fetch_add(1, std::memory_order_relaxed), job = i / kv_heads;
+    return {job < int64_t(plan.jobs.size()) ? &plan.jobs[size_t(job)] : nullptr, i % kv_heads};
+  }
+
   template <class Run, class Fold>
   void drain(const Plan& plan, int64_t kv_heads, Run run, Fold fold) {
-    const int64_t total = int64_t(plan.jobs.size()) * kv_heads;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      const Job& job = plan.jobs[size_t(i / kv_heads)];
-      const int64_t head = i % kv_heads;
-      run(job, head);
-      if (job.shared < 0) continue;
-      const SharedTile& tile = plan.shared[size_t(job.shared)];
-      auto& count = done[size_t(job.shared * kv_heads + head)];
-      if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == tile.jobs) fold(tile, job, head);
+    constexpr int64_t kShort = kMicroRows * kSplit;  // work that may wait for the thread that has taken it
+    for (Work work = take(plan, kv_heads); work.job;) {
+      const Job& job = *work.job;
+      const bool ahead = job.cost <= kShort;
+      Work following = ahead ? take(plan, kv_heads) : Work{};
+      run(work, following);
+      if (job.shared >= 0) {
+        const SharedTile& tile = plan.shared[size_t(job.shared)];
+        auto& count = done[size_t(job.shared * kv_heads + work.head)];
+        if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == tile.jobs) fold(tile, work);
+      }
+      work = ahead ? following : take(plan, kv_heads);
     }
   }
 };
@@ -170,32 +185,40 @@ inline void make_spans(const Horizon& horizon, int64_t group, int64_t row, int n
   }
 }
 
-// Runs one job. load_split(split, kv) points kv at the keys and values of a split; load_mask(row, n, base,
-// spans, mask) returns whether there is a mask and fills it. Results of a job with a tile of its own go
-// into scratch.m/l/o; those of a shared one into `partials`, split by split: [split][m | l | o].
-template <class T, class LoadSplit, class LoadMask>
+// Runs one job over the splits that `keys` serves: keys.split(n, kv) points kv at split n, keys.following(kv)
+// at what is read after the last one; keys.prepare(kv, n) is called before kv is computed with;
+// keys.mask(row, n, base, spans, mask) returns whether there is a mask and fills it. Results of a job with
+// a tile of its own go into scratch.m/l/o; those of a shared one into `partials`: [split][m | l | o].
+template <class T, class Keys>
 inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horizon, int64_t group, const HeadShape& h,
-                    const TileScratch& t, float* partials, LoadSplit load_split, LoadMask load_mask) {
+                    const TileScratch& t, float* partials, const Keys& keys) {
   const int rows = job.rows;
   if (!tile) {
     std::fill_n(t.m, rows, -INFINITY);
     std::fill_n(t.l, rows, 0.f);
   }
   const int parts = (rows + kMicroRows - 1) / kMicroRows;  // of nearly equal size
+  SplitKV<T> kv, ahead;
+  keys.split(job.split0, ahead);
   for (int split = job.split0; split < job.split1; split++) {
-    SplitKV<T> kv;
-    load_split(split, kv);
+    kv = ahead;
+    if (split + 1 < job.split1)
+      keys.split(split + 1, ahead);
+    else
+      keys.following(ahead);
+    keys.prepare(kv, split);
     for (int part = 0; part < parts; part++) {
       const int r0 = rows * part / parts, n = rows * (part + 1) / parts - r0;
+      const int64_t base = int64_t(split) * kSplit;
       Span spans[kMicroRows];
-      make_spans(horizon, group, job.row0 + r0, n, int64_t(split) * kSplit, spans);
-      const bool masked = load_mask(job.row0 + r0, n, int64_t(split) * kSplit, spans, t.mask);
+      make_spans(horizon, group, job.row0 + r0, n, base, spans);
+      const bool masked = keys.mask(job.row0 + r0, n, base, spans, t.mask);
       Partial to{t.new_m, t.new_l, t.new_o};
       if (tile) {
-        float* base = partials + tile->partials + (split - tile->split0) * int64_t(rows) * (h.width() + 2);
-        to = {base + r0, base + rows + r0, base + 2 * rows + r0 * h.width()};
+        float* first = partials + tile->partials + (split - tile->split0) * int64_t(rows) * (h.width() + 2);
+        to = {first + r0, first + rows + r0, first + 2 * rows + r0 * h.width()};
       }
-      attend<T>(n, h, kv, t.q + r0 * h.dim, spans, masked ? t.mask : nullptr, t.s, to.m, to.l, to.o);
+      attend<T>(n, h, kv, ahead, t.q + r0 * h.dim, spans, masked ? t.mask : nullptr, t.s, to.m, to.l, to.o);
       for (int r = 0; !tile && r < n; r++)
         fold(h, {t.m + r0 + r, t.l + r0 + r, t.o + (r0 + r) * h.width()},
              {to.m + r, to.l + r, to.o + r * h.width()});

@@ -35,9 +35,10 @@ inline V16 restore_lanes(V16 a) {
 }
 
 // Key j of the split, dimension d: k[j / 16][d * k_stride + j % 16]; its value v[j / 16][j % 16 * v_stride + d].
+// k_lines[u]: 16 * dim contiguous elements; those of all units together are the keys' memory.
 template <class T>
 struct SplitKV {
-  const T *k[kUnits], *v[kUnits];
+  const T *k[kUnits], *v[kUnits], *k_lines[kUnits];
   int64_t k_stride, v_stride;
 };
 
@@ -80,42 +81,50 @@ template <int N, class F>
   return p;
 }
 
-// s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys.
+// s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys from `unit` on. Meanwhile the units of
+// the split `ahead`, which is computed next, are brought into the second-level cache.
 template <class T, int Rows, int Units>
-[[gnu::noinline]] void score_units(int64_t dim, float scale, const float* q, const T* const* k, int64_t k_stride,
-                                   float* s) {
+[[gnu::noinline]] void score_units(int64_t dim, float scale, const float* q, const SplitKV<T>& kv,
+                                   const SplitKV<T>& ahead, int unit, float* s) {
+  constexpr int64_t kLine = 64 / sizeof(T), kStep = 32;  // elements of a unit's keys and values for each dimension
   V16 acc[Units][Rows];
   const T* key[Units];
   unrolled<Units>([&](auto u) {
-    key[u] = k[u];
+    key[u] = kv.k[unit + u];
     unrolled<Rows>([&](auto r) { acc[u][r] = V16::zero(); });
   });
-  for (int64_t d = 0; d < dim; d++, q++) {
-    const float* qd = q;
-    unrolled<Units>([&](auto u) {
-      const V16 x = load_lanes<T>(key[u]);
-      key[u] += k_stride;
-      qd = reread(qd);
-      unrolled<Rows>([&](auto r) { acc[u][r] = fma(V16::set1(qd[r * dim]), x, acc[u][r]); });
-    });
+  for (int half = 0; half < 2; half++) {
+    const T* line[Units];
+    unrolled<Units>([&](auto u) { line[u] = half ? ahead.v[unit + u] : ahead.k_lines[unit + u]; });
+    for (const float* end = q + dim / 2; q < end; q++) {
+      const float* qd = q;
+      unrolled<Units>([&](auto u) {
+        for (int64_t i = 0; i < kStep; i += kLine) __builtin_prefetch(line[u] + i, 0, 2);
+        line[u] += kStep;
+        const V16 x = load_lanes<T>(key[u]);
+        key[u] += kv.k_stride;
+        qd = reread(qd);
+        unrolled<Rows>([&](auto r) { acc[u][r] = fma(V16::set1(qd[r * dim]), x, acc[u][r]); });
+      });
+    }
   }
   unrolled<Units>([&](auto u) {
     unrolled<Rows>([&](auto r) {
-      (restore_lanes<T>(acc[u][r]) * V16::set1(scale)).store(s + r * kSplit + u * kUnit);
+      (restore_lanes<T>(acc[u][r]) * V16::set1(scale)).store(s + r * kSplit + (unit + u) * kUnit);
     });
   });
 }
 
 template <class T, int Rows>
-inline void scores(const HeadShape& h, const SplitKV<T>& kv, const float* q, int unit0, int unit1, float* s) {
+inline void scores(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* q, int begin,
+                   int end, float* s) {
   constexpr int kWide = std::min(4, std::max(1, kAccumulators / Rows));
-  int u = unit0;
-  for (; u + kWide <= unit1; u += kWide)
-    score_units<T, Rows, kWide>(h.dim, h.scale, q, kv.k + u, kv.k_stride, s + u * kUnit);
+  int u = begin;
+  for (; u + kWide <= end; u += kWide) score_units<T, Rows, kWide>(h.dim, h.scale, q, kv, ahead, u, s);
   if constexpr (kWide > 2)
-    for (; u + 2 <= unit1; u += 2) score_units<T, Rows, 2>(h.dim, h.scale, q, kv.k + u, kv.k_stride, s + u * kUnit);
+    for (; u + 2 <= end; u += 2) score_units<T, Rows, 2>(h.dim, h.scale, q, kv, ahead, u, s);
   if constexpr (kWide > 1)
-    for (; u < unit1; u++) score_units<T, Rows, 1>(h.dim, h.scale, q, kv.k + u, kv.k_stride, s + u * kUnit);
+    for (; u < end; u++) score_units<T, Rows, 1>(h.dim, h.scale, q, kv, ahead, u, s);
 }
 
 inline void hide(float* s, const Span& span, const uint16_t* visible) {
@@ -230,12 +239,12 @@ inline void add_masked(const HeadShape& h, const SplitKV<T>& kv, const float* p,
 
 // One split for `Rows` rows: m[r], l[r] and o[r][width] (unnormalised) are overwritten.
 template <class T, int Rows>
-inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const float* q, const Span* spans, const Mask* mask,
-                        float* s, float* m, float* l, float* o) {
+inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* q,
+                        const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
   int lo = kSplit, hi = 0;
   for (int r = 0; r < Rows; r++)
     if (!spans[r].empty()) lo = std::min(lo, spans[r].lo), hi = std::max(hi, spans[r].hi);
-  if (lo < hi) scores<T, Rows>(h, kv, q, lo / kUnit, (hi + 15) / kUnit, s);
+  if (lo < hi) scores<T, Rows>(h, kv, ahead, q, lo / kUnit, (hi + 15) / kUnit, s);
   for (int r = 0; r < Rows; r++) {
     const uint16_t* visible = mask ? mask->visible[r] : nullptr;
     const float* bias = mask && mask->has_bias ? mask->bias[r] : nullptr;
@@ -249,15 +258,15 @@ inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const float* q
 }
 
 template <class T>
-inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const float* q, const Span* spans,
-                   const Mask* mask, float* s, float* m, float* l, float* o) {
+inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* q,
+                   const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
   switch (rows) {
-    case 1: return attend_rows<T, 1>(h, kv, q, spans, mask, s, m, l, o);
-    case 2: return attend_rows<T, 2>(h, kv, q, spans, mask, s, m, l, o);
-    case 3: return attend_rows<T, 3>(h, kv, q, spans, mask, s, m, l, o);
-    case 4: return attend_rows<T, 4>(h, kv, q, spans, mask, s, m, l, o);
-    case 5: return attend_rows<T, 5>(h, kv, q, spans, mask, s, m, l, o);
-    default: return attend_rows<T, 6>(h, kv, q, spans, mask, s, m, l, o);
+    case 1: return attend_rows<T, 1>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    case 2: return attend_rows<T, 2>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    case 3: return attend_rows<T, 3>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    case 4: return attend_rows<T, 4>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    case 5: return attend_rows<T, 5>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    default: return attend_rows<T, 6>(h, kv, ahead, q, spans, mask, s, m, l, o);
   }
 }
 
