@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm42c import inductor
 from llm42c.clusters import Cluster, find_clusters, outline, structural_hash
+from llm42c.options import Reductions
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import Kind, kind
 from llm42c.passes.sizes import SYMBOLS, symbolic
@@ -41,14 +42,17 @@ class PiecewiseProgram:
         return self.run(*inputs)
 
 
-def compile_piecewise(gm: fx.GraphModule) -> PiecewiseProgram:
+def compile_piecewise(gm: fx.GraphModule, reductions: Reductions = "fixed") -> PiecewiseProgram:
     """Compile ``gm`` after the packed pipeline, its packed weights materialised.
+
+    ``reductions="free"`` gives the clusters to Inductor with its own settings.
 
     Inputs of the result are ``gm``'s placeholders, sizes included. Parameters, buffers and packed weights
     are bound when this is called. Shapes stay symbolic where the graph's are.
     """
     start = time.perf_counter()
     graph = gm.graph
+    compile_module = inductor.compile_fixed if reductions == "fixed" else inductor.compile_free
     clusters = find_clusters(graph)
     compiled: dict[str, Callable[..., Any]] = {}
     calls: dict[str, int] = {}
@@ -58,7 +62,7 @@ def compile_piecewise(gm: fx.GraphModule) -> PiecewiseProgram:
         module = outline(cluster)
         key = structural_hash(module)
         if key not in compiled:
-            compiled[key] = _compile_cluster(module, gm.meta.get(SYMBOLS))
+            compiled[key] = _compile_cluster(module, gm.meta.get(SYMBOLS), compile_module)
         calls[key] = calls.get(key, 0) + 1
         functions.append(compiled[key])
         owner |= dict.fromkeys(cluster.nodes, i)
@@ -71,7 +75,11 @@ def compile_piecewise(gm: fx.GraphModule) -> PiecewiseProgram:
     return PiecewiseProgram(run, source, calls, _count(graph, owner), time.perf_counter() - start)
 
 
-def _compile_cluster(module: fx.GraphModule, symbols: dict[int, torch.SymInt] | None) -> Callable[..., Any]:
+def _compile_cluster(
+    module: fx.GraphModule,
+    symbols: dict[int, torch.SymInt] | None,
+    compile_module: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
     """The cluster as a callable on its inputs, returning a tuple. ``symbols``: see ``passes.sizes``."""
     values = [g.value(n) for n in module.graph.nodes if n.op == "placeholder"]
     mode = g.fake_mode(module.graph)
@@ -80,7 +88,7 @@ def _compile_cluster(module: fx.GraphModule, symbols: dict[int, torch.SymInt] | 
         mode = FakeTensorMode(shape_env=env)
         values = [symbolic(v, symbols, mode) for v in values]
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
-        return inductor.compile_fixed(module, values)
+        return compile_module(module, values)
 
 
 def _schedule(

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.base import Context, PassReport
+from llm42c.passes.base import Context, PassReport, usable
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +56,7 @@ def unrepeated(node: fx.Node) -> fx.Node:
     return base if inserted and folded else node  # type: ignore[return-value]
 
 
-def _refusal(node: fx.Node, bound: dict[str, Any], grad: bool) -> str | None:
+def _refusal(node: fx.Node, bound: dict[str, Any], ctx: Context) -> str | None:
     q, mask = g.tensor(bound["query"]), g.tensor(bound["attn_mask"])
     if q is None or q.dim() != 4:
         return "the query is not [B, H, S, D]"
@@ -70,9 +70,9 @@ def _refusal(node: fx.Node, bound: dict[str, Any], grad: bool) -> str | None:
         return "is_causal is not known at compile time"
     if mask is not None and mask.dim() not in (2, 3, 4):
         return f"a mask with {mask.dim()} dimensions"
-    if mask is not None and grad and mask.requires_grad:
+    if mask is not None and ctx.grad and mask.requires_grad:
         return "the mask needs a gradient"
-    return None
+    return usable(ctx, "dense_attention")
 
 
 def _mask_4d(node: fx.Node, mask: fx.Node | None) -> fx.Node | None:
@@ -91,7 +91,7 @@ def attention_sdpa(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         if g.name(node) != "sdpa":
             continue
         bound = g.bind(node)
-        reason = _refusal(node, bound, ctx.grad)
+        reason = _refusal(node, bound, ctx)
         if reason is not None:
             report.miss(node, reason)
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from llm42c.codegen.ops.registry import operators
 from llm42c.passes.graph import where
 
 PLAIN = "plain"  # a user's model: parameters stay the user's, no packed weights
@@ -23,6 +24,13 @@ class Context:
 
     target: str = PLAIN
     grad: bool = False
+
+
+def usable(ctx: Context, operator: str) -> str | None:
+    """Why an operator must not be put into this graph, or None."""
+    if ctx.grad and operators()[operator].backward is None:
+        return f"{operator} has no autograd formula"
+    return None
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,13 @@ class Pass:
 
 @dataclass
 class Report:
-    """What the pipeline did, pass by pass, in order."""
+    """What the pipeline did, pass by pass, in order.
+
+    ``unplaced`` are the calls of the final graph whose order of reduction is not known.
+    """
 
     passes: list[PassReport] = field(default_factory=list)
+    unplaced: list[Event] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PassReport:
         """The report of the pass of that name; a pass that ran twice is merged."""

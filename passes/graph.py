@@ -60,6 +60,8 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "softmax": (("input", None), ("dim", None), ("dtype", None)),
     "log_softmax": (("input", None), ("dim", None), ("dtype", None)),
     "var": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
+    "std": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
+    "logsumexp": (("input", None), ("dim", None), ("keepdim", False)),
     "cat": (("tensors", None), ("dim", 0)),
     "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
     "matmul": (("input", None), ("other", None)),

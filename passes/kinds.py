@@ -38,7 +38,7 @@ _MOVE = _names(
     "repeat_interleave index_copy_ copy_ scatter scatter_ zeros ones full arange empty tensor zeros_like ones_like "
     "full_like empty_like new_zeros new_ones new_full new_empty new_tensor pad one_hot take_along_dim setitem "
     "masked_fill_ index_put_ fill_ zero_ hstack vstack scalar_tensor eye meshgrid broadcast_to broadcast_tensors "
-    "masked_scatter masked_scatter_ index_add_ nonzero to_dense dropout"
+    "masked_scatter masked_scatter_ index_add_ nonzero to_dense"
 )
 _EXACT = _names(
     "add sub mul div neg abs square sqrt rsqrt reciprocal relu clamp maximum minimum eq ne lt le gt ge to floor ceil "

@@ -9,15 +9,20 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.add_rms_norm import add_rms_norm
+from llm42c.passes.attention_eager import attention_eager
 from llm42c.passes.attention_sdpa import attention_sdpa
 from llm42c.passes.base import PACKED, PLAIN, Context, Pass, PassReport, Report
+from llm42c.passes.check import check
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
+from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.layout import layout
 from llm42c.passes.linear import linear
 from llm42c.passes.linear_add import linear_add
 from llm42c.passes.linear_silu_mul import linear_silu_mul
+from llm42c.passes.matmul import matmul
 from llm42c.passes.merge_linears import merge_linears
 from llm42c.passes.normalize import normalize
+from llm42c.passes.reductions import reductions
 from llm42c.passes.rms_norm import rms_norm
 from llm42c.passes.rotary import merge_rotary, rotary
 from llm42c.passes.sizes import baked, concretise
@@ -30,17 +35,22 @@ PASSES: tuple[Pass, ...] = (
     Pass("dead_code", dead_code),
     Pass("common_subexpressions", common_subexpressions),
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
+    Pass("attention_eager", attention_eager, _PLAIN),
     Pass("rms_norm", rms_norm),
+    Pass("layer_norm", layer_norm),
     Pass("add_rms_norm", add_rms_norm),
     Pass("linear_silu_mul", linear_silu_mul),
     Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),
+    Pass("matmul", matmul),
+    Pass("reductions", reductions),
     Pass("linear_add", linear_add, _PACKED),
     Pass("rotary", rotary, _PACKED),
     Pass("layout", layout, _PACKED),
     Pass("common_subexpressions", common_subexpressions, _PACKED),
     Pass("merge_rotary", merge_rotary, _PACKED),
     Pass("layout", layout, _PACKED),
+    Pass("check", check),
 )
 
 Observer = Callable[[str, fx.Graph], None]
@@ -72,6 +82,7 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
         report.passes.append(entry)
         if observe is not None and (entry.matches or entry.nodes_after != entry.nodes_before):
             observe(f"{number:02d}_{step.name}", graph)
+    report.unplaced = report["check"].misses
     if faults := baked(graph):
         raise g.IllegalRewriteError(f"a size was written into {faults[0].format_node()}")
     graph.lint()
