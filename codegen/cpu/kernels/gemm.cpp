@@ -23,9 +23,11 @@ struct DenseBlock;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Length of the blocks of k: as few as fit kBlockBytes, of about equal size.
 template <class T>
-constexpr int64_t block_k() {
-  return kBlockBytes / int64_t(kPanel * sizeof(T));
+int64_t block_k(int64_t k) {
+  const int64_t most = kBlockBytes / int64_t(kPanel * sizeof(T));
+  return k <= most ? k : ceil_div(k, ceil_div(k, most));
 }
 
 // kc values of k of one panel, from a dense weight of which `columns` rows are left.
@@ -60,13 +62,13 @@ struct Job {
   // panel, is fetched meanwhile, spread evenly over the tiles.
   void product(int64_t panel, const T* next, int64_t m0, int64_t m1, float* c) const {
     if (p.k == 0) std::fill(c, c + (m1 - m0) * kPanel, 0.f);
-    const int64_t tiles = ceil_div(m1 - m0, kRows);
-    for (int64_t k0 = 0; k0 < p.k; k0 += block_k<T>()) {
-      const int64_t kc = std::min(block_k<T>(), p.k - k0);
+    const int64_t tiles = ceil_div(m1 - m0, kRows), block_len = block_k<T>(p.k);
+    for (int64_t k0 = 0; k0 < p.k; k0 += block_len) {
+      const int64_t kc = std::min(block_len, p.k - k0);
       const T* w = block(panel, k0, kc);
       const char* follow = reinterpret_cast<const char*>(k0 + kc < p.k && p.packed ? w + kc * kPanel : next);
       const int64_t bytes = kc * kPanel * int64_t(sizeof(T)) / tiles;
-      const int64_t step = bytes / (kc / 4 + 1) / passes(int(std::min<int64_t>(m1 - m0, kRows)));
+      const int64_t step = bytes / kc / passes(int(std::min<int64_t>(m1 - m0, kRows)));
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = m0 + i * kRows;
         tile_rows(std::min<int64_t>(kRows, m1 - m), x + m * lda + k0, lda, w, kc, c + (m - m0) * kPanel, k0 > 0,

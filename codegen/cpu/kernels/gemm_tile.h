@@ -6,7 +6,11 @@
 
 namespace llm42::gemm {
 
-// Weights to fetch into the cache while a tile is computed: one line at `next` for every four k.
+// Passes over the panel that a tile of `rows` rows takes: as many registers at once as leave kRows * 3
+// accumulators.
+inline constexpr int passes(int rows) { return rows * kVecs <= 3 * kRows ? 1 : 2; }
+
+// Weights to fetch into the cache while a tile is computed: from `next` on, `step` bytes for every k.
 struct Prefetch {
   const char* next;
   int64_t step;
@@ -21,38 +25,42 @@ inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, 
   for (int r = 0; r < kR; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < kN; v++) acc[r][v] = resume ? vload(c + r * kPanel + (kV0 + v) * kLanes) : vzero();
-  const auto step = [&](int64_t k) {
-    const T* row = w + k * kPanel;
-    Vec b[kN];
-    [&]<int... I>(std::integer_sequence<int, I...>) {
-      ((b[I] = decode<kV0 + I>(row)), ...);
-    }(std::make_integer_sequence<int, kN>{});
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; r++) {
-      const Vec a = vset1(x[r * lda + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kN; v++) acc[r][v] = vfma(a, b[v], acc[r][v]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + 4 <= kc; k += 4) {
+  // Not unrolled: the body has enough chains, and longer bodies make compilers spill accumulators.
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < kc; k++) {
     __builtin_prefetch(fetch.next, 0, 2);
+    if constexpr (kN == kVecs) __builtin_prefetch(fetch.next + fetch.step / 2, 0, 2);
     fetch.next += fetch.step;
-    step(k);
-    step(k + 1);
-    step(k + 2);
-    step(k + 3);
+    const T* row = w + k * kPanel;
+    Vec a[kR];
+    if constexpr (kR < kN) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; r++) a[r] = vset1(x[r * lda + k]);
+      [&]<int... V>(std::integer_sequence<int, V...>) {
+        const auto column = [&](int v, Vec b) {
+#pragma GCC unroll 8
+          for (int r = 0; r < kR; r++) acc[r][v] = vfma(a[r], b, acc[r][v]);
+        };
+        (column(V, decode<kV0 + V>(row)), ...);
+      }(std::make_integer_sequence<int, kN>{});
+    } else {
+      Vec b[kN];
+      [&]<int... V>(std::integer_sequence<int, V...>) {
+        ((b[V] = decode<kV0 + V>(row)), ...);
+      }(std::make_integer_sequence<int, kN>{});
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; r++) {
+        const Vec a = vset1(x[r * lda + k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kN; v++) acc[r][v] = vfma(a, b[v], acc[r][v]);
+      }
+    }
   }
-  for (; k < kc; k++) step(k);
 #pragma GCC unroll 8
   for (int r = 0; r < kR; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < kN; v++) vstore(c + r * kPanel + (kV0 + v) * kLanes, acc[r][v]);
 }
-
-// Passes over the panel that a tile of `rows` rows takes: as many registers at once as leave kRows * 3
-// accumulators.
-inline constexpr int passes(int rows) { return rows * kVecs <= 3 * kRows ? 1 : 2; }
 
 // `rows` <= kRows rows times the whole panel.
 template <class T, int kR = kRows>
@@ -64,7 +72,7 @@ inline void tile_rows(int64_t rows, const float* x, int64_t lda, const T* w, int
   constexpr int kN = kVecs / passes(kR);
   tile<kR, 0, kN>(x, lda, w, kc, c, resume, fetch);
   if constexpr (kN < kVecs)
-    tile<kR, kN, kVecs - kN>(x, lda, w, kc, c, resume, {fetch.next + kc / 4 * fetch.step, fetch.step});
+    tile<kR, kN, kVecs - kN>(x, lda, w, kc, c, resume, {fetch.next + kc * fetch.step, fetch.step});
 }
 
 }  // namespace llm42::gemm
