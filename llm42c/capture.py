@@ -196,21 +196,17 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
     """
     registry.define()
     require_supported(model)
-    spec = kv_spec(model)
     dtype = next(model.parameters()).dtype
-    batch, cache = _example_batch(), new_kv_cache(spec, 1, 16, dtype)
-    try:
-        with hf_interface.installed(model):
-            gm, examples = _run_dynamo(model, batch, cache)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured as one graph: {reason}"
-        ) from error
+    batch, spec = _example_batch(), kv_spec(model)
+    cache = new_kv_cache(spec, 1, 16, dtype)
+    gm, examples = _capture(model, batch, cache)
+    found = _check_attention(model, gm, len(spec))
+    if found != spec:  # a configuration need not say how its model shares KV heads: the graph does
+        spec, cache = found, new_kv_cache(found, 1, 16, dtype)
+        gm, examples = _capture(model, batch, cache)
     known = _describe_inputs(batch, cache)
     names = [_input_name(example, batch, known) for example in examples]
     parameter_names = _lift_parameters(gm, examples, model, names)
-    _require_attention(model, gm, len(spec))
     kept: dict[str, Any] = {}
     for name, example in zip(names, examples, strict=True):
         if name is not None and not name.startswith("const:"):
@@ -225,16 +221,43 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
     )
 
 
-def _require_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) -> None:
-    calls = [n for n in gm.graph.nodes if "paged_attention" in str(n.target)]
+def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache) -> tuple[torch.fx.GraphModule, list[Any]]:
+    try:
+        with hf_interface.installed(model):
+            return _run_dynamo(model, batch, cache)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured as one graph: {reason}"
+        ) from error
+
+
+def _check_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) -> list[KVSpec]:
+    """The KV shapes that the graph's attention calls use, layer by layer.
+
+    Raises UnsupportedModelError when a layer has another attention, or one that the operator cannot do.
+    """
+    schema = torch.ops.llm42.paged_attention.default._schema
+    place = {argument.name: i for i, argument in enumerate(schema.arguments)}
+    caches = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    calls = [n for n in gm.graph.nodes if n.target == torch.ops.llm42.paged_attention]
+    calls.sort(key=lambda n: caches.index(n.args[place["k_cache"]]))
     if len(calls) != layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: {len(calls)} of {layers} layers use an attention that "
             "llm42 can replace; layers that keep other sequence state are not served"
         )
-    schema = torch.ops.llm42.paged_attention.default._schema
-    window = [argument.name for argument in schema.arguments].index("window")
-    if any(n.args[window] == hf_interface.UNKNOWN_WINDOW for n in calls):
+    if any(n.args[place["window"]] == hf_interface.UNKNOWN_WINDOW for n in calls):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported: its attention mask is neither causal nor a sliding window"
+            f"{type(model).__name__} is not supported: "
+            "its attention mask is neither causal nor a sliding window"
         )
+    spec = []
+    for call in calls:
+        q, k, v = (call.args[place[name]].meta["example_value"].shape for name in ("q", "k", "v"))
+        if not int(q[2]) == int(k[2]) == int(v[2]):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not supported: its keys and values have different head sizes"
+            )
+        spec.append(KVSpec(int(k[1]), int(k[2])))
+    return spec

@@ -56,18 +56,17 @@ def attention_forward(
         batch["kv_lens"],
         batch["block_table"],
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        _window(attention_mask, sliding_window or 0)
-        if getattr(module, "is_causal", True)
-        else UNKNOWN_WINDOW,
+        _window(module, attention_mask, sliding_window or 0),
         softcap or 0.0,
         s_aux,
     )
     return out.unsqueeze(0), None
 
 
-def _window(mask: Tensor | None, window: int) -> int:
+def _window(module: nn.Module, mask: Tensor | None, window: int) -> int:
     """The window of the attention operator, or UNKNOWN_WINDOW where the mask says something else."""
-    if mask is None or mask.dim() != 4 or mask.shape[2] != 0:
+    causal = getattr(module, "is_causal", True)
+    if not causal or mask is None or mask.dim() != 4 or mask.shape[2] != 0:
         return UNKNOWN_WINDOW
     return window if mask.shape[3] == window else UNKNOWN_WINDOW
 

@@ -17,7 +17,7 @@ from llm42c.errors import UnsupportedModelError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 _OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
-# Their tables depend on the longest sequence of the batch, so a row's positions would depend on its neighbours.
+# Their tables depend on the longest sequence of the batch, so a row would depend on its neighbours.
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 

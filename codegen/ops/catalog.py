@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from llm42c.codegen.ops import activation, grouped_linear, linear, norm, paged_attention, reduce, rotary, sample
+from llm42c.codegen.ops import (
+    activation,
+    grouped_linear,
+    linear,
+    norm,
+    paged_attention,
+    reduce,
+    rotary,
+    sample,
+)
 from llm42c.codegen.ops.registry import Operator
 
 OPERATORS: tuple[Operator, ...] = (

@@ -22,8 +22,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, tr
     return y if bias is None else y + bias.double()[group]
 
 
-# x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64 in [0, E)
-# → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E).
+# x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64
+# in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E).
 OP = Operator(
     schema="grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor group, bool transposed) -> Tensor",
     fake=_fake,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llm42c.codegen.ops import grouped_linear, registry
 
 registry.load()
