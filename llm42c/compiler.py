@@ -1,0 +1,138 @@
+"""From a Hugging Face decoder to callables on packed batches: capture once, compile each form of it.
+
+``pinned`` runs the packed pipeline, so that every reduction has one order; ``stock`` leaves linears and
+norms to Inductor and MKL as they come (only attention, which must read the paged cache, is ours). Both
+come from one capture, and pinned forms share one copy of the packed weights.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
+from llm42c.codegen.cpu import build
+from llm42c.codegen.ops import registry
+from llm42c.digest import require_finite
+from llm42c.packed import KVCache, PackedInputs
+from llm42c.passes import pipeline
+from llm42c.passes.base import PACKED, Context, Report
+from llm42c.piecewise import PiecewiseProgram, compile_piecewise
+from llm42c.weights import WeightStore
+
+Form = Literal["pinned", "stock"]
+_FLAT_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table", "logits_indices")
+
+
+@dataclass
+class CompiledModel:
+    """One compiled form of a model (a :class:`~llm42c.packed.PackedModel`)."""
+
+    form: Form
+    vocab_size: int
+    max_position_embeddings: int
+    dtype: torch.dtype
+    digest: str
+    program: PiecewiseProgram
+    report: Report
+    _inputs: list[str]
+    _kv_spec: list[KVSpec]
+    _last: tuple[KVCache, list[Any]] | None = None  # the cache of the last call, and its arguments
+
+    def new_kv_cache(self, num_pages: int, page_size: int) -> KVCache:
+        return new_kv_cache(self._kv_spec, num_pages, page_size, self.dtype)
+
+    def kv_bytes_per_page(self, page_size: int) -> int:
+        elements = sum(2 * s.num_kv_heads * s.head_dim for s in self._kv_spec)
+        return elements * page_size * self.dtype.itemsize
+
+    def forward(self, inputs: PackedInputs, cache: KVCache) -> Tensor:
+        """Write K/V of every non-padding row; return logits [R, V] in the model's dtype."""
+        args = self._template(cache)
+        for i, name in enumerate(self._inputs):
+            if name == "input_ids" or name == "positions":
+                args[i] = getattr(inputs, name).unsqueeze(0)
+            elif name in _FLAT_FIELDS:
+                args[i] = getattr(inputs, name)
+            elif name == "sym:T":
+                args[i] = inputs.input_ids.shape[0]
+            elif name == "sym:R":
+                args[i] = inputs.logits_indices.shape[0]
+        with torch.no_grad():
+            (logits,) = self.program(*args)
+        return logits.squeeze(0)  # type: ignore[no-any-return]
+
+    def _template(self, cache: KVCache) -> list[Any]:
+        """The argument list with this cache's tensors in place."""
+        if self._last is None or self._last[0] is not cache:
+            tensors = {f"k_cache.{i}": t for i, t in enumerate(cache.k)}
+            tensors |= {f"v_cache.{i}": t for i, t in enumerate(cache.v)}
+            self._last = (cache, [tensors.get(name) for name in self._inputs])
+        return self._last[1].copy()
+
+
+class ModelCompiler:
+    """Captures ``model`` once and compiles forms of it on request.
+
+    ``keep_originals=True`` leaves the model's own parameters in memory beside the packed ones.
+    Raises UnsupportedModelError, WeightsError (NaN or infinity) or BuildError (no C++ compiler).
+    """
+
+    def __init__(self, model: nn.Module, *, keep_originals: bool = False, strict: bool = True) -> None:
+        self.model = model
+        self.strict = strict
+        require_finite(model)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
+            kernels = pool.submit(build.build)
+            self.captured: CapturedGraph = capture_packed(model)
+            kernels.result()
+        registry.load()
+        self.weights = WeightStore(model, keep_originals=keep_originals)
+        self._compiled: dict[Form, CompiledModel] = {}
+        self._graphs: list[fx.GraphModule] = []
+
+    def compile(self, form: Form = "pinned") -> CompiledModel:
+        """The compiled form; asking twice gives the same object."""
+        if form not in self._compiled:
+            self._compiled[form] = self._compile(form)
+        return self._compiled[form]
+
+    def release_originals(self) -> int:
+        """Free the parameters that no compiled form reads; returns the bytes freed."""
+        return self.weights.release(*self._graphs)
+
+    def restore(self) -> None:
+        """Give the model its parameters back exactly."""
+        self.weights.restore()
+
+    def _compile(self, form: Form) -> CompiledModel:
+        gm = _copy(self.captured.gm)
+        report = Report()
+        if form == "pinned":
+            report = pipeline.run(gm, Context(target=PACKED))
+            self.weights.materialise(gm)
+        program = compile_piecewise(gm)
+        self._graphs.append(gm)
+        config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+        return CompiledModel(
+            form=form,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            dtype=next(self.model.parameters()).dtype,
+            digest=f"{self.captured.digest}-{form}",
+            program=program,
+            report=report,
+            _inputs=self.captured.inputs,
+            _kv_spec=self.captured.kv_spec,
+        )
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph on the same tensors; passes may rewrite one without touching the other."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)

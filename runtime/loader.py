@@ -1,0 +1,100 @@
+"""From a model to a running engine: capture, compile, pack, describe, and put together."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm42c import models
+from llm42c.codegen.cpu import build
+from llm42c.compiler import Form, ModelCompiler
+from llm42c.digest import weights_digest
+from llm42c.errors import ConfigError
+from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.contract import engine_contract
+from llm42c.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine with what it was made from."""
+
+    engine: Engine
+    compiler: ModelCompiler
+    model: nn.Module
+    tokenizer: Any
+
+    def close(self) -> None:
+        """Give the model its own parameters back; the engine must not be used afterwards."""
+        self.compiler.restore()
+
+
+def build_engine(
+    model: nn.Module | str | Path,
+    tokenizer: Any = None,
+    *,
+    fast: Form = "pinned",
+    keep_originals: bool = False,
+    compiler: ModelCompiler | None = None,
+    persist_certificates: bool = True,
+    **config: Any,
+) -> BuiltEngine:
+    """Compile ``model`` (a Hugging Face decoder, or MODEL as the command line takes it) into an engine.
+
+    ``fast`` is the form that decodes: ``"pinned"`` has the verifier's own kernels and is certified;
+    ``"stock"`` is unpinned Inductor and MKL, whose tokens are verified and may roll back. Further keywords
+    are fields of EngineConfig. Raises ConfigError for an unknown one, naming the nearest.
+    """
+    if isinstance(model, (str, Path)):
+        model, loaded = models.load_model(model)
+        tokenizer = tokenizer or loaded
+    _check_keys(config)
+    config.setdefault("eos_token_ids", eos_token_ids(model))
+    if persist_certificates:
+        config.setdefault("certificates_path", str(build.cache_dir() / "certificates"))
+    engine_config = EngineConfig(**config)
+    digest = weights_digest(model)
+    if compiler is None:
+        compiler = ModelCompiler(model, keep_originals=keep_originals)
+    verifier = compiler.compile("pinned")
+    fast_model = compiler.compile(fast)
+    compiler.release_originals()
+    contract = engine_contract(
+        verifier,
+        engine_config,
+        weights=digest,
+        kernels={"cpu": build.build_key(), "fast": fast},
+    )
+    engine = Engine(
+        fast_model,
+        verifier,
+        engine_config,
+        decode=None if tokenizer is None else _decoder(tokenizer),
+        contract=contract,
+    )
+    return BuiltEngine(engine, compiler, model, tokenizer)
+
+
+def eos_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """End-of-sequence ids of the model's generation configuration, else of its configuration."""
+    for source in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    return ()
+
+
+def _decoder(tokenizer: Any) -> Any:
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check_keys(config: dict[str, Any]) -> None:
+    known = [f.name for f in fields(EngineConfig)]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown engine option {key!r}; did you mean {near!r}?")
