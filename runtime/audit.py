@@ -20,7 +20,7 @@ from llm42c.packed import KVCache
 from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
-from llm42c.runtime.packing import Chunk, slots_of
+from llm42c.runtime.packing import Chunk, Span, slots_of
 from llm42c.runtime.request import Request, State
 from llm42c.runtime.sampling import Sampled
 from llm42c.runtime.scheduler import Scheduler, VerifyPlan
@@ -86,7 +86,7 @@ class Auditor:
         candidates = [
             r
             for r in self._scheduler.running
-            if r.deterministic and r.proved < r.num_computed and not r.pending and r not in plan
+            if r.deterministic and r.proved < r.num_computed and r not in plan
         ]
         if candidates and not plan.full:
             request = candidates[self._rng.integers(len(candidates))]
@@ -94,7 +94,7 @@ class Auditor:
             first_row = max(start, request.prompt_len - 1)
             end = min(request.num_computed, start + plan.tokens_left, first_row + plan.rows_left)
             if end > start:
-                plan.add(Chunk(request, start, end, min(first_row, end), audit=True))
+                plan.add(Span(request, start, end, min(first_row, end), audit=True))
                 self._credit = min(self._credit - due, due)
         return plan if plan.chunks else None
 
@@ -118,43 +118,51 @@ class Auditor:
             prove(chunk, chunk.num_rows)
             self._confirm_pages(chunk.request)
             return
-        position, origin = found
-        shape = self._certificates.shape_of(origin)
-        if shape is None:
+        position, origins = found
+        shapes = {s for s in map(self._certificates.shape_of, origins) if s is not None}
+        if not shapes:
             raise ConfigError(
                 f"the verifier graph is not row independent: its own result at position {position} of "
-                f"{chunk.request.id} has other bits when replayed, so nothing that it commits is deterministic"
+                f"{chunk.request.id} has other bits when replayed, so nothing it commits is deterministic"
             )
-        self._certificates.revoke(shape)
+        self._certificates.revoke(shapes)
         self._stats.suspects += self._certified_finishes
         self._certified_finishes.clear()
+        names = ", ".join(f"{tokens} tokens x {rows} rows" for tokens, rows in sorted(shapes))
         warnings.warn(
-            f"certificate of the fast graph at {shape[0]} tokens, {shape[1]} rows revoked: an audit of "
-            f"{chunk.request.id} found other bits at position {position}; unaudited results are taken back",
+            f"certificate of the fast graph at {names} revoked: an audit of {chunk.request.id} found other "
+            f"bits at position {position}; unaudited results are taken back",
             RuntimeWarning,
             stacklevel=4,
         )
         self._take_back()
 
-    def _first_difference(self, replay: Replay, sampled: Sampled, first: int) -> tuple[int, int] | None:
-        """Position and origin of the first KV entry or output that differs."""
+    def _first_difference(self, replay: Replay, sampled: Sampled, first: int) -> tuple[int, set[int]] | None:
+        """Position of the first KV entry or output that differs, and the origins that may have caused it."""
         chunk, request, size = replay.chunk, replay.chunk.request, self._config.page_size
         same = kv_rows_equal(replay.before, read_kv(self._cache, replay.slots, size))
         differing = torch.nonzero(~same)
-        found: tuple[int, int] | None = None
+        found: tuple[int, set[int]] | None = None
         if len(differing):
             position = chunk.start + int(differing[0, 0])
-            found = position, int(self._pool.origin[request.pages[position // size], position % size])
+            found = position, set(self._origins(request, position, position + 1))
         for j in range(chunk.num_rows):
             position = chunk.first_row + j
             if found is not None and found[0] <= position:
                 break
             output = position - (request.prompt_len - 1)
             committed = request.tokens[position + 1], request.logprobs[output]
-            row = first + j
-            replayed = sampled.tokens[row], sampled.logprobs[row]
-            if row_problem(sampled, row) or replayed != committed:
-                return position, request.origins[output]
+            replayed = sampled.tokens[first + j], sampled.logprobs[first + j]
+            if row_problem(sampled, first + j) or replayed != committed:
+                # Outputs survive a preemption, so the KV before the window may be newer than this one, and
+                # wrong.
+                context = self._origins(request, min(request.proved, chunk.start), chunk.start)
+                return position, {request.origins[output], *context}
+        return found
+
+    def _origins(self, request: Request, start: int, end: int) -> list[int]:
+        positions, size = np.arange(start, end), self._config.page_size
+        found: list[int] = self._pool.origin[request.block_row[positions // size], positions % size].tolist()
         return found
 
     def _confirm_pages(self, request: Request) -> None:

@@ -41,7 +41,7 @@ class Certificates:
         self._contract = contract
         self._probe = probe
         self._stats = stats
-        self._queue: OrderedDict[Shape, None] = OrderedDict()
+        self._queue: OrderedDict[Shape | None, None] = OrderedDict()  # None: the verifier's own check
         self._current: Iterator[bool | None] | None = None
         self._ids: dict[Shape, int] = {}  # small numbers for `BlockPool.origin`; 0 is the verifier
         self._path = self._file()
@@ -60,37 +60,49 @@ class Certificates:
 
     # -- probing ---------------------------------------------------------------------------------------------
 
-    def check_verifier(self) -> None:
-        """Raise ConfigError unless the verifier graph's rows are independent of their surroundings."""
-        if self.verifier_checked:
-            return
-        if not self._probe.verifier_is_row_independent():
+    def may_run(self, deterministic: bool) -> bool:
+        """Whether such a request may start; if the verifier graph is unchecked, its check begins instead."""
+        if deterministic and not self.verifier_checked:
+            self._queue[None] = None
+            return False
+        return True
+
+    def advance(self) -> bool:
+        """Run one forward of probing, if any is wanted; returns whether there was something to do.
+
+        Raises ConfigError if the verifier graph's rows turn out to depend on their surroundings.
+        """
+        if self._current is None:
+            if not self._queue:
+                return False
+            target = next(iter(self._queue))
+            self._current = self._probe.check_verifier() if target is None else self._probe.compare(target)
+        verdict = next(self._current)
+        if verdict is not None:
+            target, _ = self._queue.popitem(last=False)
+            self._current = None
+            self._settle(target, verdict)
+        return True
+
+    def _settle(self, target: Shape | None, verdict: bool) -> None:
+        if target is not None:
+            self.status[target] = "certified" if verdict else "speculative"
+            self._stats.probes += 1
+        elif verdict:
+            self.verifier_checked = True
+        else:
             raise ConfigError(
                 "the verifier graph is not row independent: the bits of a row change with its place in the "
                 "batch, its neighbours or its pages, so no request could be deterministic"
             )
-        self.verifier_checked = True
         self._save()
 
-    def advance(self) -> bool:
-        """Run one forward of probing, if any is wanted; returns whether there was something to do."""
-        if self._current is None:
-            if not self._queue:
-                return False
-            self._current = self._probe.compare(next(iter(self._queue)))
-        verdict = next(self._current)
-        if verdict is not None:
-            shape, _ = self._queue.popitem(last=False)
-            self._current = None
-            self.status[shape] = "certified" if verdict else "speculative"
-            self._stats.probes += 1
-            self._save()
-        return True
-
-    def probe_all(self) -> None:
-        """Settle every shape that the scheduler can ever run."""
-        for shape in self._config.shapes():
-            self.want(shape)
+    def settle_all(self) -> None:
+        """Check the verifier graph, and probe every shape that the scheduler can ever run."""
+        self.may_run(deterministic=True)
+        if self.enabled:
+            for shape in self._config.shapes():
+                self.want(shape)
         while self.advance():
             pass
 
@@ -102,9 +114,14 @@ class Certificates:
     def shape_of(self, origin: int) -> Shape | None:
         return next((s for s, i in self._ids.items() if i == origin), None)
 
-    def revoke(self, shape: Shape) -> None:
-        self.status[shape] = "revoked"
-        self._stats.revocations += 1
+    def revoke(self, shapes: set[Shape]) -> None:
+        """Withdraw the certificates of `shapes` for good, and all others until they are probed again.
+
+        The probe that one of them passed was too weak, or the machine has changed since.
+        """
+        self.status = {s: v for s, v in self.status.items() if v != "certified"}
+        self.status |= dict.fromkeys(shapes, "revoked")
+        self._stats.revocations += len(shapes)
         self._save()
 
     # -- on disk ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ class Engine:
         self._sample_fast, self._sample_verify = RowSampler(sampler), RowSampler(sampler)
         self._requests: dict[str, Request] = {}
         self._touched: dict[str, Request] = {}  # with something new to deliver
+        self._held: list[RequestOutput] = []  # for the next `step`
         self._arrivals = itertools.count()
         if config.certify == "startup":
             self.certify()
@@ -120,7 +121,9 @@ class Engine:
             raise RequestError(f"request id {request_id!r} is in use")
         prompt = check_prompt(prompt_ids, self.limits)
         max_tokens = check_limits(prompt, params, self.limits)
-        text = TextState(self._decode, params.stop) if self._decode and params.detokenize else None
+        text = None
+        if self._decode is not None and params.detokenize and (stream or params.stop):
+            text = TextState(self._decode, params.stop)
         seed = params.seed
         if seed is None:
             seed = params.derived_seed(prompt) if deterministic else secrets.randbelow(MAX_SEED + 1)
@@ -146,10 +149,8 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        self._touched.pop(request_id, None)
-        if request.state is not State.FINISHED:
-            self._scheduler.remove(request)
-            self._stats.aborted += 1
+        self._scheduler.remove(request)
+        self._stats.aborted += 1
         return True
 
     def has_unfinished(self) -> bool:
@@ -161,8 +162,9 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         deterministic: bool = True,
     ) -> list[RequestOutput]:
-        """Run `prompts` to their ends, and whatever else is queued along with them; finished outputs in
-        order.
+        """Run `prompts` to their ends; returns finished outputs in order. Raises as `submit` does.
+
+        Other requests go on meanwhile; what they have to say is returned by the next `step`.
         """
         each = (
             [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -177,17 +179,21 @@ class Engine:
             for request_id in ids:
                 self.abort(request_id)
             raise
-        done: dict[str, RequestOutput] = {}
-        while len(done) < len(ids):
-            done |= {o.request_id: o for o in self.step() if o.request_id in ids}
-        return [done[i] for i in ids]
+        done: dict[str, RequestOutput | None] = dict.fromkeys(ids)
+        others: list[RequestOutput] = []
+        while None in done.values():
+            for output in self.step():
+                if output.request_id in done:
+                    done[output.request_id] = output
+                else:
+                    others.append(output)
+        self._held = others
+        return [output for output in done.values() if output is not None]
 
     def certify(self) -> None:
         """Check the verifier graph and settle the state of every shape now, instead of along the way."""
         start = time.perf_counter()
-        self.certificates.check_verifier()
-        if self.certificates.enabled:
-            self.certificates.probe_all()
+        self.certificates.settle_all()
         self._stats.seconds_probe += time.perf_counter() - start
         self._stats.seconds_total += time.perf_counter() - start
 
@@ -206,17 +212,17 @@ class Engine:
         """Run at most one fast and one verifier batch; returns what is new, request by request."""
         start = time.perf_counter()
         self._stats.steps += 1
-        if not self.certificates.verifier_checked and any(r.deterministic for r in self._requests.values()):
-            self._timed_probe(self.certificates.check_verifier)
         fast = self._scheduler.plan_fast()
         if fast is not None:
             self._run_fast(fast)
         verify = self._auditor.extend(self._scheduler.plan_verify())
         if verify is not None:
             self._run_verifier(verify.chunks)
-        if self.certificates.enabled:
-            self._timed_probe(self.certificates.advance)
-        outputs = self._deliver()
+        probing = time.perf_counter()
+        self.certificates.advance()
+        self._stats.seconds_probe += time.perf_counter() - probing
+        outputs = self._held + self._deliver()
+        self._held = []
         self._stats.seconds_total += time.perf_counter() - start
         return outputs
 
@@ -310,8 +316,7 @@ class Engine:
             return
         self._scheduler.remove(request)
         request.drop_pending()
-        if request.text is not None:
-            request.text.finish(isinstance(request.stop_reason, str), request.params.include_stop)
+        request.close_text(self._decode)
         if request.finish_reason == "error":
             self._stats.failed += 1
         else:
@@ -339,8 +344,10 @@ class Engine:
             request.top_logprobs[done:] if request.params.logprobs is not None else None,
         )
         request.delivered = max(done, request.num_outputs)
-        if request.text is not None:
-            shown = len(request.text.text) if finished else request.text.safe_length()
+        if finished:
+            output.new_text = request.final_text[request.text_sent :]
+        elif request.text is not None:
+            shown = request.text.safe_length()
             output.new_text = request.text.text[request.text_sent : shown]
             request.text_sent = max(request.text_sent, shown)
         if finished:
@@ -352,13 +359,8 @@ class Engine:
             output.token_ids = request.outputs
             output.logprobs = request.logprobs
             output.top_logprobs = request.top_logprobs if request.params.logprobs is not None else None
-            output.text = request.text.text if request.text is not None else ""
+            output.text = request.final_text
         return output
-
-    def _timed_probe(self, probe: Callable[[], object]) -> None:
-        start = time.perf_counter()
-        probe()
-        self._stats.seconds_probe += time.perf_counter() - start
 
     def _slots(self, request: Request, start: int, end: int) -> Tensor:
         return torch.from_numpy(slots_of(request, np.arange(start, end), self.config.page_size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Span(Generic[R]):
         return self.end - self.first_row
 
 
-Chunk = Span[Request]
+Chunk: TypeAlias = "Span[Request]"
 
 
 class Packer:

@@ -54,17 +54,17 @@ class Probe:
         self._max_len = max_len
         self._reference: Reference | None = None
 
-    def verifier_is_row_independent(self) -> bool:
-        """Run the verifier on other compositions than the reference was made with. Blocking: about 12
-        forwards.
-        """
-        config = self._config
-        shape = config.verify_tokens, config.rows
-        return False not in self._compositions(self._verifier, shape, config.verify_seqs)
+    def check_verifier(self) -> Iterator[bool | None]:
+        """Run the verifier on other compositions than the reference is made of; yields as `compare` does."""
+        shape = self._config.verify_tokens, self._config.rows
+        return self._compare(self._verifier, shape, self._config.verify_seqs)
 
     def compare(self, shape: tuple[int, int]) -> Iterator[bool | None]:
         """Compare the fast graph at `shape`; yields None between forwards and the verdict at last."""
-        for agrees in self._compositions(self.fast, shape, self._config.max_num_seqs):
+        return self._compare(self.fast, shape, self._config.max_num_seqs)
+
+    def _compare(self, model: PackedModel, shape: tuple[int, int], num_seqs: int) -> Iterator[bool | None]:
+        for agrees in self._compositions(model, shape, num_seqs):
             if agrees is False:
                 yield False
                 return

@@ -4,63 +4,64 @@ history, so a rollback has nothing to undo; `TextState` is copied before it may 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import Tensor
 
 if TYPE_CHECKING:
     from llm42c.runtime.request import Request
 
 Decode = Callable[[list[int]], str]
+FloatRow = npt.NDArray[np.float32]
 
 
-def process_row(request: Request, row: Tensor, history: list[int]) -> Tensor:
-    """Logits to sample from. `row`: [V] fp32 (not modified); `history`: prompt + outputs before this row's
-    token.
+def process_row(request: Request, row: Tensor, history: list[int]) -> None:
+    """Rewrite `row` ([V] fp32 on the CPU, contiguous) in place into the logits to sample from.
 
-    Order: repetition penalty, frequency and presence penalty, logit bias, the user's processors, min_tokens.
-    Raises whatever a user's processor raises.
+    `history`: prompt + outputs before this row's token. Order: repetition penalty, frequency and presence
+    penalty, logit bias, the user's processors, min_tokens. Raises whatever a user's processor raises.
     """
     params = request.params
-    output = history[request.prompt_len :]
-    row = row.clone()
+    values = row.numpy()
     if params.repetition_penalty != 1.0:
-        apply_repetition_penalty(row, history, params.repetition_penalty)
-    if output and (params.frequency_penalty or params.presence_penalty):
-        apply_count_penalties(row, output, params.frequency_penalty, params.presence_penalty)
+        apply_repetition_penalty(values, history, params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        output = history[request.prompt_len :]
+        apply_count_penalties(values, output, params.frequency_penalty, params.presence_penalty)
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        ids = np.array(list(params.logit_bias), dtype=np.int64)
+        values[ids] += np.array(list(params.logit_bias.values()), dtype=np.float32)
     for processor in params.logits_processors:
-        row = _checked(processor(list(history), row), row.shape[0])
-    if len(output) < params.min_tokens and request.stop_ids:
-        row[torch.tensor(sorted(request.stop_ids), dtype=torch.int64)] = -torch.inf
-    return row
+        row.copy_(_checked(processor(list(history), row.clone()), row.shape[0]))
+    if len(history) - request.prompt_len < params.min_tokens:
+        values[list(request.stop_ids)] = -np.inf
 
 
-def apply_repetition_penalty(row: Tensor, history: Sequence[int], penalty: float) -> None:
+def apply_repetition_penalty(row: FloatRow, history: Sequence[int], penalty: float) -> None:
     """In place on `row` [V]: positive logits of seen tokens are divided, others multiplied (CTRL, section
     4.1).
     """
-    seen = torch.from_numpy(np.unique(np.asarray(history, dtype=np.int64)))
+    seen = np.array(list(set(history)), dtype=np.int64)
     values = row[seen]
-    row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    row[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
 
 
-def apply_count_penalties(row: Tensor, output: Sequence[int], frequency: float, presence: float) -> None:
+def apply_count_penalties(row: FloatRow, output: Sequence[int], frequency: float, presence: float) -> None:
     """In place on `row` [V]: minus count * frequency, minus presence, for tokens in the output."""
-    seen, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
-    ids = torch.from_numpy(seen)
-    row[ids] = row[ids] - torch.from_numpy(counts.astype(np.float32)) * frequency - presence
+    counts = Counter(output)
+    seen = np.array(list(counts), dtype=np.int64)
+    times = np.array(list(counts.values()), dtype=np.float32)
+    row[seen] = row[seen] - times * np.float32(frequency) - np.float32(presence)
 
 
 def _checked(row: Tensor, vocab_size: int) -> Tensor:
     if not isinstance(row, Tensor) or row.shape != (vocab_size,) or not row.dtype.is_floating_point:
         raise TypeError(f"a logits processor must return a float tensor of shape [{vocab_size}]")
-    return row.float().clone()
+    return row
 
 
 class TextState:

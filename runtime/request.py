@@ -12,7 +12,7 @@ import enum
 import numpy as np
 
 from llm42c.runtime.outputs import FinishReason, TopLogprobs
-from llm42c.runtime.processors import TextState
+from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.sampling import SamplingParams
 
 
@@ -23,24 +23,6 @@ class State(enum.Enum):
 
 
 class Request:
-    __slots__ = (
-        *("arrival", "block_row", "blocked", "delivered", "deterministic", "drain", "eos_ids", "error"),
-        *(
-            "finish_reason",
-            "id",
-            "limit",
-            "logprobs",
-            "max_tokens",
-            "num_computed",
-            "origins",
-            "page_keys",
-            "pages",
-        ),
-        *("params", "pending", "processed", "promised", "prompt_len", "proved", "proved_outputs", "seed"),
-        *("spec_done", "spec_text", "state", "stop_ids", "stop_reason", "stream", "text", "text_sent"),
-        *("tokens", "top_logprobs"),
-    )
-
     def __init__(
         self,
         request_id: str,
@@ -75,7 +57,7 @@ class Request:
             int
         ] = []  # which shape chose each output: 0 = verifier, else as in BlockPool.origin
         self.top_logprobs: list[TopLogprobs] = []
-        self.text = text
+        self.text = text  # None: nobody looks at the text before the end
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -96,6 +78,7 @@ class Request:
 
         self.delivered = 0  # outputs already handed to the user
         self.text_sent = 0
+        self.final_text = ""
         self.promised: dict[int, tuple[int, float]] = {}  # delivered outputs that a revocation took back
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -132,7 +115,10 @@ class Request:
         if self.promised:
             self._keep_promise(token, logprob)
         if self.finish_reason is None:
-            self.finish_reason, self.stop_reason = self._ending(token, len(self.tokens), self.text)
+            try:
+                self.finish_reason, self.stop_reason = self._ending(token, len(self.tokens), self.text)
+            except Exception as error:  # of the user's detokenizer
+                self.fail(f"{type(error).__name__}: {error}")
         return self.finish_reason is not None
 
     def propose(self, token: int) -> None:
@@ -140,8 +126,11 @@ class Request:
         if not self.pending and self.text is not None:
             self.spec_text = self.text.copy()
         self.pending.append(token)
-        reason, _ = self._ending(token, len(self.tokens) + len(self.pending), self.spec_text)
-        self.spec_done = reason is not None
+        try:
+            reason, _ = self._ending(token, len(self.tokens) + len(self.pending), self.spec_text)
+            self.spec_done = reason is not None
+        except Exception:
+            self.blocked = True  # the error counts only if this token is committed
 
     def drop_pending(self) -> int:
         """Throw away every proposal and all that was derived from it; returns how many there were."""
@@ -170,6 +159,18 @@ class Request:
         if self.text is not None:
             self.text = self.text.restart(self.outputs)
 
+    def close_text(self, decode: Decode | None) -> None:
+        """The request ended: fill `final_text`, without stop token and (unless wanted) stop string."""
+        try:
+            if self.text is not None:
+                self.text.finish(isinstance(self.stop_reason, str), self.params.include_stop)
+                self.final_text = self.text.text
+            elif decode is not None and self.params.detokenize:
+                shown = self.outputs[:-1] if isinstance(self.stop_reason, int) else self.outputs
+                self.final_text = decode(shown)
+        except Exception as error:  # of the user's detokenizer
+            self.fail(f"{type(error).__name__}: {error}")
+
     def fail(self, message: str) -> None:
         self.finish_reason = "error"
         self.error = message
@@ -180,12 +181,12 @@ class Request:
         """Why the request ends with `token` as the last of `length` tokens; pure but for `text`, which it
         advances.
         """
+        enough = length - self.prompt_len >= self.params.min_tokens
+        if enough and token in self.stop_ids:
+            return "stop", token  # which is not part of the text
         matched = text.push(token) if text is not None else None
-        if length - self.prompt_len >= self.params.min_tokens:
-            if token in self.stop_ids:
-                return "stop", token
-            if matched is not None:
-                return "stop", matched
+        if enough and matched is not None:
+            return "stop", matched
         return ("length", None) if length >= self.limit else (None, None)
 
     def _keep_promise(self, token: int, logprob: float) -> None:

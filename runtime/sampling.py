@@ -259,21 +259,20 @@ class RowSampler:
         result: Sampled,
     ) -> None:
         """Redo processed rows on rewritten logits, and collect the most likely tokens where asked for."""
-        redo: list[int] = []
-        rewritten: list[Tensor] = []
-        for i in params.special:
-            request, length = rows[i]
-            if request.processed and result.tokens[i] >= 0:
+        todo = [i for i in params.special if rows[i][0].processed and result.tokens[i] >= 0]
+        if todo:
+            index = torch.tensor(todo)
+            raw = logits[index]
+            work = raw.float() if raw.dtype != torch.float32 else raw.clone()
+            for j, i in enumerate(todo):
+                request, length = rows[i]
                 try:
-                    rewritten.append(process_row(request, logits[i].float(), request.token_slice(0, length)))
-                    redo.append(i)
+                    process_row(request, work[j], request.token_slice(0, length))
                 except Exception as error:
                     result.errors[i] = f"{type(error).__name__}: {error}"
-        if redo:
-            index = torch.tensor(redo)
-            tokens, _ = self._draw(torch.stack(rewritten), params, position, index)
-            logprobs = self._sampler.token_logprobs(logits[index], tokens.clamp(min=0))
-            for i, token, logprob in zip(redo, tokens.tolist(), logprobs.tolist(), strict=True):
+            tokens, _ = self._draw(work, params, position, index)
+            logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
+            for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
                 result.tokens[i], result.logprobs[i] = token, logprob
         for i in params.special:
             k = rows[i][0].params.logprobs

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llm42c.runtime.block_pool import BlockPool
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
-from llm42c.runtime.packing import Chunk
+from llm42c.runtime.packing import Chunk, Span
 from llm42c.runtime.request import Request, State
 from llm42c.runtime.stats import Stats
 
@@ -73,15 +73,17 @@ class Scheduler:
         request.num_computed = request.proved = 0
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._config.max_num_seqs:
-            request = self.waiting[0]
+        while len(self.running) < self._config.max_num_seqs:
+            request = next((r for r in self.waiting if self._certificates.may_run(r.deterministic)), None)
+            if request is None:
+                return
             keys, pages = self._match(request)
             new = self._pages_for(len(request.tokens)) - len(pages)
             idle = sum(self._pool.is_idle(p) for p in pages)
             # A page for each running request, so that an admission does not cause a preemption at once.
             if self._pool.num_free - idle < new + len(self.running):
                 return
-            del self.waiting[0]
+            self.waiting.remove(request)
             request.state = State.RUNNING
             bisect.insort(self.running, request, key=_arrival)
             for i, page in enumerate(pages):
@@ -209,7 +211,7 @@ class Scheduler:
         chunks = []
         for request in decodes:
             end = len(request.tokens) + len(request.pending)
-            chunks.append(Chunk(request, end - 1, end, end - 1))
+            chunks.append(Span(request, end - 1, end, end - 1))
         room, rows = bucket - len(decodes), len(decodes)
         for request in prompts:
             if room == 0:
@@ -218,7 +220,7 @@ class Scheduler:
             start = request.num_computed
             end = min(length, start + room)
             first_row = end - 1 if end == length else end
-            chunks.append(Chunk(request, start, end, first_row))
+            chunks.append(Span(request, start, end, first_row))
             room -= end - start
             rows += end - first_row
         num_rows = self._config.row_bucket(bucket, rows)
@@ -262,11 +264,12 @@ class Scheduler:
         # The newest proposal is an input too, for the verifier's own next token, unless the request ends with
         # it.
         total = len(request.tokens) + len(request.pending) - (1 if request.spec_done else 0)
+        self._grow(request, total)
         total = min(total, len(request.pages) * self._config.page_size)
         end = min(total, request.num_computed + plan.tokens_left - reserved, newest + plan.rows_left)
         if end <= request.num_computed:
             return None
-        return Chunk(request, request.num_computed, end, min(newest, end))
+        return Span(request, request.num_computed, end, min(newest, end))
 
 
 class VerifyPlan:

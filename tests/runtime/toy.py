@@ -1,13 +1,17 @@
-"""A tiny language model whose logits are a pure function of the token history read through the paged KV cache.
+"""A tiny language model whose logits are a pure function of the token history read through the paged KV
+cache.
 
-Two layers of "KV". Layer 0 stores the token and its position; layer 1 stores a hash of everything layer 0 holds up to
-that position, and logits hash everything that layer 1 holds. So a wrong page, a stale entry, a wrong position, or an
-entry that another graph wrote with other bits shows in the logits. The low byte of a layer-1 entry stands for rounding:
-it moves log-probs by little and tokens seldom; the other bits move everything.
+Two layers of "KV". Layer 0 stores the token and its position; layer 1 stores a hash of everything layer 0
+holds up to that position, and logits hash everything that layer 1 holds. So a wrong page, a stale entry, a
+wrong position, or an entry that another graph wrote with other bits shows in the logits. The low byte of a
+layer-1 entry stands for rounding: it moves log-probs by little and tokens seldom; the other bits move
+everything.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -89,10 +93,13 @@ class _Batch:
         self.flat = [x.numpy().reshape(-1) for pair in zip(cache.k, cache.v, strict=True) for x in pair]
         self.n = int(self.cu[-1])
         q = np.diff(self.cu)
-        assert self.cu[0] == 0 and (q >= 0).all() and self.n <= len(self.ids)
-        assert (self.slots[self.n :] == -1).all() and (self.slots[: self.n] >= 0).all()
+        assert self.cu[0] == 0
+        assert (q >= 0).all()
+        assert self.n <= len(self.ids)
+        assert (self.slots[self.n :] == -1).all()
+        assert (self.slots[: self.n] >= 0).all()
         assert len(set(self.slots[: self.n].tolist())) == self.n, "two rows write one slot"
-        assert ((0 <= self.rows) & (self.rows < max(1, self.n))).all()
+        assert ((self.rows >= 0) & (self.rows < max(1, self.n))).all()
         active = np.flatnonzero(q)
         lens = self.kv_lens[active].astype(np.int64)
         assert (lens >= q[active]).all()
@@ -131,7 +138,9 @@ class _Batch:
 
 
 def states(tokens: np.ndarray, p: np.ndarray, seq_start: np.ndarray) -> np.ndarray:
-    """Layer-1 states [N] int64 of packed histories: token ids [N], positions [N], index of each history's start [N]."""
+    """Layer-1 states [N] int64 of packed histories: token ids [N], positions [N], index of each history's
+    start [N].
+    """
     e = mix(tokens.astype(U) * U(0x9E3779B97F4A7C15) + mix(p.astype(U) + U(1)))
     return (mix(_running(e, seq_start)) >> U(2)).astype(np.int64)
 
@@ -149,7 +158,7 @@ def _running(x: np.ndarray, seq_start: np.ndarray) -> np.ndarray:
 
 
 def toy_logits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """[R, VOCAB] fp32: a multiple of 1/8 below 8 (exact ties are common), plus for odd tokens a small offset."""
+    """[R, VOCAB] fp32: multiples of 1/8 below 8 (ties are common), plus a small offset for odd tokens."""
     v = np.arange(VOCAB, dtype=U)
     coarse = (mix(mix(high)[:, None] + v * U(0xD1B54A32D192ED03)) >> U(58)).astype(np.float32) / 8
     fine = ((mix(low)[:, None] * (U(2) * v + U(1))) & U(255)).astype(np.float32) * np.float32(2.0**-14)
@@ -167,7 +176,8 @@ def pure_logits(tokens: list[int]) -> np.ndarray:
 class NoisyModel(ToyModel):
     """A fast path that truly differs: its bits depend on time, shape and place, and some tokens flip.
 
-    `noisy(tokens, call)` says when; elsewhere it is exact. `flip`: share of rows whose token or state changes grossly.
+    `noisy(tokens, call)` says when; elsewhere it is exact. `flip`: share of rows whose token or state changes
+    grossly.
     """
 
     noisy: Callable[[int, int], bool] = lambda tokens, call: True
@@ -199,7 +209,9 @@ class NoisyModel(ToyModel):
 
 @dataclass
 class FlipModel(ToyModel):
-    """Changes the token chosen after the given absolute positions, whatever the logits are (and nothing else)."""
+    """Changes the token chosen after the given absolute positions, whatever the logits are (and nothing
+    else).
+    """
 
     positions: frozenset[int] = frozenset()
     token: int | None = None  # what to choose there; None: another than the right one
@@ -250,7 +262,8 @@ class ToySampler:
 
     def token_logprobs(self, logits, tokens):  # type: ignore[no-untyped-def]
         x = logits.float().numpy()
-        shifted = x - x.max(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            shifted = x - x.max(axis=1, keepdims=True)
         total = np.log(np.exp(shifted).sum(axis=1, dtype=np.float32))
         chosen = np.take_along_axis(shifted, tokens.numpy()[:, None], axis=1)[:, 0]
         return torch.from_numpy(chosen - total)
@@ -296,10 +309,18 @@ def small_config(**changes: object) -> EngineConfig:
     return EngineConfig(**(base | changes))  # type: ignore[arg-type]
 
 
-def make_engine(fast: ToyModel | None = None, config: EngineConfig | None = None, **kwargs: object) -> Engine:
+def make_engine(
+    fast: ToyModel | None = None, config: EngineConfig | None = None, check: bool = False
+) -> Engine:
+    """An engine on the toy. `check=False` takes the verifier's row independence for granted."""
     config = config or small_config()
     verifier = ToyModel(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
-    return Engine(fast or ToyModel(), verifier, config, sampler=ToySampler(), decode=toy_decode, **kwargs)  # type: ignore[arg-type]
+    lazy = dataclasses.replace(config, certify="lazy")
+    engine = Engine(fast or ToyModel(), verifier, lazy, sampler=ToySampler(), decode=toy_decode)
+    engine.certificates.verifier_checked = not check
+    if config.certify == "startup":
+        engine.certify()
+    return engine
 
 
 def solo(prompt: list[int], params: SamplingParams, **changes: object) -> tuple[list[int], list[float]]:
@@ -307,6 +328,16 @@ def solo(prompt: list[int], params: SamplingParams, **changes: object) -> tuple[
     engine = make_engine(config=small_config(**({"verify": "always"} | changes)))
     (output,) = engine.generate([prompt], params)
     return output.token_ids, output.logprobs
+
+
+def expected_digest(tokens: list[int], num_positions: int) -> str:
+    """What `Engine.kv_digest` must give for the canonical KV of the first positions of `tokens`."""
+    p, zero = np.arange(num_positions), np.zeros(num_positions, dtype=np.int64)
+    h = states(np.array(tokens[:num_positions]), p, zero)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (np.array(tokens[:num_positions]), p, h, ~h):
+        digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def reference(prompt: list[int], max_tokens: int, stop: frozenset[int] = frozenset({EOS})) -> list[int]:
