@@ -1,45 +1,86 @@
 // Counter-based noise: a function of (seed, position, vocabulary index) and of nothing else.
 #pragma once
+#include <algorithm>
+
 #include "vec.h"
 
 namespace llm42 {
+
+#if !defined(LLM42_GENERIC_VEC) && defined(__AVX2__)
+inline constexpr int kCounters = 8;  // counters computed at once, one in each 32-bit lane
+using Words = __m256i;
+inline Words words(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+inline Words ascending(uint32_t x) {
+  return _mm256_add_epi32(words(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Words xor3(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline void multiply(Words a, Words b, Words& high, Words& low) {
+  const Words even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+inline void store_words(Words a, uint32_t* p) { _mm256_storeu_si256((__m256i*)p, a); }
+#else
+inline constexpr int kCounters = 1;
+using Words = uint32_t;
+inline Words words(uint32_t x) { return x; }
+inline Words ascending(uint32_t x) { return x; }
+inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
+inline void multiply(Words a, Words b, Words& high, Words& low) {
+  const uint64_t product = uint64_t(a) * b;
+  high = uint32_t(product >> 32), low = uint32_t(product);
+}
+inline void store_words(Words a, uint32_t* p) { *p = a; }
+#endif
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for 16 counters
 // (first + lane, 0, low half of high, high half of high) under one 64-bit key; word[i][lane] is output
 // word i of that counter.
 inline void philox16(uint64_t key, uint32_t first, uint64_t high, uint32_t (*word)[16]) {
-  uint32_t c0[16], c1[16], c2[16], c3[16];
-  for (int i = 0; i < 16; i++)
-    c0[i] = first + uint32_t(i), c1[i] = 0, c2[i] = uint32_t(high), c3[i] = uint32_t(high >> 32);
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  for (int round = 0; round < 10; round++) {
-    for (int i = 0; i < 16; i++) {
-      const uint64_t a = uint64_t(0xD2511F53u) * c0[i], b = uint64_t(0xCD9E8D57u) * c2[i];
-      c0[i] = uint32_t(b >> 32) ^ c1[i] ^ k0;
-      c1[i] = uint32_t(b);
-      c2[i] = uint32_t(a >> 32) ^ c3[i] ^ k1;
-      c3[i] = uint32_t(a);
+  for (int lane = 0; lane < 16; lane += kCounters) {
+    Words c0 = ascending(first + uint32_t(lane)), c1 = words(0);
+    Words c2 = words(uint32_t(high)), c3 = words(uint32_t(high >> 32));
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < 10; round++) {
+      Words a_high, a_low, b_high, b_low;
+      multiply(c0, words(0xD2511F53u), a_high, a_low);
+      multiply(c2, words(0xCD9E8D57u), b_high, b_low);
+      c0 = xor3(b_high, c1, words(k0)), c1 = b_low;
+      c2 = xor3(a_high, c3, words(k1)), c3 = a_low;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    store_words(c0, word[0] + lane);
+    store_words(c1, word[1] + lane);
+    store_words(c2, word[2] + lane);
+    store_words(c3, word[3] + lane);
   }
-  std::memcpy(word[0], c0, sizeof c0);
-  std::memcpy(word[1], c1, sizeof c1);
-  std::memcpy(word[2], c2, sizeof c2);
-  std::memcpy(word[3], c3, sizeof c3);
 }
 
 inline constexpr int kNoiseBlock = 64;
 
-// Gumbel noise of the 64 vocabulary entries 64 * block + 16 * i + lane: -log(-log(1 - u)) with
-// u = (word + 1/2) / 2^32 from word i of Philox counter (16 * block + lane, position) under key seed.
-inline void gumbel64(int64_t seed, int64_t position, int64_t block, float* out) {
-  uint32_t word[4][16];
+// The random words of the 64 vocabulary entries from 64 * block on: entry 16 * i + lane takes word i of Philox
+// counter (16 * block + lane, position) under key seed.
+inline void noise_words(int64_t seed, int64_t position, int64_t block, uint32_t (*word)[16]) {
   philox16(uint64_t(seed), uint32_t(block * 16), uint64_t(position), word);
+}
+
+// Their Gumbel noise, -log(-log(1 - u)) with u = (word + 1/2) / 2^32.
+inline void gumbel64(const uint32_t (*word)[16], float* out) {
   for (int i = 0; i < 4; i++) {
     const V16 u = fma(from_uint32(word[i]), V16::set1(0x1p-32f), V16::set1(0x1p-33f));
-    const V16 exponential = neg_log1m(min(V16::set1(1.f - 0x1p-24f), u));
-    (V16::zero() - log(exponential)).store(out + 16 * i);
+    neg_log1m(min(V16::set1(1.f - 0x1p-24f), u)).store(out + 16 * i);
   }
+  for (int i = 0; i < 64; i += 16) (V16::zero() - log(V16::load(out + i))).store(out + i);
+}
+
+// No entry of the block has more noise than this: -log(-log(1 - u)) <= -log(u), and the least word has a
+// bit set at or below its leading zeros.
+inline float gumbel64_bound(const uint32_t (*word)[16]) {
+  uint32_t low[16], least = ~0u;
+  for (int lane = 0; lane < 16; lane++)
+    low[lane] = std::min(std::min(word[0][lane], word[1][lane]), std::min(word[2][lane], word[3][lane]));
+  for (int lane = 0; lane < 16; lane++) least = std::min(least, low[lane]);
+  return 0.6932f * float(__builtin_clz(least | 1u) + 2) + 1e-3f;
 }
 
 }  // namespace llm42

@@ -11,6 +11,7 @@ namespace llm42::sampling {
 namespace {
 
 constexpr int kBlock = kNoiseBlock;
+constexpr int kBuckets = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -61,7 +62,10 @@ class Row {
   int64_t first_block(float value) const;
   int64_t first_equal(int64_t block, float value) const;
   float kth_greatest(int64_t k) const;
+  float mass(Prefix within, float temperature) const;
   Prefix nucleus(Prefix within, float temperature, float top_p) const;
+  template <class F>
+  void visit_buckets(Prefix within, float temperature, int last, F f) const;
   void gather(Prefix within) const;
 
   const T* x_;
@@ -128,37 +132,61 @@ float Row<T>::kth_greatest(int64_t k) const {
   return w_.entries[size_t(k - 1)].x;
 }
 
+// f(bucket, exponential, entry) for the entries of `within`, which ends with a value, in buckets 0 to `last` and for some beyond. A
+// bucket is 1/32 of the scaled logit wide, descending; the last of all takes the rest.
+template <class T>
+template <class F>
+void Row<T>::visit_buckets(Prefix within, float temperature, int last, F f) const {
+  const V16 per_unit = V16::set1(-32.f), rest = V16::set1(float(kBuckets - 1));
+  for (int64_t b = 0; b < blocks(); b++) {
+    const float top = w_.block_max[size_t(b)];
+    if (top < within.x) continue;
+    if (last < kBuckets - 1 && (top - max_) / temperature * -32.f >= float(last + 1)) continue;
+    for (int64_t i = b * kBlock, end = std::min(vocab_, i + kBlock); i < end; i += 16) {
+      float x[16], e[16], bucket[16];
+      const V16 z = shifted(at(i), temperature);
+      at(i).store(x);
+      exp_nonpositive(z).store(e);
+      min(rest, z * per_unit).store(bucket);
+      for (int n = 0, count = int(std::min<int64_t>(16, end - i)); n < count; n++)
+        if (x[n] >= within.x) f(int(bucket[n]), e[n], Entry{x[n], i + n});
+    }
+  }
+}
+
+// Sum of exp(scaled logit) over `within`, in 16 lanes.
+template <class T>
+float Row<T>::mass(Prefix within, float temperature) const {
+  const V16 cut = V16::set1(within.x);
+  V16 sum = V16::zero();
+  for (int64_t b = 0; b < blocks(); b++) {
+    if (w_.block_max[size_t(b)] < within.x) continue;
+    for (int64_t i = b * kBlock, end = std::min(vocab_, i + kBlock); i < end; i += 16)
+      sum = sum + select_lt(at(i), cut, V16::zero(), exp_nonpositive(shifted(at(i), temperature)));
+  }
+  return hsum(sum);
+}
+
 // The shortest prefix whose probability, relative to that of `within`, reaches top_p. Probabilities are
-// added in fp64: entries to 1/32-wide buckets of the scaled logit by ascending index, buckets in
-// descending order, and in the bucket where top_p is reached entries in descending order.
+// added in fp64: entries to their buckets by ascending index, buckets in descending order, and in the
+// bucket where top_p is reached entries in descending order.
 template <class T>
 Prefix Row<T>::nucleus(Prefix within, float temperature, float top_p) const {
-  constexpr int kBuckets = 1024;
-  constexpr float kPerUnit = 32.f;
-  const auto bucket_of = [](float z) { return int(std::min(z * -kPerUnit, float(kBuckets - 1))); };
-  w_.mass.assign(kBuckets, 0.);
-  const auto visit = [&](auto f) {
-    for (int64_t b = 0; b < blocks(); b++) {
-      if (w_.block_max[size_t(b)] < within.x) continue;
-      for (int64_t i = b * kBlock; i < std::min(vocab_, (b + 1) * kBlock); i += 16) {
-        float x[16], z[16], e[16];
-        at(i).store(x);
-        shifted(at(i), temperature).store(z);
-        exp_nonpositive(V16::load(z)).store(e);
-        for (int n = 0; n < 16 && i + n < vocab_; n++)
-          if (within.holds(x[n], i + n)) f(bucket_of(z[n]), e[n], Entry{x[n], i + n});
-      }
-    }
-  };
-  visit([&](int bucket, float e, Entry) { w_.mass[size_t(bucket)] += e; });
-  double total = 0., before = 0.;
-  for (double m : w_.mass) total += m;
-  const double wanted = double(top_p) * total;
+  const double wanted = double(top_p) * double(mass(within, temperature));
+  double before = 0.;
   int bucket = 0;
-  while (bucket < kBuckets - 1 && before + w_.mass[size_t(bucket)] < wanted) before += w_.mass[size_t(bucket++)];
+  for (int last : {kBuckets / 4, kBuckets - 1}) {  // most often the first few buckets are enough
+    w_.mass.assign(kBuckets, 0.);
+    visit_buckets(within, temperature, last, [&](int b, float e, Entry) { w_.mass[size_t(b)] += e; });
+    for (bucket = 0, before = 0.; bucket < last; bucket++) {
+      if (before + w_.mass[size_t(bucket)] >= wanted) break;
+      before += w_.mass[size_t(bucket)];
+    }
+    if (bucket < last) break;
+  }
 
   w_.entries.clear();
-  visit([&](int b, float, Entry entry) {
+  visit_buckets(within, temperature, bucket, [&](int b, float, Entry entry) {
     if (b == bucket) w_.entries.push_back(entry);
   });
   std::sort(w_.entries.begin(), w_.entries.end());
@@ -184,9 +212,13 @@ int64_t Row<T>::draw(float temperature, int64_t top_k, float top_p, float min_p,
   float best = -kInfinity;
   int64_t token = argmax();
   for (int64_t b = 0; b < blocks(); b++) {
-    if (w_.block_max[size_t(b)] < kept.x) continue;
+    const float block_max = w_.block_max[size_t(b)];
+    if (block_max < kept.x) continue;
+    uint32_t word[4][16];
+    noise_words(seed, position, b, word);
+    if ((block_max - max_) / temperature + gumbel64_bound(word) < best) continue;  // cannot win
     float score[kBlock];
-    gumbel64(seed, position, b, score);
+    gumbel64(word, score);
     V16 top = nothing;
     for (int i = 0; i < kBlock; i += 16) {
       const int64_t first = b * kBlock + i;
