@@ -84,10 +84,10 @@ class Auditor:
             return plan
         plan = plan or VerifyPlan(self._config)
         candidates = [
-            r
-            for r in self._scheduler.running
-            if r.deterministic and r.proved < r.num_computed and r not in plan
+            r for r in self._scheduler.running if r.deterministic and r.num_computed and r not in plan
         ]
+        # Without anything that rests on a certificate, the verifier's own constancy is what is audited.
+        candidates = [r for r in candidates if r.proved < r.num_computed] or candidates
         if candidates and not plan.full:
             request = candidates[self._rng.integers(len(candidates))]
             start = int(self._rng.integers(request.num_computed))

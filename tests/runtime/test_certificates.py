@@ -160,11 +160,13 @@ def test_the_share_of_audited_positions_is_as_configured() -> None:
     assert 0.05 * certified < stats.audited_tokens <= 0.25 * certified + 12
 
 
-def _turning_bad(flip: float, tokens: frozenset[int] = frozenset(range(100))) -> Engine:
+def _turning_bad(
+    flip: float, tokens: frozenset[int] = frozenset(range(100)), audit_fraction: float = 1.0
+) -> Engine:
     """An engine whose fast path is certified, and then turns noisy at buckets of `tokens`."""
     bad = {"now": False}
     fast = NoisyModel(noisy=lambda t, call: bad["now"] and t in tokens, flip=flip)
-    engine = make_engine(fast, small_config(audit_fraction=1.0, certify="startup"))
+    engine = make_engine(fast, small_config(audit_fraction=audit_fraction, certify="startup"))
     assert set(engine.certificates.status.values()) == {"certified"}
     bad["now"] = True
     return engine
@@ -201,7 +203,7 @@ def test_a_revoked_certificate_is_repaired_before_anything_is_delivered(
 
 
 def test_a_stream_that_the_verifier_does_not_confirm_fails() -> None:
-    engine = _turning_bad(0.3, frozenset({6}))  # decodes of all
+    engine = _turning_bad(0.3, frozenset({6}), audit_fraction=0.1)  # decodes of all
     ids = [engine.submit(p, PARAMS) for p in PROMPTS]
     with pytest.warns(RuntimeWarning, match="revoked"):
         results = _run(engine)
