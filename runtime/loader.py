@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ class BuiltEngine:
     compiler: ModelCompiler
     model: nn.Module
     tokenizer: Any
+    fast: Form = "pinned"
+
+    def variant(self, **changes: Any) -> Engine:
+        """Another engine on the same compiled model and weights, with a KV cache of its own.
+
+        `changes` are fields of EngineConfig, as for :func:`build_engine`. Raises ConfigError.
+        """
+        _check_keys(changes)
+        config = replace(self.engine.config, **changes)
+        known = self.engine.contract
+        return _engine(self.compiler, self.fast, config, self.tokenizer, known.weights, known.kernels)
 
     def close(self) -> None:
         """Give the model its own parameters back; the engine must not be used afterwards."""
@@ -60,23 +71,30 @@ def build_engine(
     digest = weights_digest(model)
     if compiler is None:
         compiler = ModelCompiler(model, keep_originals=keep_originals)
-    verifier = compiler.compile("pinned")
-    fast_model = compiler.compile(fast)
+    compiler.compile("pinned")
+    compiler.compile(fast)
     compiler.release_originals()
-    contract = engine_contract(
+    kernels = {"cpu": build.build_key(), "fast": fast}
+    engine = _engine(compiler, fast, engine_config, tokenizer, digest, kernels)
+    return BuiltEngine(engine, compiler, model, tokenizer, fast)
+
+
+def _engine(
+    compiler: ModelCompiler,
+    fast: Form,
+    config: EngineConfig,
+    tokenizer: Any,
+    weights: str,
+    kernels: dict[str, str],
+) -> Engine:
+    verifier = compiler.compile("pinned")
+    return Engine(
+        compiler.compile(fast),
         verifier,
-        engine_config,
-        weights=digest,
-        kernels={"cpu": build.build_key(), "fast": fast},
-    )
-    engine = Engine(
-        fast_model,
-        verifier,
-        engine_config,
+        config,
         decode=None if tokenizer is None else _decoder(tokenizer),
-        contract=contract,
+        contract=engine_contract(verifier, config, weights=weights, kernels=kernels),
     )
-    return BuiltEngine(engine, compiler, model, tokenizer)
 
 
 def eos_token_ids(model: nn.Module) -> tuple[int, ...]:
