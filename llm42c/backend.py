@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,14 @@ from torch import Tensor, fx
 
 from llm42c import inductor
 from llm42c.codegen.ops import registry
+from llm42c.dump import Dump
+from llm42c.errors import UnsupportedModelError
 from llm42c.options import Options
 from llm42c.passes import pipeline
-from llm42c.passes.base import PLAIN, Context
+from llm42c.passes.base import PLAIN, Context, Report
+
+
+_log = logging.getLogger(__name__)
 
 
 def llm42(
@@ -29,11 +35,34 @@ def llm42(
     model has no known order of reduction.
     """
     opts = Options.parse(options, mode)
-    if opts.reductions == "free":
-        return inductor.compile_free(gm, example_inputs)
+    dump = Dump.for_options(opts, PLAIN if opts.reductions == "fixed" else "free")
+    with dump.generated_code():
+        if opts.reductions == "free":
+            dump.graph("00_input", gm.graph)
+            return inductor.compile_free(gm, example_inputs)
+        rewrite_plain(gm, example_inputs, opts, dump)
+        return inductor.compile_fixed(gm, example_inputs)
+
+
+def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Options, dump: Dump) -> Report:
+    """The part of :func:`llm42` before Inductor: rewrite ``gm`` in place and check the result."""
     registry.load()
-    pipeline.run(gm, Context(target=PLAIN, grad=needs_grad(example_inputs)))
-    return inductor.compile_fixed(gm, example_inputs)
+    report = pipeline.run(gm, Context(target=PLAIN, grad=needs_grad(example_inputs)), dump.graph)
+    dump.report(report)
+    require_placed(report, strict=options.strict)
+    return report
+
+
+def require_placed(report: Report, *, strict: bool) -> None:
+    """Name the calls without a known order of reduction: as an error if ``strict``, else as a warning."""
+    if not report.unplaced:
+        return
+    shown = [f"{e.reason} ({e.module or 'top level'})" for e in report.unplaced[:5]]
+    more = f" and {len(report.unplaced) - 5} more" if len(report.unplaced) > 5 else ""
+    message = f"no known order of reduction: {'; '.join(shown)}{more}"
+    if strict:
+        raise UnsupportedModelError(message)
+    _log.warning("%s; rows that pass through these calls may depend on their batch", message)
 
 
 def needs_grad(example_inputs: list[Any]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from llm42c.errors import WeightsError
-from llm42c.passes.recipes import PackedWeight, Part, Recipe, recipes
+from llm42c.passes.recipes import PackedWeight, Part, PositionTable, Recipe, recipes
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class WeightStore:
 
     def _build(self, gm: fx.GraphModule, label: str, recipe: Recipe) -> Tensor:
         with torch.no_grad():
+            if isinstance(recipe, PositionTable):
+                return _tabulate(gm, recipe)
             rows = [_rows(self._source(gm, p), p) for p in recipe.parts]
             stacked = torch.cat(rows) if len(rows) > 1 else rows[0].detach()
             if not isinstance(recipe, PackedWeight):
@@ -128,6 +130,11 @@ class WeightStore:
                 key = id(parameter)
                 made.setdefault(key, self._original(self._places[key]))
                 state[prefix + name] = made[key]
+
+
+def _tabulate(gm: fx.GraphModule, recipe: PositionTable) -> Tensor:
+    table = fx.GraphModule(gm, recipe.graph)(torch.arange(recipe.limit).unsqueeze(0))
+    return table.contiguous()  # type: ignore[no-any-return]
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:

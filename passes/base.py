@@ -15,15 +15,25 @@ PACKED = "packed"  # a captured packed graph: parameters are get_attr nodes, wei
 
 
 @dataclass(frozen=True)
+class PositionInput:
+    """The placeholder that holds each token's position, and the number of positions there are."""
+
+    placeholder: str
+    limit: int
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass may know besides the graph.
 
     ``target`` is ``"plain"`` or ``"packed"``. ``grad`` says that the graph will be differentiated, so an
-    operator without an autograd formula must not be put into it.
+    operator without an autograd formula must not be put into it. ``positions`` allows functions of the
+    position to become tables.
     """
 
     target: str = PLAIN
     grad: bool = False
+    positions: PositionInput | None = None
 
 
 def usable(ctx: Context, operator: str) -> str | None:
@@ -96,6 +106,18 @@ class Report:
                 merged.misses += p.misses
                 merged.seconds += p.seconds
         return merged
+
+    def table(self) -> str:
+        """Plain text: a line a pass, the reasons of misses below it, unplaced calls at the end."""
+        lines = [f"{'pass':<24}{'matches':>8}{'misses':>8}{'calls':>14}{'ms':>9}"]
+        for p in self.passes:
+            calls = f"{p.nodes_before} → {p.nodes_after}"
+            lines.append(f"{p.name:<24}{len(p.matches):>8}{len(p.misses):>8}{calls:>14}{p.seconds * 1e3:>9.1f}")
+            lines += [f"    not {count}×: {reason}" for reason, count in p.reasons().items()]
+        if self.unplaced:
+            lines.append("no known order of reduction:")
+            lines += [f"    {e.module or '(top)'}: {e.node}: {e.reason}" for e in self.unplaced]
+        return "\n".join(lines) + "\n"
 
     @property
     def seconds(self) -> float:

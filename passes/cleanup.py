@@ -11,7 +11,6 @@ Anything not known to be pure stays: in-place methods, random functions, context
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import fx
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
 
-_RANDOM = ("rand", "randn", "bernoulli", "dropout", "multinomial", "normal", "empty", "exponential", "sdpa")
+_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "exponential")
 # Modules whose functions have no effect besides their result (in-place and random ones are excluded by name).
 _PURE_MODULES = ("_operator", "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "math")
 
@@ -79,10 +78,9 @@ def _key(node: fx.Node) -> Any:
 
 
 def _shareable(node: fx.Node) -> bool:
-    """Pure, and its result is never written to: a shared result must not be seen to change."""
-    return (
-        node.op in ("call_function", "call_method") and is_pure(node) and node.target is not operator.setitem
-    )
+    """Pure, and equal calls give equal results: uninitialised memory does not."""
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and is_pure(node) and "empty" not in str(getattr(node.target, "__name__", node.target))
 
 
 def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:

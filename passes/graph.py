@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,7 +167,7 @@ def where(node: fx.Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    return str(path).removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+    return re.sub(r"^L\['\w+'\]\.?", "", str(path))
 
 
 def same(a: Any, b: Any) -> bool:

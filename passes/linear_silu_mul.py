@@ -23,7 +23,13 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes import recipes
-from llm42c.passes.base import PACKED, Context, PassReport
+from llm42c.passes.base import PACKED, PLAIN, Context, PassReport
+
+
+_MISS = {
+    PACKED: "gate and up are neither bias-free projections of one input nor halves of one tensor",
+    PLAIN: "gate and up are separate tensors; Inductor compiles the product",
+}
 
 
 def _factors(mul: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

@@ -48,7 +48,20 @@ class StackedBias:
         return "stacked__" + "__".join(p.attribute for p in self.parts)
 
 
-Recipe = PackedWeight | StackedBias
+@dataclass(frozen=True, eq=False)
+class PositionTable:
+    """``graph(positions)`` for the positions ``arange(limit)``; ``graph`` reads module attributes."""
+
+    graph: fx.Graph
+    name: str
+    limit: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"table__{self.name}"
+
+
+Recipe = PackedWeight | StackedBias | PositionTable
 
 
 def part(weight: fx.Node, transposed: bool) -> Part | None:
@@ -56,14 +69,13 @@ def part(weight: fx.Node, transposed: bool) -> Part | None:
     return Part(str(weight.target), transposed) if weight.op == "get_attr" else None
 
 
-def constant(graph: fx.Graph, recipe: Recipe) -> fx.Node:
+def constant(graph: fx.Graph, recipe: PackedWeight | StackedBias) -> fx.Node:
     """The ``get_attr`` node of a recipe: at the top of the graph, one node however often it is used."""
     attributes: dict[str, fx.Node] = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
     if recipe.label in attributes:
         return attributes[recipe.label]
     sources = [attributes[p.attribute] for p in recipe.parts]
-    module = graph.owning_module
-    module.register_buffer(recipe.label, torch.empty(0, device="meta"), persistent=False)
+    _module(graph).register_buffer(recipe.label, torch.empty(0, device="meta"), persistent=False)
     values = [g.tensor(s) for s in sources]
     with g.fake_execution(graph):
         rows = [v.t() if p.transposed else v for v, p in zip(values, recipe.parts, strict=True)]  # type: ignore[union-attr]
@@ -74,6 +86,27 @@ def constant(graph: fx.Graph, recipe: Recipe) -> fx.Node:
     node.meta[g.VALUE] = value
     node.meta[RECIPE] = recipe
     return node
+
+
+def table_constant(
+    graph: fx.Graph, recipe: PositionTable, like: torch.Tensor, axis: int, limit: int
+) -> fx.Node:
+    """The ``get_attr`` node of a table: ``like`` with ``limit`` rows along ``axis``."""
+    recipe = PositionTable(recipe.graph, recipe.name, limit)
+    _module(graph).register_buffer(recipe.label, torch.empty(0, device="meta"), persistent=False)
+    sizes = [limit if i == axis else size for i, size in enumerate(like.shape)]
+    with g.fake_execution(graph):
+        value = torch.empty(sizes, dtype=like.dtype, device=like.device)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr(recipe.label)
+    node.meta |= {g.VALUE: value, RECIPE: recipe}
+    return node
+
+
+def _module(graph: fx.Graph) -> torch.nn.Module:
+    if graph.owning_module is None:
+        raise ValueError("the graph belongs to no module")
+    return graph.owning_module
 
 
 def recipes(graph: fx.Graph) -> dict[str, Recipe]:

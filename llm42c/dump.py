@@ -1,0 +1,107 @@
+"""Write what the compiler did to a folder: graphs before and after each pass, reports, generated code.
+
+``LLM42_DUMP=dir`` or ``options={"dump": dir}``. Each compiled graph gets a folder of its own::
+
+    dir/0000_plain/00_input.txt          the graph as Dynamo captured it
+                   04_attention_sdpa.txt after each pass that changed something
+                   report.txt            what fired, what did not and why
+                   inductor_0.py         what Inductor generated, C++ kernels included
+    dir/0001_packed/program.py           the straight-line program of a packed graph
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import fx
+
+from llm42c.options import Options
+from llm42c.passes import graph as g
+from llm42c.passes.base import Report
+
+
+def text(graph: fx.Graph) -> str:
+    """A graph, one call a line, with shapes and strides."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {node.args[0]}")
+            continue
+        shape = g.describe(g.value(node))
+        module = g.where(node)
+        if node.op in ("placeholder", "get_attr"):
+            lines.append(f"{node.name}  # {node.op} {shape}")
+        else:
+            arguments = [*map(_show, node.args), *(f"{k}={_show(v)}" for k, v in node.kwargs.items())]
+            lines.append(f"{node.name} = {_callee(node)}({', '.join(arguments)})  # {shape} {module}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _show(arg: object) -> str:
+    return str(arg) if isinstance(arg, (fx.Node, str, tuple, list)) else repr(arg)
+
+
+def _callee(node: fx.Node) -> str:
+    name = g.name(node) or str(getattr(node.target, "__name__", node.target))
+    return f".{name}" if node.op == "call_method" else name.replace("::", ".")
+
+
+class Dump:
+    """A folder for one compiled graph; does nothing without a directory."""
+
+    def __init__(self, directory: str | None, label: str) -> None:
+        self._folder: Path | None = None
+        if directory:
+            self._folder = _fresh_folder(Path(directory), label)
+
+    @classmethod
+    def for_options(cls, options: Options, label: str) -> Dump:
+        """Where the option, or else the environment variable, says."""
+        return cls(options.dump or os.environ.get("LLM42_DUMP") or None, label)
+
+    def write(self, name: str, contents: str) -> None:
+        if self._folder is not None:
+            (self._folder / name).write_text(contents)
+
+    def graph(self, name: str, graph: fx.Graph) -> None:
+        """An observer for ``pipeline.run``."""
+        if self._folder is not None:
+            self.write(f"{name}.txt", text(graph))
+
+    def report(self, report: Report) -> None:
+        if self._folder is not None:
+            self.write("report.txt", report.table())
+
+    @contextlib.contextmanager
+    def generated_code(self) -> Iterator[None]:
+        """What Inductor generates (or takes from its cache) inside the block is written too."""
+        if self._folder is None:
+            yield
+            return
+        from torch._inductor.graph import GraphLowering
+
+        sources: list[str] = []
+        before = GraphLowering.save_output_code
+        GraphLowering.save_output_code = staticmethod(sources.append)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            GraphLowering.save_output_code = before
+            for i, source in enumerate(sources):
+                self.write(f"inductor_{i}.py", source)
+
+
+def _fresh_folder(directory: Path, label: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    number = len(list(directory.iterdir()))
+    while True:
+        folder = directory / f"{number:04d}_{label}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -1,0 +1,133 @@
+"""``llm42c.explain(model, inputs)``: what the compiler does with a model, and why not more."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llm42c import backend
+from llm42c.dump import Dump
+from llm42c.options import Options
+from llm42c.passes.base import Report
+from llm42c.passes.kinds import Kind, kind, plain_name
+
+
+@dataclass
+class GraphExplanation:
+    """One graph of the model (there are several when Dynamo breaks it).
+
+    ``operators`` counts the llm42 operators of the final graph, ``inductor`` the calls that Inductor
+    compiles, by name; views and sizes are in neither.
+    """
+
+    report: Report
+    operators: dict[str, int]
+    inductor: dict[str, int]
+
+
+@dataclass
+class Explanation:
+    """The result of :func:`explain`; ``str()`` gives a readable page."""
+
+    graphs: list[GraphExplanation] = field(default_factory=list)
+
+    @property
+    def unplaced(self) -> list[str]:
+        """Calls without a known order of reduction, with their modules."""
+        events = [e for graph in self.graphs for e in graph.report.unplaced]
+        return [f"{e.module or '(top)'}: {e.reason}" for e in events]
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "Dynamo captured no graph.\n"
+        return "\n".join(_page(i, g, len(self.graphs)) for i, g in enumerate(self.graphs))
+
+
+def explain(
+    model: Any, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> Explanation:
+    """Capture ``model`` on ``example_inputs`` and report what each pass did.
+
+    ``example_inputs``: a tensor, a sequence of positional arguments or a mapping of keyword arguments.
+    The rewritten graphs are executed once without Inductor. Raises OptionsError for bad options,
+    UnsupportedModelError with ``{"strict": True}``.
+    """
+    opts = Options.parse(options)
+    found = Explanation()
+
+    def observe(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        report = backend.rewrite_plain(gm, inputs, opts, Dump.for_options(opts, "explain"))
+        found.graphs.append(GraphExplanation(report, *_census(gm.graph)))
+        return gm.forward
+
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    with torch.no_grad():
+        compiled = torch.compile(_callable(model), backend=observe)
+        if isinstance(example_inputs, Mapping):
+            compiled(**example_inputs)
+        else:
+            compiled(*example_inputs)
+    return found
+
+
+def _callable(model: Any) -> Any:
+    """A function of its own, so that Dynamo's cache of the model's code stays as it is."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    fresh = types.FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    fresh.__kwdefaults__ = run.__kwdefaults__
+    return fresh
+
+
+def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int]]:
+    operators: Counter[str] = Counter()
+    inductor: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            k = kind(node)
+            if k is Kind.OPERATOR:
+                operators[plain_name(node).removeprefix("llm42::")] += 1
+            elif k not in (Kind.VIEW, Kind.SIZE):
+                inductor[plain_name(node)] += 1
+    return dict(operators.most_common()), dict(inductor.most_common())
+
+
+def _page(number: int, graph: GraphExplanation, total: int) -> str:
+    lines = [f"graph {number + 1} of {total}", "", graph.report.table().rstrip(), ""]
+    lines += _where(graph.report)
+    lines.append("operators: " + (_counts(graph.operators) or "none"))
+    lines.append("compiled by Inductor: " + (_counts(graph.inductor) or "nothing"))
+    verdict = "every call has a fixed order of arithmetic"
+    if graph.report.unplaced:
+        verdict = f"{len(graph.report.unplaced)} calls have no known order of arithmetic (listed above)"
+    lines.append(f"check: {verdict}")
+    return "\n".join(lines) + "\n"
+
+
+def _where(report: Report) -> list[str]:
+    """For each pass that fired, the modules it fired in, numbered repetitions folded."""
+    lines = []
+    for p in report.passes:
+        modules = Counter(_folded(e.module) for e in p.matches if e.module)
+        if modules:
+            lines.append(f"{p.name} fired in:")
+            lines += [f"    {count:>4} × {module}" for module, count in modules.most_common(8)]
+    return [*lines, ""] if lines else []
+
+
+def _folded(module: str) -> str:
+    """``model.layers.7.mlp`` as ``model.layers.*.mlp``."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ×{count}" for name, count in counts.items())
