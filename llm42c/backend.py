@@ -17,7 +17,6 @@ from llm42c.options import Options
 from llm42c.passes import pipeline
 from llm42c.passes.base import PLAIN, Context, Report
 
-
 _log = logging.getLogger(__name__)
 
 

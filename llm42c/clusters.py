@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.kinds import Kind, kind
+from llm42c.passes.kinds import Kind, kind, plain_name
 
 _COMPILED = (Kind.VIEW, Kind.MOVE, Kind.EXACT, Kind.TRANSCENDENTAL, Kind.EXACT_REDUCTION, Kind.REDUCTION)
 
@@ -68,7 +68,7 @@ def _components(members: list[fx.Node], level: dict[fx.Node, int]) -> list[list[
 
 
 def _trim(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Without the views and tuple accesses at the end that only others use: outputs must own their storage."""
+    """Without the views and tuple accesses at the end that only others use: outputs own their storage."""
     kept = set(nodes)
     for node in reversed(nodes):
         if kind(node) is Kind.VIEW and not any(u in kept for u in node.users):
@@ -141,7 +141,11 @@ def structural_hash(gm: fx.GraphModule) -> str:
 def _target(node: fx.Node) -> str:
     if node.op == "placeholder":
         return ""
-    return node.target if isinstance(node.target, str) else fx.graph._get_qualified_name(node.target)
+    return (
+        node.target
+        if isinstance(node.target, str)
+        else str(getattr(node.target, "__module__", "")) + f".{plain_name(node)}"
+    )
 
 
 def _layout(v: Any) -> str:

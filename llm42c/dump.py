@@ -36,7 +36,9 @@ def text(graph: fx.Graph) -> str:
             lines.append(f"{node.name}  # {node.op} {shape}")
         else:
             arguments = [*map(_show, node.args), *(f"{k}={_show(v)}" for k, v in node.kwargs.items())]
-            lines.append(f"{node.name} = {_callee(node)}({', '.join(arguments)})  # {shape} {module}".rstrip())
+            lines.append(
+                f"{node.name} = {_callee(node)}({', '.join(arguments)})  # {shape} {module}".rstrip()
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -85,7 +87,7 @@ class Dump:
 
         sources: list[str] = []
         before = GraphLowering.save_output_code
-        GraphLowering.save_output_code = staticmethod(sources.append)  # type: ignore[assignment]
+        GraphLowering.save_output_code = staticmethod(sources.append)
         try:
             yield
         finally:

@@ -50,7 +50,9 @@ class Explanation:
 
 
 def explain(
-    model: Any, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any], options: Mapping[str, Any] | None = None
+    model: Any,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Capture ``model`` on ``example_inputs`` and report what each pass did.
 

@@ -38,7 +38,7 @@ def fixed_config() -> dict[str, Any]:
     """The settings for fixed reductions, restricted to those that this version of torch has."""
     from torch._inductor import config
 
-    known = config._config
+    known = config.get_config_copy()
     return {key: value for key, value in _FIXED.items() if key in known}
 
 
@@ -46,11 +46,13 @@ def compile_fixed(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[...
     """Compile a rewritten graph with Inductor under :func:`fixed_config`."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=fixed_config())  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=fixed_config())
+    return compiled
 
 
 def compile_free(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Compile a graph with Inductor as it is."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, example_inputs)
+    return compiled

@@ -116,7 +116,7 @@ def _schedule(
                 continue
             stack.pop()
             if index is None:
-                steps.append(Step((top,), top.target, top.args, top.kwargs))  # type: ignore[arg-type]
+                steps.append(Step((top,), top.target, top.args, top.kwargs))
                 done.add(top)
             elif index not in ran:
                 cluster = clusters[index]

@@ -134,7 +134,7 @@ class WeightStore:
 
 def _tabulate(gm: fx.GraphModule, recipe: PositionTable) -> Tensor:
     table = fx.GraphModule(gm, recipe.graph)(torch.arange(recipe.limit).unsqueeze(0))
-    return table.contiguous()  # type: ignore[no-any-return]
+    return table.contiguous()
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:

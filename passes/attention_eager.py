@@ -92,12 +92,12 @@ def _scores(node: Any) -> _Scores | None:
 
 def _chain(softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(product with v, v) that follows the softmax."""
-    node, last = g.only_user(softmax), softmax
+    last, node = softmax, g.only_user(softmax)
     while node is not None and g.name(node) in ("to", "dropout"):
-        node, last = g.only_user(node), node
-    if node is None or g.name(node) not in ("matmul", "bmm") or node.args[0] is not last:
+        last, node = node, g.only_user(node)
+    if node is None or g.name(node) not in ("matmul", "bmm") or g.arg(node) is not last:
         return None
-    return node, node.args[1]  # type: ignore[return-value]
+    return node, g.arg(node, 1)
 
 
 def _refusal(s: _Scores, v: fx.Node, out: fx.Node, ctx: Context) -> str | None:

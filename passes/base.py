@@ -112,7 +112,9 @@ class Report:
         lines = [f"{'pass':<24}{'matches':>8}{'misses':>8}{'calls':>14}{'ms':>9}"]
         for p in self.passes:
             calls = f"{p.nodes_before} → {p.nodes_after}"
-            lines.append(f"{p.name:<24}{len(p.matches):>8}{len(p.misses):>8}{calls:>14}{p.seconds * 1e3:>9.1f}")
+            lines.append(
+                f"{p.name:<24}{len(p.matches):>8}{len(p.misses):>8}{calls:>14}{p.seconds * 1e3:>9.1f}"
+            )
             lines += [f"    not {count}×: {reason}" for reason, count in p.reasons().items()]
         if self.unplaced:
             lines.append("no known order of reduction:")

@@ -121,6 +121,11 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def arg(node: Any, index: int = 0) -> Any:
+    """A positional argument; None for what is no node or has fewer."""
+    return node.args[index] if isinstance(node, fx.Node) and len(node.args) > index else None
+
+
 def value(node: Any) -> Any:
     """Fake tensor or number of a node; an argument that is no node is its own value."""
     return node.meta.get(VALUE, node.meta.get("val")) if isinstance(node, fx.Node) else node

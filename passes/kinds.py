@@ -30,36 +30,39 @@ def _names(text: str) -> frozenset[str]:
 
 
 _VIEW = _names(
-    "view reshape expand transpose permute unsqueeze squeeze chunk split narrow select unbind t flatten unflatten "
-    "movedim as_strided detach expand_as view_as diagonal split_with_sizes tensor_split ravel"
+    "view reshape expand transpose permute unsqueeze squeeze chunk split narrow select unbind t flatten "
+    "unflatten movedim as_strided detach expand_as view_as diagonal split_with_sizes tensor_split ravel"
 )
 _MOVE = _names(
-    "cat concat clone contiguous gather index_select masked_fill where tril triu embedding repeat stack roll flip "
-    "repeat_interleave index_copy_ copy_ scatter scatter_ zeros ones full arange empty tensor zeros_like ones_like "
-    "full_like empty_like new_zeros new_ones new_full new_empty new_tensor pad one_hot take_along_dim setitem "
-    "masked_fill_ index_put_ fill_ zero_ hstack vstack scalar_tensor eye meshgrid broadcast_to broadcast_tensors "
-    "masked_scatter masked_scatter_ index_add_ nonzero to_dense"
+    "cat concat clone contiguous gather index_select masked_fill where tril triu embedding repeat stack "
+    "roll flip repeat_interleave index_copy_ copy_ scatter scatter_ zeros ones full arange empty tensor "
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor pad "
+    "one_hot take_along_dim setitem masked_fill_ index_put_ fill_ zero_ hstack vstack scalar_tensor eye "
+    "meshgrid broadcast_to broadcast_tensors masked_scatter masked_scatter_ index_add_ nonzero to_dense"
 )
 _EXACT = _names(
-    "add sub mul div neg abs square sqrt rsqrt reciprocal relu clamp maximum minimum eq ne lt le gt ge to floor ceil "
-    "round trunc sign rsub and_ or_ xor invert not_ logical_and logical_or logical_not logical_xor isnan isinf "
-    "isfinite floor_divide floordiv remainder mod fmod bitwise_and bitwise_or bitwise_not bitwise_xor iadd isub imul "
-    "add_ sub_ mul_ div_ clamp_ clamp_min clamp_max relu_ float half bfloat16 double long int bool type_as type "
-    "bucketize searchsorted diff __and__ __or__ __invert__ __rsub__ nan_to_num outer rshift lshift"
+    "add sub mul div neg abs square sqrt rsqrt reciprocal relu clamp maximum minimum eq ne lt le gt ge "
+    "to floor ceil round trunc sign rsub and_ or_ xor invert not_ logical_and logical_or logical_not "
+    "logical_xor isnan isinf isfinite floor_divide floordiv remainder mod fmod bitwise_and bitwise_or "
+    "bitwise_not bitwise_xor iadd isub imul add_ sub_ mul_ div_ clamp_ clamp_min clamp_max relu_ float "
+    "half bfloat16 double long int bool type_as type bucketize searchsorted diff __and__ __or__ "
+    "__invert__ __rsub__ nan_to_num outer rshift lshift"
 )
 _TRANSCENDENTAL = _names(
-    "exp log cos sin tanh sigmoid silu gelu softplus erf expm1 log1p pow mish elu selu leaky_relu hardswish exp2 log2 "
-    "sin_ cos_ exp_ tan atan asin acos sinh cosh logsigmoid hardsigmoid xlogy rpow hardtanh relu6 logit softsign polar"
+    "exp log cos sin tanh sigmoid silu gelu softplus erf expm1 log1p pow mish elu selu leaky_relu "
+    "hardswish exp2 log2 sin_ cos_ exp_ tan atan asin acos sinh cosh logsigmoid hardsigmoid xlogy rpow "
+    "hardtanh relu6 logit softsign polar"
 )
 _EXACT_REDUCTION = _names(
     "amax amin argmax argmin max min topk sort argsort any all cummax cummin count_nonzero equal item tolist"
 )
 _REDUCTION = _names(
-    "sum mean softmax log_softmax logsumexp var std var_mean norm cumsum cumprod prod layer_norm rms_norm group_norm "
-    "batch_norm instance_norm matmul mm bmm linear addmm einsum conv1d conv2d conv3d conv_transpose1d sdpa baddbmm dot "
-    "tensordot bilinear cross_entropy nll_loss mse_loss normalize logcumsumexp index_add scatter_add scatter_add_ "
-    "scatter_reduce interpolate avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d trapezoid histc bincount "
-    "linalg_vector_norm vector_norm _grouped_mm grouped_mm multinomial baddbmm_ addmm_ cosine_similarity "
+    "sum mean softmax log_softmax logsumexp var std var_mean norm cumsum cumprod prod layer_norm "
+    "rms_norm group_norm batch_norm instance_norm matmul mm bmm linear addmm einsum conv1d conv2d "
+    "conv3d conv_transpose1d sdpa baddbmm dot tensordot bilinear cross_entropy nll_loss mse_loss "
+    "normalize logcumsumexp index_add scatter_add scatter_add_ scatter_reduce interpolate avg_pool1d "
+    "avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d trapezoid histc bincount linalg_vector_norm "
+    "vector_norm _grouped_mm grouped_mm multinomial baddbmm_ addmm_ cosine_similarity "
     "multi_head_attention_forward cumsum_ addbmm mv addmv chunk_gated_delta_rule selective_scan"
 )
 

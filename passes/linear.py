@@ -47,10 +47,11 @@ def _transposed_weight(node: Any) -> fx.Node | None:
     t = g.tensor(node)
     if t is None or t.dim() != 2:
         return None
-    if g.name(node) in ("t", "transpose", "permute"):
-        return node.args[0]  # type: ignore[no-any-return]
-    is_attribute = node.target is getattr and node.args[1] in ("T", "mT")
-    return node.args[0] if is_attribute else None  # type: ignore[no-any-return]
+    is_attribute = node.target is getattr and g.arg(node, 1) in ("T", "mT")
+    found: fx.Node | None = None
+    if is_attribute or g.name(node) in ("t", "transpose", "permute"):
+        found = g.arg(node)
+    return found
 
 
 def product(node: fx.Node) -> Product | None:

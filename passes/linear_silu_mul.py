@@ -25,7 +25,6 @@ from llm42c.passes import graph as g
 from llm42c.passes import recipes
 from llm42c.passes.base import PACKED, PLAIN, Context, PassReport
 
-
 _MISS = {
     PACKED: "gate and up are neither bias-free projections of one input nor halves of one tensor",
     PLAIN: "gate and up are separate tensors; Inductor compiles the product",
@@ -47,7 +46,7 @@ def _projection(node: Any) -> fx.Node | None:
     if g.name(node) != "linear" or len(node.users) != 1:
         return None
     bound = g.bind(node)
-    return node if bound["bias"] is None and bound["weight"].op == "get_attr" else None  # type: ignore[no-any-return]
+    return node if bound["bias"] is None and bound["weight"].op == "get_attr" else None
 
 
 def halves(a: fx.Node, b: fx.Node) -> fx.Node | None:
@@ -67,7 +66,7 @@ def halves(a: fx.Node, b: fx.Node) -> fx.Node | None:
     whole, width = g.fake(y), ta.shape[-1]
     with g.fake_execution(a.graph):
         low, high = whole[..., :width], whole[..., width:]
-    return y if g.same_view(low, ta) and g.same_view(high, tb) else None  # type: ignore[no-any-return]
+    return y if g.same_view(low, ta) and g.same_view(high, tb) else None
 
 
 def _two_projections(gate: fx.Node, up: fx.Node) -> tuple[fx.Node, recipes.PackedWeight] | None:

@@ -96,7 +96,8 @@ def _spell(node: fx.Node) -> None:
         if node.target._qualified_op_name.startswith("llm42::"):
             node.target = node.target.default
     elif node.op == "call_function":
-        spelled = _OPERATORS.get(node.target) or _ALIASES.get(node.target)
+        function: Any = node.target
+        spelled = _OPERATORS.get(function) or _ALIASES.get(function)
         if not spelled or not any(g.tensor(a) is not None for a in node.args):
             return
         if g.tensor(node.args[0]) is None:  # `2 * x`: the functions take the tensor first
@@ -221,5 +222,5 @@ def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             node.target, node.args, node.kwargs = g.FUNCTIONS[simpler[0]], simpler[1], {}
         elif _is_nothing(node, functional and _storage_of_first(node) not in inputs):
             report.match(node)
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -108,7 +108,7 @@ def position_table(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     first = next(n for n in graph.nodes if n.op in ("call_function", "call_method"))
     index = g.insert(first, g.FUNCTIONS["reshape"], (positions, (-1,)), like=first) if worth else None
     for node in worth:
-        axis = _row_axis(node, rows)
+        axis = [g.same(size, rows) for size in g.fake(node).shape].index(True)
         recipe = _subgraph(node, among, positions)
         table = recipes.table_constant(graph, recipe, g.fake(node), axis, spec.limit)
         report.match(node)

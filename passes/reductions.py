@@ -110,7 +110,9 @@ def _variance(at: _At, node: fx.Node) -> fx.Node:
     centred = at.call("sub", wide, at.mean(x, dims, True))
     total = at.row_sum(at.call("square", centred), dims, bool(bound["keepdim"]))
     count = at.count(x, dims)
-    divisor = count - correction if isinstance(count, int) else g.insert(node, operator.sub, (count, correction))
+    divisor = (
+        count - correction if isinstance(count, int) else g.insert(node, operator.sub, (count, correction))
+    )
     result = at.call("div", total, divisor)
     if g.name(node) == "std":
         result = at.call("sqrt", result)
@@ -152,9 +154,8 @@ def reductions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             continue
         if not out.is_floating_point():
             continue  # exact
-        if x.dtype not in _FLOATS or out.dtype not in _FLOATS:
-            if x.is_floating_point() or out.dtype not in _FLOATS:
-                report.miss(node, f"dtype {x.dtype} → {out.dtype}")
-                continue
+        if out.dtype not in _FLOATS or (x.is_floating_point() and x.dtype not in _FLOATS):
+            report.miss(node, f"dtype {x.dtype} → {out.dtype}")
+            continue
         report.match(node)
         g.replace(node, rewrite(_At(node), node))

@@ -24,6 +24,7 @@ Before and after (bf16, x: [B, S, H])::
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -39,42 +40,46 @@ class _Core:
     x: fx.Node  # the input before its cast to fp32
     normed: fx.Node  # n, fp32
     eps: float
-    nodes: list[fx.Node]
+    first: fx.Node  # where x is first read
 
 
-def _uncast(node: fx.Node) -> fx.Node:
+@dataclass
+class _Match:
+    """What the operator replaces: everything up to ``last``."""
+
+    last: fx.Node
+    weight: fx.Node | None
+    weight_offset: float
+    cast_first: bool
+
+
+def _uncast(node: Any) -> Any:
     """The node below a widening cast, or the node itself."""
-    if g.name(node) == "to" and (inner := g.tensor(node.args[0])) is not None and inner.dtype.itemsize <= 4:
-        return node.args[0]  # type: ignore[return-value]
-    return node
+    inner = g.tensor(g.arg(node)) if g.name(node) == "to" else None
+    return g.arg(node) if inner is not None and inner.dtype.itemsize <= 4 else node
 
 
-def _other(node: fx.Node, one: fx.Node) -> fx.Node | float | None:
+def _other(node: fx.Node, one: Any) -> Any:
     """The second operand of a binary node."""
     if len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
-    return b if a is one else a if b is one else None  # type: ignore[return-value]
+    return b if a is one else a if b is one else None
 
 
 def _core(rsqrt: fx.Node, report: PassReport) -> _Core | None:
-    add = rsqrt.args[0]
-    if g.name(add) != "add":
-        return None
-    mean = next((a for a in add.args if g.name(a) == "mean"), None)  # type: ignore[union-attr]
+    add = g.arg(rsqrt)
+    mean = next((a for a in add.args if g.name(a) == "mean"), None) if g.name(add) == "add" else None
     if mean is None:
         return None
-    eps = g.number(_other(add, mean))  # type: ignore[arg-type]
-    bound = g.bind(mean)
+    eps, bound = g.number(_other(add, mean)), g.bind(mean)
     square = bound["input"]
     if eps is None or g.name(square) != "square":
         return None
-    x32 = square.args[0]
-    value = g.tensor(x32)
-    if value is None or value.dtype != torch.float32:
-        report.miss(
-            rsqrt, f"the variance is computed in {value.dtype if value is not None else '?'}, not fp32"
-        )
+    x32 = g.arg(square)
+    value = g.fake(x32)
+    if value.dtype != torch.float32:
+        report.miss(rsqrt, f"the variance is computed in {value.dtype}, not fp32")
         return None
     if not g.last_dim(value, bound["dim"]) or not bound["keepdim"]:
         report.miss(rsqrt, "the mean is not over the last dimension alone")
@@ -84,66 +89,62 @@ def _core(rsqrt: fx.Node, report: PassReport) -> _Core | None:
     if len(normed) != 1 or len(rsqrt.users) != 1:
         report.miss(rsqrt, "the reciprocal root has other users than the norm")
         return None
-    return _Core(_uncast(x32), normed[0], eps, [x32, square, mean, add, rsqrt, normed[0]])
+    return _Core(_uncast(x32), normed[0], eps, min(x32, square))
 
 
-@dataclass
-class _Match:
-    last: fx.Node
-    weight: fx.Node | None
-    weight_offset: float
-    cast_first: bool
-    nodes: list[fx.Node]
-
-
-def _is_weight(node: object, x: fx.Node) -> bool:
+def _is_weight(node: Any, x: fx.Node) -> bool:
     """A vector [H] along the last dimension of x."""
-    w, t = g.tensor(node), g.tensor(x)
-    return w is not None and t is not None and w.dim() == 1 and g.same(w.shape[0], t.shape[-1])
+    w = g.tensor(node)
+    return w is not None and w.dim() == 1 and g.same(w.shape[0], g.fake(x).shape[-1])
 
 
-def _offset_weight(node: object, x: fx.Node) -> tuple[fx.Node, float, list[fx.Node]] | None:
-    """(w, offset, inner nodes) of  w,  w.float(),  1.0 + w  or  1.0 + w.float()."""
+def _offset_weight(node: Any, x: fx.Node) -> tuple[fx.Node, float] | None:
+    """(w, offset) of  w,  w.float(),  1.0 + w  or  1.0 + w.float()."""
     if not _is_weight(node, x):
         return None
-    assert isinstance(node, fx.Node)
-    if g.name(node) == "add" and len(node.args) == 2:
+    if g.name(node) == "add":
         for w in node.args:
-            offset = g.number(_other(node, w)) if isinstance(w, fx.Node) else None  # type: ignore[arg-type]
-            if offset is not None and g.tensor(w).dtype == torch.float32:  # type: ignore[union-attr]
-                return _uncast(w), offset, [w, node]  # type: ignore[arg-type]
-    return _uncast(node), 0.0, [node]
+            offset = g.number(_other(node, w)) if isinstance(w, fx.Node) else None
+            if offset is not None and g.fake(w).dtype == torch.float32:
+                return _uncast(w), offset
+    return _uncast(node), 0.0
 
 
 def _scaled(core: _Core) -> _Match | None:
     """What follows the core: cases 1 to 4."""
-    n, dtype = core.normed, g.tensor(core.x).dtype  # type: ignore[union-attr]
+    n, dtype = core.normed, g.fake(core.x).dtype
     user = g.only_user(n)
-    if dtype != torch.float32 and user is not None and g.name(user) == "to":
-        if g.tensor(user).dtype != dtype:  # type: ignore[union-attr]
-            return None
-        after = g.only_user(user)
-        w = _other(after, user) if after is not None and g.name(after) == "mul" else None
-        if after is not None and _is_weight(w, core.x) and g.tensor(w).dtype == dtype:  # type: ignore[union-attr]
-            return _Match(after, w, 0.0, True, [user])  # type: ignore[arg-type]
-        return _Match(user, None, 0.0, True, [])
-    if user is None or g.name(user) != "mul":
-        return _Match(n, None, 0.0, True, []) if dtype == torch.float32 else None
-    weight = _offset_weight(_other(user, n), core.x)
-    if weight is None:
-        return _Match(n, None, 0.0, True, []) if dtype == torch.float32 else None
     if dtype == torch.float32:
-        return _Match(user, weight[0], weight[1], weight[1] == 0.0, weight[2])
-    cast = g.only_user(user)
-    if cast is None or g.name(cast) != "to" or g.tensor(cast).dtype != dtype:  # type: ignore[union-attr]
+        weight = (
+            _offset_weight(_other(user, n), core.x) if user is not None and g.name(user) == "mul" else None
+        )
+        if user is None or weight is None:
+            return _Match(n, None, 0.0, True)
+        return _Match(user, weight[0], weight[1], weight[1] == 0.0)
+    if user is not None and g.name(user) == "to":
+        return _scaled_after_cast(core, user, dtype)
+    weight = _offset_weight(_other(user, n), core.x) if user is not None and g.name(user) == "mul" else None
+    cast = g.only_user(user) if user is not None else None
+    if weight is None or g.name(cast) != "to" or g.fake(cast).dtype != dtype:
         return None
-    return _Match(cast, weight[0], weight[1], False, [*weight[2], user])
+    return _Match(cast, weight[0], weight[1], False)  # type: ignore[arg-type]
+
+
+def _scaled_after_cast(core: _Core, cast: fx.Node, dtype: torch.dtype) -> _Match | None:
+    """Cases 1 and 4 in half precision."""
+    if g.fake(cast).dtype != dtype:
+        return None
+    product = g.only_user(cast)
+    if product is not None and g.name(product) == "mul":
+        w = _other(product, cast)
+        if _is_weight(w, core.x) and g.fake(w).dtype == dtype:
+            return _Match(product, w, 0.0, True)
+    return _Match(cast, None, 0.0, True)
 
 
 def _functional(node: fx.Node, report: PassReport) -> None:
     """Case 5."""
-    bound, t = g.bind(node), g.tensor(node)
-    assert t is not None
+    bound, t = g.bind(node), g.fake(node)
     if len(bound["normalized_shape"]) != 1:
         report.miss(node, "normalises over more than the last dimension")
         return
@@ -167,7 +168,7 @@ def rms_norm(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
                 report.miss(node, "what follows the norm is none of the known forms")
                 continue
             reads = [core.x, *([match.weight] if match.weight is not None else [])]
-            if not effects.unchanged(reads, core.nodes[0], match.last):
+            if not effects.unchanged(reads, core.first, match.last):
                 report.miss(node, "an operand is written to in between")
                 continue
             args = (core.x, match.weight, core.eps, match.weight_offset, match.cast_first)

@@ -23,6 +23,7 @@ Before and after (y = qkv: [1, T, (Hq + 2 Hkv) D])::
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ def merge_rotary(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Case 2. Expects the views that ``layout`` leaves: heads as ``as_strided`` of one root."""
     calls = [n for n in graph.nodes if n.target is torch.ops.llm42.rotary.default]
     position = g.order(graph)
-    for a, b in zip(calls, calls[1:], strict=False):
+    for a, b in itertools.pairwise(calls):
         (xa, *ta), (xb, *tb) = a.args, b.args
         if ta != tb or not (_follows(g.fake(xa), g.fake(xb)) and xa.args[0] is xb.args[0]):
             continue
