@@ -64,8 +64,7 @@ def test_a_false_end_of_sequence_at_every_offset(output: int) -> None:
 def test_a_missed_end_of_sequence_at_every_offset(output: int) -> None:
     full = reference(PROMPT, COUNT, frozenset())
     stop = full[output]
-    if full.index(stop) != output:
-        pytest.skip("this token occurs earlier too")
+    output = full.index(stop)  # perhaps earlier
     params = SamplingParams(max_tokens=COUNT, stop_token_ids=(stop,), ignore_eos=True)
     fast = FlipModel(positions=frozenset({len(PROMPT) - 1 + output}), armed=True)
     (got,) = make_engine(fast, small_config(verify="always")).generate([PROMPT], params)

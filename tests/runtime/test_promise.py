@@ -9,6 +9,7 @@ only grown.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 
@@ -97,9 +98,10 @@ class Promise(RuleBasedStateMachine):
     )
     def submit(self, prefix, tail, salt, params, deterministic, stream) -> None:  # type: ignore[no-untyped-def]
         prompt = (*PREFIXES[prefix], *((5 * salt + 3 * j + tail) % VOCAB for j in range(tail)))
-        request_id = self.engine.submit(
-            list(prompt), PARAMS[params], deterministic=deterministic, stream=stream
-        )
+        chosen = PARAMS[params]
+        if not deterministic and chosen.seed is None:
+            chosen = dataclasses.replace(chosen, seed=params)  # so that examples can be replayed
+        request_id = self.engine.submit(list(prompt), chosen, deterministic=deterministic, stream=stream)
         self.live[request_id] = (prompt, params, deterministic)
         self.streams[request_id] = ([], [])
 
