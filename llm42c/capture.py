@@ -97,7 +97,10 @@ def _run_dynamo(
         torch._dynamo.mark_dynamic(tensor, dim)
     paged = {name: getattr(batch, name) for name in _BATCH_FIELDS}
     paged |= {"k_cache": cache.k, "v_cache": cache.v}
+    before = set(model.__dict__)
     compiled = torch.compile(model, backend=grab, fullgraph=True)
+    for mark in set(model.__dict__) - before:  # that torch.compile leaves on the model
+        del model.__dict__[mark]
     with torch.no_grad(), contextlib.suppress(_GraphCapturedError, torch._dynamo.exc.BackendCompilerFailed):
         compiled(
             input_ids=input_ids,

@@ -1,0 +1,268 @@
+"""`generate` and its relatives: Hugging Face prepares the call, the engine decodes its rows."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+from llm42c.errors import RequestError
+from llm42c.runtime.hf import arguments as args
+from llm42c.runtime.hf import stopping as stops
+from llm42c.runtime.hf.output import DeterministicOutput
+from llm42c.runtime.hf.processors import Recorder, RowProcessor, split
+from llm42c.runtime.hf.pump import Pump
+from llm42c.runtime.hf.rows import Row, Run
+from llm42c.runtime.sampling import SamplingParams
+
+
+class StreamedToken(NamedTuple):
+    """One committed token and its exact log-probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass
+class Call:
+    """A `generate` call after Hugging Face's own preparation."""
+
+    model: Any
+    input_ids: Tensor  # [B * copies, W]
+    model_kwargs: dict[str, Any]
+    config: Any  # the prepared GenerationConfig
+    arguments: dict[str, Any]  # as the caller gave them
+    seed: Any
+    stopping: stops.Stopping
+    shift_max: bool = True  # max_length and min_length count the padding of a row
+    shift_min: bool = True
+
+    @property
+    def width(self) -> int:
+        return int(self.input_ids.shape[1])
+
+    @property
+    def copies(self) -> int:
+        return int(self.config.num_return_sequences or 1)
+
+    @property
+    def together(self) -> bool:
+        """Hugging Face pads rows that have ended only where there is a token that ends them."""
+        return not self.stopping.eos_ids
+
+    @property
+    def wants_scores(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def wants_logits(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+
+def prepare(
+    model: Any, original: Callable[..., Any], positional: Sequence[Any], keywords: dict[str, Any]
+) -> Call:
+    """Check a call, and let the model's own `generate` prepare it; what that raises passes through.
+
+    Raises RequestError.
+    """
+    bound = inspect.signature(original).bind(*positional, **keywords).arguments
+    arguments = {k: v for k, v in bound.items() if k != "kwargs"} | bound.get("kwargs", {})
+    given = arguments.get("generation_config")
+    args.require_supported(arguments, given, model.generation_config)
+    seed = arguments.pop("seed", getattr(given, "seed", None))
+    tokenizer = arguments.pop("tokenizer", None)
+    stop_strings = args.effective("stop_strings", arguments, given, model.generation_config)
+    if stop_strings is not None:
+        _hide_stop_strings(arguments, model.generation_config)
+
+    def collect(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        return input_ids, generation_config, model_kwargs
+
+    input_ids, config, model_kwargs = original(**arguments, custom_generate=collect)
+    args.require_supported({}, config)
+    args.require_known(model_kwargs)
+    criteria = arguments.get("stopping_criteria") or ()
+    stopping = stops.prepare(config, int(input_ids.shape[1]), criteria, tokenizer, stop_strings)
+    return Call(model, input_ids, model_kwargs, config, arguments, 0 if seed is None else seed, stopping)
+
+
+def _hide_stop_strings(arguments: dict[str, Any], default: Any) -> None:
+    """Hugging Face loses the tokenizer on the way to `custom_generate`, so stop strings are ours."""
+    arguments.pop("stop_strings", None)
+    if arguments.get("generation_config") is not None:
+        arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
+        arguments["generation_config"].stop_strings = None
+    if default.stop_strings is not None:
+        arguments["stop_strings"] = None
+
+
+def make_rows(call: Call, prompts: Sequence[list[int]]) -> list[Row]:
+    """The requests of a call. prompts: without padding, one for each row and copy."""
+    seeds = args.row_seeds(call.seed, len(prompts) // call.copies, call.copies)
+    return [_row(call, i, prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+
+
+def _row(call: Call, index: int, prompt: list[int], seed: int) -> Row:
+    config = copy.copy(call.config)
+    padding = call.width - len(prompt)
+    max_new_tokens = call.stopping.max_new_tokens
+    if call.shift_max:
+        config.max_length -= padding
+    else:
+        max_new_tokens += padding
+    if config.min_length and call.shift_min:
+        config.min_length = max(0, config.min_length - padding)
+    if max_new_tokens < 1:
+        raise RequestError(f"row {index}: {len(prompt)} prompt tokens leave nothing of max_length")
+    processors = _processors(call, config, index, prompt)
+    rest, sampling = split(processors, bool(config.do_sample))
+    row_processor = RowProcessor(rest) if rest else None
+    recorder = Recorder(len(prompt)) if call.wants_scores or call.wants_logits else None
+    params = SamplingParams(
+        max_tokens=max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=seed,
+        stop_token_ids=call.stopping.eos_ids,
+        ignore_eos=True,
+        logits_processors=tuple(p for p in (recorder, row_processor) if p is not None),
+        detokenize=False,
+    )
+    return Row(
+        index,
+        prompt,
+        params,
+        replace(call.stopping, max_new_tokens=max_new_tokens),
+        row_processor,
+        recorder,
+        processors if call.wants_scores else None,
+    )
+
+
+def _processors(call: Call, config: Any, index: int, prompt: list[int]) -> list[Any]:
+    """Hugging Face's processors for this row as if it were the whole batch."""
+    allowed = call.arguments.get("prefix_allowed_tokens_fn")
+    return list(
+        call.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=len(prompt),
+            encoder_input_ids=torch.tensor([prompt]),
+            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(index, ids),
+            logits_processor=logits_process.LogitsProcessorList(call.arguments.get("logits_processor") or ()),
+            device="cpu",
+            model_kwargs={},
+            negative_prompt_ids=None,
+            negative_prompt_attention_mask=None,
+        )
+    )
+
+
+def generate(call: Call, pump: Pump) -> Any:
+    """Decode a prepared call; returns what Hugging Face's `generate` returns."""
+    prompts = args.rows_of(
+        call.input_ids, call.model_kwargs.get("attention_mask"), call.model_kwargs.get("position_ids")
+    )
+    rows = make_rows(call, prompts)
+    streamer = call.arguments.get("streamer")
+    stopping = call.stopping
+    stream = bool(streamer is not None or stopping.criteria or stopping.deadline is not None)
+    sent = 0
+    with Run(pump, rows, stream=stream, together=call.together) as run:
+        for _ in run.drive():
+            _raise_first(rows)
+            if streamer is not None:
+                sent = _feed(streamer, call, run, sent)
+    _raise_first(rows)
+    if streamer is not None:
+        streamer.end()
+    return _assemble(call, rows, run.length or 0)
+
+
+def _raise_first(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+
+
+def _token_at(call: Call, row: Row, step: int) -> int | None:
+    """Output `step` of a row, the padding after its end, or None if it is not known yet."""
+    if not call.together and row.end is not None and step >= row.end:
+        return _pad_id(call)
+    return row.tokens[step] if step < len(row.tokens) else None
+
+
+def _pad_id(call: Call) -> int:
+    pad = call.config._pad_token_tensor
+    return 0 if pad is None else int(pad)
+
+
+def _feed(streamer: Any, call: Call, run: Run, sent: int) -> int:
+    """Give the streamer the steps that every row has committed; returns how many it has now."""
+    while run.length is None or sent < run.length:
+        step = [_token_at(call, row, sent) for row in run.rows]
+        if None in step:
+            break
+        streamer.put(torch.tensor(step))
+        sent += 1
+    return sent
+
+
+def _assemble(call: Call, rows: Sequence[Row], length: int) -> Any:
+    steps = [[_token_at(call, row, i) for i in range(length)] for row in rows]
+    new = torch.tensor(steps, dtype=torch.int64, device=call.input_ids.device).view(len(rows), length)
+    sequences = torch.cat([call.input_ids, new], dim=1)
+    if not call.config.return_dict_in_generate:
+        return sequences
+    logprobs = torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        known = row.logprobs[: length if call.together else row.end]
+        logprobs[i, : len(known)] = torch.tensor(known, dtype=torch.float32)
+    return DeterministicOutput(
+        sequences=sequences,
+        scores=_per_step([r.scores for r in rows], length, call) if call.wants_scores else None,
+        logits=_per_step([r.logits for r in rows], length, call) if call.wants_logits else None,
+        logprobs=logprobs,
+    )
+
+
+def _per_step(rows: list[list[Tensor]], length: int, call: Call) -> tuple[Tensor, ...]:
+    """rows: for each row its steps [V] → for each step [B, V]."""
+    zero = torch.zeros_like(rows[0][0]) if length else torch.empty(0)
+    return tuple(
+        torch.stack([row[i] if i < len(row) else zero for row in rows]).to(call.input_ids.device)
+        for i in range(length)
+    )
+
+
+async def stream(call: Call, pump: Pump) -> AsyncIterator[StreamedToken]:
+    """Tokens of one prompt as they are committed. Leaving the iterator aborts the request."""
+    prompts = args.rows_of(call.input_ids, call.model_kwargs.get("attention_mask"), None)
+    if len(prompts) != 1:
+        raise RequestError(f"stream takes one prompt and one return sequence, not {len(prompts)} rows")
+    rows = make_rows(call, prompts)
+    sent = 0
+    run = Run(pump, rows, stream=True, together=False)
+    with await asyncio.to_thread(run.__enter__):
+        while run.active:
+            await asyncio.to_thread(run.advance)
+            _raise_first(rows)
+            while sent < len(rows[0].tokens):
+                yield StreamedToken(rows[0].tokens[sent], rows[0].logprobs[sent])
+                sent += 1

@@ -1,0 +1,227 @@
+"""What a model carries while it is deterministic, and how it becomes ordinary again.
+
+The model stays the object it was. `generate`, `generate_batch` and `llm42` become attributes of the instance;
+the weights live packed in the engine, and come back into the model, bit for bit, the moment somebody else
+needs them: a direct forward pass, `to`, `load_state_dict`, `off`, `undo`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from llm42c.capture import kv_spec
+from llm42c.runtime.contract import Contract
+from llm42c.runtime.hf import batch, generate
+from llm42c.runtime.hf.generate import StreamedToken
+from llm42c.runtime.hf.pump import Pump
+from llm42c.runtime.loader import BuiltEngine, build_engine
+from llm42c.runtime.stats import Stats
+from llm42c.support import require_supported
+
+_KV_BUDGET = 256 * 2**20
+_ATTRIBUTES = ("generate", "generate_batch", "_apply", "__getstate__", "llm42")
+
+
+class Handle:
+    """The deterministic side of one model, as its attribute `llm42`.
+
+    `compilations` counts how often the model was compiled: once, unless its weights or dtype change.
+    """
+
+    def __init__(self, model: Any, original: Callable[..., Any], options: dict[str, Any]) -> None:
+        require_supported(model)
+        self.model = model
+        self.options = options
+        self.compilations = 0
+        self._original = original  # the model's own generate
+        self._before: dict[str, Any] = {}  # instance attributes that ours hide
+        self._installed = False
+        self._lock = threading.RLock()
+        self._built: BuiltEngine | None = None
+        self._pump: Pump | None = None
+        self._released = False
+        self._fingerprint: tuple[Any, ...] = ()
+        self._hooks: list[Any] = []
+
+    # -- what a user calls -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, *positional: Any, **keywords: Any) -> Any:
+        """Hugging Face's `generate`, deterministic; takes `seed=` (an int, or one for each prompt) besides.
+
+        Raises RequestError, naming the argument, for what cannot be kept.
+        """
+        call = generate.prepare(self.model, self._original, positional, keywords)
+        return generate.generate(call, self._ready())
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        *,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        **keywords: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Hugging Face's `generate_batch`, deterministic; takes the arguments of `generate` besides."""
+        if not len(inputs):
+            return {}
+        call, prompts = batch.prepare_batch(self.model, self._original, inputs, generation_config, keywords)
+        return batch.generate_batch(
+            call, prompts, self._ready(), record_timestamps=record_timestamps, progress_bar=progress_bar
+        )
+
+    async def stream(self, inputs: Any, **keywords: Any) -> AsyncIterator[StreamedToken]:
+        """Committed tokens of one prompt (a list of ids or a tensor [n] or [1, n]), as they come."""
+        if not isinstance(inputs, torch.Tensor):
+            inputs = torch.tensor(list(inputs))
+        inputs = inputs.reshape(1, -1) if inputs.dim() == 1 else inputs
+        keywords.setdefault("attention_mask", torch.ones_like(inputs))
+        with torch.no_grad():
+            call = generate.prepare(self.model, self._original, (inputs,), keywords)
+        async for token in generate.stream(call, self._ready()):
+            yield token
+
+    @property
+    def contract(self) -> Contract:
+        """What the bits of the outputs depend on besides prompt and parameters."""
+        return self._ready().engine.contract
+
+    def stats(self) -> Stats:
+        """Counters of the engine."""
+        return self._ready().engine.stats()
+
+    def warm_up(self) -> None:
+        """Compile now instead of at the first call."""
+        self._ready()
+
+    # -- installing and removing -----------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put our attributes on the model."""
+        with self._lock:
+            mine = (self.generate, self.generate_batch, self._apply, self._refuse_copy, self)
+            attributes = self.model.__dict__
+            self._before = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
+            attributes.update(zip(_ATTRIBUTES, mine, strict=True))
+            self._installed = True
+
+    def remove(self) -> None:
+        """Take our attributes off the model and give its weights back; the engine stays ready."""
+        with self._lock:
+            self._give_back()
+            if self._installed:
+                for name in _ATTRIBUTES:
+                    self.model.__dict__.pop(name, None)
+                self.model.__dict__.update(self._before)
+                self._installed = False
+
+    # -- weights and engine ----------------------------------------------------------------------------------
+
+    def _ready(self) -> Pump:
+        """The engine, built or built again if the weights are no longer those it was made from."""
+        with self._lock:
+            if self._pump is not None and self._fingerprint != self._current_fingerprint():
+                self._discard()
+            if self._pump is None:
+                self._build()
+            assert self._pump is not None
+            return self._pump
+
+    def _build(self) -> None:
+        require_supported(self.model)
+        options = dict(self.options)
+        keep = options.pop("keep_weights", False)
+        if "kv_cache_bytes" not in options and "num_pages" not in options:
+            options["kv_cache_bytes"] = self._kv_budget()
+        self._built = build_engine(self.model, keep_originals=keep, **options)
+        self.compilations += 1
+        self._pump = Pump(self._built.engine)
+        self._released = not keep
+        self._watch()
+
+    def _kv_budget(self) -> int:
+        """At most what full batches of full contexts need, at least one full context, else 256 MiB."""
+        config = self.model.config.get_text_config(decoder=True)
+        context = self.options.get("max_model_len") or config.max_position_embeddings
+        item = next(self.model.parameters()).dtype.itemsize
+        token = sum(2 * s.num_kv_heads * s.head_dim for s in kv_spec(self.model)) * item
+        one = (min(context, 8192) + 16) * token
+        return max(one, min(_KV_BUDGET, one * self.options.get("max_num_seqs", 32)))
+
+    def _watch(self) -> None:
+        """Remember the weights as they are, and notice who else needs them."""
+        if self._released:
+            self._hooks = [self.model.register_load_state_dict_pre_hook(self._give_back)]
+            for module in {self.model, self.model.base_model}:
+                self._hooks.append(module.register_forward_pre_hook(self._give_back))
+        self._fingerprint = self._current_fingerprint()
+
+    def _give_back(self, *_: Any) -> None:
+        """Put the original weights into the model, unless they are there."""
+        with self._lock:
+            if not self._released or self._built is None:
+                return
+            changed = self._fingerprint != self._current_fingerprint()
+            self._restore()
+            if not changed:
+                self._fingerprint = self._current_fingerprint()
+
+    def _restore(self) -> None:
+        assert self._built is not None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        replaced = [(p, p.data) for p in self._changed_parameters()]
+        self._built.close()
+        for parameter, data in replaced:
+            parameter.data = data
+        self._released = False
+
+    def _changed_parameters(self) -> list[nn.Parameter]:
+        known = set(self._fingerprint)
+        return [p for p in self.model.parameters() if p.numel() and _identity(p) not in known]
+
+    def release(self) -> None:
+        """Free the model's own copy of the weights again, after something needed them."""
+        with self._lock:
+            if self._ready() and not self._released and self._built is not None:
+                self._built.compiler.release_originals()
+                self._released = True
+                self._watch()
+
+    def _discard(self) -> None:
+        if self._released:
+            self._restore()
+        self._built = self._pump = None
+
+    def _current_fingerprint(self) -> tuple[Any, ...]:
+        return tuple(_identity(t) for t in (*self.model.parameters(), *self.model.buffers()))
+
+    def _apply(self, *positional: Any, **keywords: Any) -> Any:
+        """`to`, `half`, `float`, ...: they convert the model's own weights."""
+        self._give_back()
+        own = self._before.get("_apply") or type(self.model)._apply.__get__(self.model)
+        return own(*positional, **keywords)
+
+    # -- copies ----------------------------------------------------------------------------------------------
+
+    def _refuse_copy(self) -> NoReturn:
+        raise TypeError(
+            "a deterministic model holds compiled code and cannot be pickled or copied: use save_pretrained, "
+            "or llm42c.deterministic.undo(model) first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._refuse_copy()
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
+    return (id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype)
