@@ -20,7 +20,7 @@ inline Dtype dtype_of(const at::Tensor& t, const char* op) {
     case at::kHalf:
       return Dtype::f16;
     default:
-      TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(false, op, ": expected float32, bfloat16 or float16, got ", t.scalar_type());
   }
 }
 
@@ -31,7 +31,7 @@ struct MatrixView {
 };
 
 inline MatrixView as_rows(const at::Tensor& x, const char* op) {
-  TORCH_CHECK(x.dim() >= 1, op, ": expected at least one dimension, got a scalar");
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": expected at least one dimension, got a scalar");
   const int64_t cols = x.size(-1);
   if (x.dim() == 2 && (x.stride(1) == 1 || cols <= 1)) return {x, x.size(0), cols, x.stride(0)};
   const at::Tensor c = x.contiguous();
@@ -41,12 +41,12 @@ inline MatrixView as_rows(const at::Tensor& x, const char* op) {
 }
 
 inline void check_dtype(const at::Tensor& t, const at::Tensor& like, const char* op, const char* name) {
-  TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of dtype ", like.scalar_type(),
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of dtype ", like.scalar_type(),
               " as x, got ", t.scalar_type());
 }
 
 inline at::Tensor linear_pack(const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2, "linear_pack: expected weight [N, K], got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "linear_pack: expected weight [N, K], got ", weight.sizes());
   const Dtype dtype = dtype_of(weight, "linear_pack");
   const int64_t n = weight.size(0), k = weight.size(1);
   at::Tensor packed = at::empty({gemm::panel_count(n), k, gemm::panel_width()}, weight.options());
@@ -55,9 +55,14 @@ inline at::Tensor linear_pack(const at::Tensor& weight) {
   return packed;
 }
 
+inline void check_not_negative(int64_t value, const char* op, const char* name) {
+  TORCH_CHECK_VALUE(value >= 0, op, ": ", name, " must not be negative, got ", value);
+}
+
 inline void check_packed(const at::Tensor& packed, int64_t n, int64_t k, const char* op) {
-  TORCH_CHECK(n >= 0 && k >= 0, op, ": n and k must not be negative, got ", n, " and ", k);
-  TORCH_CHECK(packed.dim() == 3 && packed.size(0) == gemm::panel_count(n) && packed.size(1) == k &&
+  check_not_negative(n, op, "n");
+  check_not_negative(k, op, "k");
+  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == gemm::panel_count(n) && packed.size(1) == k &&
                   packed.size(2) == gemm::panel_width() && packed.is_contiguous(),
               op, ": expected linear_pack of a weight [", n, ", ", k, "], that is a contiguous tensor [",
               gemm::panel_count(n), ", ", k, ", ", gemm::panel_width(), "], got ", packed.sizes());
@@ -80,10 +85,11 @@ struct LinearCall {
   LinearCall(const char* op, const at::Tensor& x_, const at::Tensor& weight, const std::optional<at::Tensor>& bias_,
              int64_t n)
       : x(as_rows(x_, op)) {
+    check_not_negative(n, op, "n");
     check_dtype(weight, x_, op, "weight");
     if (bias_) {
       check_dtype(*bias_, x_, op, "bias");
-      TORCH_CHECK(bias_->dim() == 1 && bias_->size(0) == n, op, ": expected bias [", n, "], got ", bias_->sizes());
+      TORCH_CHECK_VALUE(bias_->dim() == 1 && bias_->size(0) == n, op, ": expected bias [", n, "], got ", bias_->sizes());
       bias = bias_->contiguous();
     }
     at::DimVector sizes(x_.sizes());
@@ -110,9 +116,9 @@ inline at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const st
 }
 
 inline at::Tensor linear_dense(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(weight.dim() == 2, "linear_dense: expected weight [N, K], got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "linear_dense: expected weight [N, K], got ", weight.sizes());
   LinearCall call("linear_dense", x, weight, bias, weight.size(0));
-  TORCH_CHECK(weight.size(1) == call.x.cols, "linear_dense: expected x [..., ", weight.size(1), "] for a weight ",
+  TORCH_CHECK_VALUE(weight.size(1) == call.x.cols, "linear_dense: expected x [..., ", weight.size(1), "] for a weight ",
               weight.sizes(), ", got ", x.sizes());
   call.problem.dense = std::exchange(call.problem.packed, nullptr);
   call.problem.stride_n = weight.stride(0);
@@ -133,7 +139,7 @@ inline at::Tensor linear_add(const at::Tensor& x, const at::Tensor& packed, cons
   LinearCall call("linear_add", x, packed, bias, n);
   check_packed(packed, n, call.x.cols, "linear_add");
   check_dtype(residual, x, "linear_add", "residual");
-  TORCH_CHECK(residual.sizes() == call.out.sizes(), "linear_add: expected residual ", call.out.sizes(), ", got ",
+  TORCH_CHECK_VALUE(residual.sizes() == call.out.sizes(), "linear_add: expected residual ", call.out.sizes(), ", got ",
               residual.sizes());
   const MatrixView r = as_rows(residual, "linear_add");
   call.problem.residual = r.keep.const_data_ptr();

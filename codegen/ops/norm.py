@@ -69,9 +69,7 @@ def _through_scale(g: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
     return scale * (g - normed * (g * normed).mean(-1, keepdim=True))
 
 
-def _rms_norm_grads(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _rms_norm_grads(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     wide, g = x.float(), grad.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
     normed = wide * scale
@@ -126,9 +124,7 @@ def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 # cast_first (Llama): round(x * scale) to x.dtype, times (weight + weight_offset) in x.dtype; weight has
 # x's dtype. Otherwise (Gemma, OLMo 2): all in fp32 with one rounding; weight has x's dtype or fp32.
 RMS_NORM = Operator(
-    schema=(
-        "rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_first) -> Tensor"
-    ),
+    schema=("rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_first) -> Tensor"),
     fake=_rms_norm_fake,
     reference=_rms_norm_reference,
     reduction=_LANES,
