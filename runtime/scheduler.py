@@ -229,9 +229,7 @@ class Scheduler:
     # -- the verifier batch ----------------------------------------------------------------------------------
 
     def plan_verify(self) -> VerifyPlan | None:
-        """Windows that are ready and prompts that the fast step left, then windows that merely fit; None if
-        idle.
-        """
+        """Windows that are ready, prompts that the fast step left, then windows that merely fit; or None."""
         windows = [r for r in self.running if self._ready(r)]
         prompts = [r for r in self._deferred if r.state is State.RUNNING]
         if not windows and not prompts:
@@ -261,8 +259,7 @@ class Scheduler:
     def _continuation(self, request: Request, plan: VerifyPlan, reserved: int = 0) -> Chunk | None:
         """The next canonical positions of a request that fit into the plan."""
         newest = len(request.tokens) - 1
-        # The newest proposal is an input too, for the verifier's own next token, unless the request ends with
-        # it.
+        # The newest proposal is an input too, for the verifier's own next token, unless it ends the request.
         total = len(request.tokens) + len(request.pending) - (1 if request.spec_done else 0)
         self._grow(request, total)
         total = min(total, len(request.pages) * self._config.page_size)
