@@ -11,6 +11,7 @@ from llm42c.codegen.ops.registry import operators
 from llm42c.passes.graph import where
 
 PLAIN = "plain"  # a user's model: parameters stay the user's, no packed weights
+STOCK = "stock"  # a captured packed graph that keeps the model's own reductions: cleaned, not rewritten
 PACKED = "packed"  # a captured packed graph: parameters are get_attr nodes, weights may be packed
 
 

@@ -39,7 +39,8 @@ def _refusal(node: fx.Node, ctx: Context) -> str | None:
 def _batched(node: fx.Node, operand: fx.Node, batch: list[Any]) -> fx.Node:
     """The operand with its leading dimensions broadcast to ``batch`` and folded to one."""
     rows, cols = (_size(node, operand, d) for d in (-2, -1))
-    if len(batch) > 1 or not batch:
+    t = g.fake(operand)
+    if t.dim() != 3 or len(batch) != 1 or not g.same(t.shape[0], g.value(batch[0])):
         operand = g.insert(node, "expand", (operand, *batch, rows, cols))
         operand = g.insert(node, g.FUNCTIONS["reshape"], (operand, (-1, rows, cols)))
     return operand

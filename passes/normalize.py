@@ -7,8 +7,7 @@ Cases:
 2. casts become ``x.to(dtype)``: ``x.float()``, ``x.bfloat16()``, ``x.type_as(y)``, ``x.to(y)``,
    ``x.to(device=same, dtype=d)``
 3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  ``pow(x, -0.5)`` → ``torch.rsqrt(x)``
-4. ``x * torch.sigmoid(x)`` → ``silu(x)`` for fp32, where both round the same way
-5. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
+4. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
    ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, usage logging
 
 Before and after (fp32 model, x: [B, S, H])::
@@ -147,7 +146,7 @@ def _cast_target(node: fx.Node) -> torch.dtype | None:
 
 
 def _simplify(node: fx.Node) -> Any:
-    """Cases 3 and 4: (canonical name, arguments) of a shorter form, or None."""
+    """Case 3: (canonical name, arguments) of a shorter form, or None."""
     kind = g.name(node)
     if kind == "pow":
         exponent = g.number(node.args[1]) if len(node.args) > 1 else None
@@ -157,15 +156,11 @@ def _simplify(node: fx.Node) -> Any:
         a, b = node.args
         if a is b and g.tensor(a) is not None:
             return "square", (a,)
-        for x, s in ((a, b), (b, a)):
-            t = g.tensor(x)
-            if g.name(s) == "sigmoid" and s.args[0] is x and t is not None and t.dtype == torch.float32:  # type: ignore[union-attr]
-                return "silu", (x,)
     return None
 
 
 def _is_nothing(node: fx.Node, copies_may_alias: bool) -> bool:
-    """Case 5: the call returns its first argument unchanged.
+    """Case 4: the call returns its first argument unchanged.
 
     ``x * 1.0`` makes a copy; dropping it is only allowed where nobody can tell.
     """

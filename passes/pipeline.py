@@ -11,7 +11,7 @@ from llm42c.passes import graph as g
 from llm42c.passes.add_rms_norm import add_rms_norm
 from llm42c.passes.attention_eager import attention_eager
 from llm42c.passes.attention_sdpa import attention_sdpa
-from llm42c.passes.base import PACKED, PLAIN, Context, Pass, PassReport, Report
+from llm42c.passes.base import PACKED, PLAIN, STOCK, Context, Pass, PassReport, Report
 from llm42c.passes.check import check
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
 from llm42c.passes.layer_norm import layer_norm
@@ -30,11 +30,12 @@ from llm42c.passes.sizes import baked, concretise
 
 _PLAIN = frozenset({PLAIN})
 _PACKED = frozenset({PACKED})
+_ALL = frozenset({PLAIN, PACKED, STOCK})
 
 PASSES: tuple[Pass, ...] = (
-    Pass("normalize", normalize),
-    Pass("dead_code", dead_code),
-    Pass("common_subexpressions", common_subexpressions),
+    Pass("normalize", normalize, _ALL),
+    Pass("dead_code", dead_code, _ALL),
+    Pass("common_subexpressions", common_subexpressions, _ALL),
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
     Pass("attention_eager", attention_eager, _PLAIN),
     Pass("position_table", position_table, _PACKED),
@@ -70,7 +71,7 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
     """
     report = Report()
     graph = gm.graph
-    if ctx.target == PACKED:
+    if ctx.target != PLAIN:
         concretise(gm)
     if observe is not None:
         observe("00_input", graph)

@@ -19,8 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm42c.passes import graph as g
 
-# Below 2^25, so that the square of a size and a row of it still fit into an int64 byte count.
-PRIMES = (33554393, 33554383, 33554371, 33554347)
+# The square of a size, at eight bytes an element, still fits into an int64. None is near a power of two,
+# and no multiple of one is a size that models have.
+PRIMES = (433494437, 479001599, 387420499, 355687439)
+_OFFSET = 1 << 20  # what may be added to a multiple of a symbol: sequence lengths plus a little
 SYMBOLS = "llm42_symbols"  # on the graph module's meta: prime → the symbolic size that it stands for
 
 
@@ -79,22 +81,30 @@ def _concrete(v: Any, primes: dict[str, tuple[int, torch.SymInt]], mode: FakeTen
 
 
 def symbolic(v: Any, symbols: dict[int, torch.SymInt], mode: FakeTensorMode) -> Any:
-    """The value with symbolic sizes that ``v`` stands for; the inverse of what ``concretise`` did."""
+    """The value with symbolic sizes that ``v`` stands for; the inverse of what ``concretise`` did.
 
-    def size(n: int) -> Any:
-        for prime, symbol in symbols.items():
-            if n >= prime:
-                return size(n // prime) * symbol + size(n % prime)
-        return n
-
+    Raises ValueError for a size that mixes symbols, which no known model has.
+    """
     if isinstance(v, int) and not isinstance(v, bool):
-        return size(v)
+        return _symbolic_size(v, symbols)
     if not isinstance(v, Tensor):
         return v
+    sizes = [_symbolic_size(s, symbols) for s in v.shape]
+    strides = [_symbolic_size(s, symbols) for s in v.stride()]
     with mode:
-        return torch.empty_strided(
-            [size(s) for s in v.shape], [size(s) for s in v.stride()], dtype=v.dtype, device=v.device
-        )
+        return torch.empty_strided(sizes, strides, dtype=v.dtype, device=v.device)
+
+
+def _symbolic_size(n: int, symbols: dict[int, torch.SymInt]) -> Any:
+    """``a * symbol + b`` for the number that it became; numbers below all primes are themselves."""
+    if n < min(symbols):
+        return n
+    readings = [(prime, *divmod(n, prime)) for prime in symbols if n >= prime and n % prime < _OFFSET]
+    exact = [reading for reading in readings if reading[2] == 0]
+    if len(exact or readings) != 1:
+        raise ValueError(f"{n} is no multiple of one size plus a constant")
+    prime, factor, rest = (exact or readings)[0]
+    return _symbolic_size(factor, symbols) * symbols[prime] + rest
 
 
 def baked(graph: fx.Graph) -> list[fx.Node]:
