@@ -18,9 +18,10 @@ from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
 from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
 from llm42c.digest import require_finite
+from llm42c.errors import UnsupportedModelError
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
-from llm42c.passes.base import PACKED, Context, Report
+from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
 from llm42c.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.weights import WeightStore
 
@@ -109,15 +110,22 @@ class ModelCompiler:
         """Give the model its parameters back exactly."""
         self.weights.restore()
 
+    def _placeholder(self, name: str) -> str:
+        nodes = [n for n in self.captured.gm.graph.nodes if n.op == "placeholder"]
+        return next(n.name for n, i in zip(nodes, self.captured.inputs, strict=True) if i == name)
+
     def _compile(self, form: Form) -> CompiledModel:
         gm = _copy(self.captured.gm)
-        report = Report()
-        if form == "pinned":
-            report = pipeline.run(gm, Context(target=PACKED))
-            self.weights.materialise(gm)
-        program = compile_piecewise(gm)
-        self._graphs.append(gm)
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+        positions = PositionInput(self._placeholder("positions"), config.max_position_embeddings)
+        target = PACKED if form == "pinned" else STOCK
+        report = pipeline.run(gm, Context(target=target, positions=positions))
+        if self.strict and report.unplaced:
+            events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
+            raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
+        self.weights.materialise(gm)
+        program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
+        self._graphs.append(gm)
         return CompiledModel(
             form=form,
             vocab_size=config.vocab_size,

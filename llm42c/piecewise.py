@@ -120,7 +120,8 @@ def _schedule(
                 done.add(top)
             elif index not in ran:
                 cluster = clusters[index]
-                steps.append(Step(tuple(cluster.outputs), functions[index], tuple(cluster.inputs), {}))
+                results, args = tuple(cluster.outputs), tuple(cluster.inputs)
+                steps.append(Step(results, functions[index], args, {}, sequence=True))
                 ran.add(index)
                 done.update(cluster.nodes)
 

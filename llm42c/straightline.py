@@ -23,6 +23,7 @@ class Step:
     function: Callable[..., Any] | str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    sequence: bool = False  # the function returns a sequence of results, even of one
 
     def reads(self) -> list[fx.Node]:
         found: list[fx.Node] = []
@@ -91,7 +92,8 @@ def emit(
             call = f"{callee(step.function)}({args_text})"
         for node in step.results:
             text[node] = namer(node.name)
-        target = ", ".join(text[n] for n in step.results) + (" = " if step.results else "")
+        target = ", ".join(text[n] for n in step.results) + ("," if step.sequence else "")
+        target += " = " if step.results else ""
         lines.append(f"    {target}{call}")
         dead = [text[n] for n in last.get(i, []) if n not in constants]
         if dead:
