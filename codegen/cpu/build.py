@@ -31,7 +31,8 @@ _ISA_FLAGS = {
     "generic": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
 }
 # Contraction is off: a fused multiply-add happens exactly where a kernel writes one.
-_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 
 
 class BuildError(RuntimeError):
@@ -70,7 +71,7 @@ def cpu_features() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    keys = {}
+    keys: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
         keys.setdefault(key.strip(), value.strip())
@@ -131,8 +132,13 @@ def _compile(out: Path, isa: str) -> None:
 
 def build(isa: str = "native") -> Path:
     """Path of the compiled library for ``isa``, compiling it if the cache does not hold it."""
+    if isa not in ISAS:
+        raise ValueError(f"isa {isa!r}: expected one of {', '.join(ISAS)}")
     folder = cache_dir() / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"no cache folder for the CPU kernels: {error}; set XDG_CACHE_HOME") from error
     out = folder / f"llm42_cpu_{isa}_{build_key(isa)}.so"
     if not out.exists():
         with filelock.FileLock(str(out) + ".lock"):

@@ -1,0 +1,170 @@
+"""Compilation of the CPU kernels: cache, errors, concurrency; one set of bits for all instruction sets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm42c.codegen.cpu import build
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source folder of one small file, and an empty cache. → the source"""
+    folder = tmp_path / "source"
+    (folder / "kernels").mkdir(parents=True)
+    source = folder / "kernels" / "answer.cpp"
+    source.write_text(SOURCE)
+    monkeypatch.setattr(build, "SOURCE_DIR", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return source
+
+
+def test_a_second_build_takes_the_cache(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.build()
+    assert path.exists()
+    assert path.is_relative_to(build.cache_dir())
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
+    assert build.build() == path
+
+
+def test_the_key_covers_sources_headers_flags_and_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [build.build_key(), build.build_key("generic")]
+    tiny.write_text(SOURCE.replace("42", "43"))
+    keys.append(build.build_key())
+    (tiny.parent / "answer.h").write_text("#pragma once\n")
+    keys.append(build.build_key())
+    monkeypatch.setattr(build.torch, "__version__", "0.0")
+    keys.append(build.build_key())
+    monkeypatch.setattr(build, "cpu_features", lambda: "another processor")
+    keys.append(build.build_key())
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-g"])
+    keys.append(build.build_key())
+    assert len(set(keys)) == len(keys)
+    assert build.build_key() == keys[-1]
+
+
+def test_without_a_compiler(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler found.*install one"):
+        build.build()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"\$CXX=no-such-compiler"):
+        build.build()
+
+
+def test_a_compile_error_is_shown_and_leaves_nothing(tiny: Path) -> None:
+    tiny.write_text("int answer() { return forty_two; }\n")
+    with pytest.raises(build.BuildError, match="forty_two"):
+        build.build()
+    assert not list(build.cache_dir().rglob("*.so"))
+    tiny.write_text(SOURCE)
+    assert build.build().exists()
+
+
+def test_a_cache_that_cannot_be_made(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny))  # a file
+    with pytest.raises(build.BuildError, match="set XDG_CACHE_HOME"):
+        build.build()
+
+
+def test_an_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="expected one of native, avx512, avx2, generic"):
+        build.build("sse2")
+
+
+def test_concurrent_processes_compile_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, wrapper = tmp_path / "log", tmp_path / "slow-g++"
+    compiler = build.Toolchain.find().compiler
+    note = f'case "$*" in *-o*) echo run >> {log}; sleep 1;; esac'
+    wrapper.write_text(f'#!/bin/sh\n{note}\nexec {compiler} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    script = (
+        "import pathlib, sys; from llm42c.codegen.cpu import build;"
+        f"build.SOURCE_DIR = pathlib.Path({str(build.SOURCE_DIR)!r}); print(build.build())"
+    )
+    command = [sys.executable, "-c", script]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {p.communicate()[0].strip() for p in processes}
+    assert [p.returncode for p in processes] == [0, 0, 0]
+    assert len(paths) == 1
+    assert Path(paths.pop()).exists()
+    assert log.read_text().split() == ["run", "run"]  # one source, one link
+
+
+def test_kernels_compile_for_an_instruction_set_that_this_machine_may_lack(tmp_path: Path) -> None:
+    if "x86_64" not in build.cpu_features():
+        pytest.skip("flags of x86")
+    compiler = build.Toolchain.find().compiler
+    flags = [*build._FLAGS, *build._ISA_FLAGS["avx512"], f"-I{build.SOURCE_DIR}", "-O1", "-c"]
+    for name in ("gemm", "rowwise_norm", "rowwise_pointwise", "rowwise_softmax"):
+        source = build.SOURCE_DIR / "kernels" / f"{name}.cpp"
+        build._run([compiler, *flags, str(source), "-o", str(tmp_path / "out.o")])
+
+
+BITS = """
+import hashlib, sys, torch
+from llm42c.codegen.cpu import build
+from llm42c.codegen.ops import registry
+
+registry.define()
+build.load_library(sys.argv[1])
+ops = torch.ops.llm42
+g = torch.Generator().manual_seed(0)
+
+def show(name, *tensors):
+    for t in tensors:
+        print(name, hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for m, k, n in ((1, 577, 100), (13, 300, 96)):
+        x = torch.randn(m, k, generator=g)
+        w = torch.randn(n, k, generator=g)
+        x[:, k // 2 : k // 2 * 2], w[:, k // 2 : k // 2 * 2] = x[:, : k // 2], -w[:, : k // 2]
+        x, w = x[:, torch.randperm(k, generator=g)].to(dtype), w.to(dtype)
+        b, r = torch.randn(n, generator=g).to(dtype), torch.randn(m, n, generator=g).to(dtype)
+        packed = ops.linear_pack(w)
+        show("linear", ops.linear(x, packed, b, n), ops.linear_dense(x, w, None))
+        show("unpack", ops.linear_unpack(packed, n, k))
+        show("fused", ops.linear_add(x, packed, None, r, n), ops.linear_silu_mul(x, packed, n // 2))
+    x, r = torch.randn(9, 577, generator=g).to(dtype), torch.randn(9, 577, generator=g).to(dtype)
+    w = torch.randn(577, generator=g).to(dtype)
+    show("norm", ops.rms_norm(x, w, 1e-5, 0.0, True), *ops.add_rms_norm(x, r, w, 1e-5, 1.0, False))
+    show("norm", ops.layer_norm(x, w, r[0], 1e-5))
+    show("activation", ops.silu_mul(8 * torch.cat((x, r), 1)))
+    q = x[:, :576].unflatten(1, (9, 64))
+    show("rotary", ops.rotary(q, r[:, :64], r[:, 64:128]))
+    show("reduce", ops.row_sum(x, [-1], True), ops.row_softmax(4 * x), ops.row_log_softmax(4 * x))
+"""
+
+
+@pytest.mark.slow
+def test_bits_are_the_same_on_every_instruction_set() -> None:
+    flags = build.cpu_features().split()
+    isas = ["native", "generic"]
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags):
+        isas.append("avx2")
+    results = {}
+    for isa in isas:
+        command = [sys.executable, "-c", BITS, isa]
+        results[isa] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = results["native"].splitlines()
+    assert len(set(lines)) == len(lines) > 50
+    for isa in isas[1:]:
+        assert results[isa] == results["native"], isa
+
+
+def test_the_compiler_is_found() -> None:
+    found = build.Toolchain.find()
+    assert shutil.which(found.compiler) == found.compiler
+    assert found.version
