@@ -11,58 +11,58 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
 }
 
 inline at::Tensor metadata(const at::Tensor& t, at::ScalarType dtype, int64_t dims, const char* op, const char* name) {
-  TORCH_CHECK(t.scalar_type() == dtype && t.dim() == dims, op, ": expected ", name, " with ", dims,
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == dims, op, ": expected ", name, " with ", dims,
               " dimension(s) of dtype ", dtype, ", got ", t.sizes(), " ", t.scalar_type());
   return t.contiguous();
 }
 
 inline at::Tensor attention_sinks(const std::optional<at::Tensor>& sinks, int64_t heads, const char* op) {
   if (!sinks) return {};
-  TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == heads, op, ": expected sinks [", heads, "], got ", sinks->sizes());
+  TORCH_CHECK_VALUE(sinks->dim() == 1 && sinks->size(0) == heads, op, ": expected sinks [", heads, "], got ", sinks->sizes());
   return sinks->to(at::kFloat).contiguous();
 }
 
 inline void check_paged_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const at::Tensor& k_cache, const at::Tensor& v_cache) {
   const char* op = "paged_attention";
-  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
+  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
                   k.size(2) == q.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
               op, ": expected q [T, Hq, D], k and v [T, Hkv, D] with Hkv dividing Hq, got ", q.sizes(), ", ", k.sizes(),
               " and ", v.sizes());
   const int64_t dim = q.size(2), heads = k.size(1);
-  TORCH_CHECK(dim > 0 && dim % 8 == 0, op, ": head_dim must be a multiple of 8, got ", dim);
+  TORCH_CHECK_VALUE(dim > 0 && dim % 8 == 0, op, ": head_dim must be a multiple of 8, got ", dim);
   for (const at::Tensor* t : {&k, &v, &k_cache, &v_cache})
-    TORCH_CHECK(t->scalar_type() == q.scalar_type(), op, ": q, k, v and the caches must have one dtype, got ",
+    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k, v and the caches must have one dtype, got ",
                 q.scalar_type(), " and ", t->scalar_type());
-  TORCH_CHECK(k_cache.dim() == 4 && k_cache.size(1) == heads && k_cache.size(2) == dim && k_cache.is_contiguous(), op,
+  TORCH_CHECK_VALUE(k_cache.dim() == 4 && k_cache.size(1) == heads && k_cache.size(2) == dim && k_cache.is_contiguous(), op,
               ": expected a contiguous k_cache [pages, ", heads, ", ", dim, ", page], got ", k_cache.sizes());
-  TORCH_CHECK(v_cache.dim() == 4 && v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == heads &&
+  TORCH_CHECK_VALUE(v_cache.dim() == 4 && v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == heads &&
                   v_cache.size(2) == k_cache.size(3) && v_cache.size(3) == dim && v_cache.is_contiguous(),
               op, ": expected a contiguous v_cache [", k_cache.size(0), ", ", heads, ", ", k_cache.size(3), ", ", dim,
               "], got ", v_cache.sizes());
-  TORCH_CHECK(k_cache.size(3) > 0 && k_cache.size(3) % 16 == 0, op, ": page size must be a multiple of 16, got ",
+  TORCH_CHECK_VALUE(k_cache.size(3) > 0 && k_cache.size(3) % 16 == 0, op, ": page size must be a multiple of 16, got ",
               k_cache.size(3));
 }
 
 inline void check_paged_metadata(const attention::Paged& p, int64_t pages) {
   const char* op = "paged_attention";
-  TORCH_CHECK(p.cu_seqlens_q[0] == 0, op, ": cu_seqlens_q must begin with 0, got ", p.cu_seqlens_q[0]);
+  TORCH_CHECK_VALUE(p.cu_seqlens_q[0] == 0, op, ": cu_seqlens_q must begin with 0, got ", p.cu_seqlens_q[0]);
   for (int64_t s = 0; s < p.sequences; s++) {
     const int64_t rows = int64_t(p.cu_seqlens_q[s + 1]) - p.cu_seqlens_q[s], keys = p.kv_lens[s];
-    TORCH_CHECK(rows >= 0, op, ": cu_seqlens_q must not decrease, but sequence ", s, " has ", rows, " rows");
+    TORCH_CHECK_VALUE(rows >= 0, op, ": cu_seqlens_q must not decrease, but sequence ", s, " has ", rows, " rows");
     if (rows == 0) continue;
-    TORCH_CHECK(keys >= rows, op, ": kv_lens[", s, "] = ", keys, " is less than the ", rows, " rows of the sequence");
-    TORCH_CHECK(keys <= p.table_width * p.page, op, ": kv_lens[", s, "] = ", keys, " is more than ", p.table_width,
+    TORCH_CHECK_VALUE(keys >= rows, op, ": kv_lens[", s, "] = ", keys, " is less than the ", rows, " rows of the sequence");
+    TORCH_CHECK_VALUE(keys <= p.table_width * p.page, op, ": kv_lens[", s, "] = ", keys, " is more than ", p.table_width,
                 " pages of ", p.page, " hold");
     const int32_t* table = p.block_table + s * p.table_width;
     for (int64_t i = 0; i * p.page < keys; i++)
-      TORCH_CHECK(table[i] >= 0 && table[i] < pages, op, ": block_table[", s, ", ", i, "] = ", table[i],
+      TORCH_CHECK_VALUE(table[i] >= 0 && table[i] < pages, op, ": block_table[", s, ", ", i, "] = ", table[i],
                   " is no page of a cache of ", pages);
   }
-  TORCH_CHECK(p.cu_seqlens_q[p.sequences] <= p.tokens, op, ": cu_seqlens_q ends at ", p.cu_seqlens_q[p.sequences],
+  TORCH_CHECK_VALUE(p.cu_seqlens_q[p.sequences] <= p.tokens, op, ": cu_seqlens_q ends at ", p.cu_seqlens_q[p.sequences],
               " but there are ", p.tokens, " rows");
   for (int64_t t = 0; t < p.tokens; t++)
-    TORCH_CHECK(p.slot_mapping[t] >= -1 && p.slot_mapping[t] < pages * p.page, op, ": slot_mapping[", t, "] = ",
+    TORCH_CHECK_VALUE(p.slot_mapping[t] >= -1 && p.slot_mapping[t] < pages * p.page, op, ": slot_mapping[", t, "] = ",
                 p.slot_mapping[t], " is neither -1 nor a slot of a cache of ", pages, " pages of ", p.page);
 }
 
@@ -73,15 +73,15 @@ inline at::Tensor paged_attention(const at::Tensor& q_, const at::Tensor& k_, co
                                   const std::optional<at::Tensor>& sinks_) {
   const char* op = "paged_attention";
   check_paged_shapes(q_, k_, v_, k_cache, v_cache);
-  TORCH_CHECK(window >= 0, op, ": window must not be negative, got ", window);
-  TORCH_CHECK(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+  TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
+  TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
   const at::Tensor slots = metadata(slots_, at::kLong, 1, op, "slot_mapping");
   const at::Tensor cu_seqlens_q = metadata(cu_seqlens_q_, at::kInt, 1, op, "cu_seqlens_q");
   const at::Tensor kv_lens = metadata(kv_lens_, at::kInt, 1, op, "kv_lens");
   const at::Tensor block_table = metadata(block_table_, at::kInt, 2, op, "block_table");
   const int64_t sequences = kv_lens.size(0);
-  TORCH_CHECK(slots.size(0) == q_.size(0), op, ": expected slot_mapping [", q_.size(0), "], got ", slots.sizes());
-  TORCH_CHECK(cu_seqlens_q.size(0) == sequences + 1 && block_table.size(0) == sequences, op,
+  TORCH_CHECK_VALUE(slots.size(0) == q_.size(0), op, ": expected slot_mapping [", q_.size(0), "], got ", slots.sizes());
+  TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == sequences + 1 && block_table.size(0) == sequences, op,
               ": expected cu_seqlens_q [S + 1], kv_lens [S], block_table [S, P], got ", cu_seqlens_q.sizes(), ", ",
               kv_lens.sizes(), ", ", block_table.sizes());
   const at::Tensor sinks = attention_sinks(sinks_, q_.size(1), op);

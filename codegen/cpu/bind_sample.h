@@ -14,7 +14,7 @@ struct LogitsView {
   sampling::Logits logits;
 
   LogitsView(const at::Tensor& x, const char* op) {
-    TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, op, ": expected logits [R, V] with V > 0, got ", x.sizes());
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, op, ": expected logits [R, V] with V > 0, got ", x.sizes());
     const at::Tensor supported = x.scalar_type() == at::kDouble ? x.to(at::kFloat) : x;
     logits.dtype = dtype_of(supported, op);
     keep = supported.size(1) == 1 || supported.stride(1) == 1 ? supported : supported.contiguous();
@@ -28,18 +28,18 @@ struct LogitsView {
 };
 
 inline at::Tensor per_row(const at::Tensor& t, at::ScalarType dtype, int64_t rows, const char* name) {
-  TORCH_CHECK(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == rows, "sample: expected ", name, " [", rows,
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == rows, "sample: expected ", name, " [", rows,
               "] of dtype ", dtype, ", got ", t.sizes(), " ", t.scalar_type());
   return t.contiguous();
 }
 
 inline void check_sampling_parameters(const sampling::Sample& p) {
   for (int64_t r = 0; r < p.logits.rows; r++) {
-    TORCH_CHECK(p.temperature[r] >= 0.f && std::isfinite(p.temperature[r]), "sample: temperature[", r, "] = ",
+    TORCH_CHECK_VALUE(p.temperature[r] >= 0.f && std::isfinite(p.temperature[r]), "sample: temperature[", r, "] = ",
                 p.temperature[r], " is not a finite number >= 0");
-    TORCH_CHECK(p.top_k[r] >= 0, "sample: top_k[", r, "] = ", p.top_k[r], " is negative (0 switches it off)");
-    TORCH_CHECK(p.top_p[r] >= 0.f && p.top_p[r] <= 1.f, "sample: top_p[", r, "] = ", p.top_p[r], " is not in [0, 1]");
-    TORCH_CHECK(p.min_p[r] >= 0.f && p.min_p[r] <= 1.f, "sample: min_p[", r, "] = ", p.min_p[r], " is not in [0, 1]");
+    TORCH_CHECK_VALUE(p.top_k[r] >= 0, "sample: top_k[", r, "] = ", p.top_k[r], " is negative (0 switches it off)");
+    TORCH_CHECK_VALUE(p.top_p[r] >= 0.f && p.top_p[r] <= 1.f, "sample: top_p[", r, "] = ", p.top_p[r], " is not in [0, 1]");
+    TORCH_CHECK_VALUE(p.min_p[r] >= 0.f && p.min_p[r] <= 1.f, "sample: min_p[", r, "] = ", p.min_p[r], " is not in [0, 1]");
   }
 }
 
@@ -73,14 +73,14 @@ inline std::tuple<at::Tensor, at::Tensor> sample(const at::Tensor& logits, const
 inline at::Tensor token_logprobs(const at::Tensor& logits, const at::Tensor& tokens_) {
   const LogitsView x(logits, "token_logprobs");
   const int64_t rows = x.logits.rows, vocab = x.logits.vocab;
-  TORCH_CHECK(tokens_.scalar_type() == at::kLong && (tokens_.dim() == 1 || tokens_.dim() == 2) &&
+  TORCH_CHECK_VALUE(tokens_.scalar_type() == at::kLong && (tokens_.dim() == 1 || tokens_.dim() == 2) &&
                   tokens_.size(0) == rows,
               "token_logprobs: expected tokens [", rows, "] or [", rows, ", K] of dtype int64, got ", tokens_.sizes(),
               " ", tokens_.scalar_type());
   const at::Tensor tokens = tokens_.contiguous();
   const int64_t* ids = tokens.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < tokens.numel(); i++)
-    TORCH_CHECK(ids[i] >= 0 && ids[i] < vocab, "token_logprobs: token ", ids[i], " is not in a vocabulary of ", vocab);
+    TORCH_CHECK_VALUE(ids[i] >= 0 && ids[i] < vocab, "token_logprobs: token ", ids[i], " is not in a vocabulary of ", vocab);
   const at::Tensor out = x.output(tokens.sizes(), at::kFloat);
   sampling::token_logprobs(x.logits, ids, rows ? tokens.numel() / rows : 0, out.mutable_data_ptr<float>(),
                            at::get_num_threads());
@@ -89,7 +89,7 @@ inline at::Tensor token_logprobs(const at::Tensor& logits, const at::Tensor& tok
 
 inline std::tuple<at::Tensor, at::Tensor> top_logprobs(const at::Tensor& logits, int64_t k) {
   const LogitsView x(logits, "top_logprobs");
-  TORCH_CHECK(k >= 1 && k <= x.logits.vocab, "top_logprobs: k = ", k, " is not in [1, ", x.logits.vocab, "]");
+  TORCH_CHECK_VALUE(k >= 1 && k <= x.logits.vocab, "top_logprobs: k = ", k, " is not in [1, ", x.logits.vocab, "]");
   const at::Tensor values = x.output({x.logits.rows, k}, at::kFloat), indices = x.output({x.logits.rows, k}, at::kLong);
   sampling::top_logprobs(x.logits, k, values.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>(),
                          at::get_num_threads());

@@ -79,6 +79,10 @@ def reference(
     Returns:
         ``[T, Hq, D]`` in fp64. The operator itself returns the dtype of ``q``.
 
+    Raises:
+        ValueError, TypeError: (the operator) shapes, dtypes or metadata that do not fit together; nothing
+            has been written then.
+
     All rows of all sequences are written before any row attends, so sequences may share pages.
     """
     write_cache(k, v, k_cache, v_cache, slot_mapping)

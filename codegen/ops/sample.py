@@ -104,7 +104,7 @@ def reference(
             logits, NaN where the token is -1.
 
     Raises:
-        RuntimeError: (the operator) a parameter has a wrong shape, dtype or range.
+        ValueError, TypeError: (the operator) a parameter has a wrong shape, dtype or range.
     """
     tokens, logprobs = [], []
     for r, row in enumerate(logits.double()):

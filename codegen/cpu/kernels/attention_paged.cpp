@@ -46,18 +46,21 @@ struct PagedCall {
   }
 
   void load_split(const Work& work, int split, SplitKV<T>& kv) const {
-    const int64_t per_page = p.page / kUnit, head_size = p.head_dim * p.page, sequence = work.job->sequence;
-    const int64_t units = (p.kv_lens[sequence] + kUnit - 1) / kUnit;
-    const int32_t* table = p.block_table + sequence * p.table_width;
+    const int64_t sequence = work.job->sequence, first = int64_t(split) * kSplit, unit_size = kUnit * p.head_dim;
+    const int units = int(std::min<int64_t>(kUnits, (p.kv_lens[sequence] - first + kUnit - 1) / kUnit));
+    const int32_t* entry = p.block_table + sequence * p.table_width + first / p.page;
+    int64_t offset = first % p.page, base = 0;
     kv.k_stride = p.page, kv.v_stride = p.head_dim;
-    for (int u = 0; u < kUnits; u++) {
-      const int64_t unit = std::min(int64_t(split) * kUnits + u, units - 1);  // those past the end are not read
-      const int64_t base = (table[unit / per_page] * p.kv_heads + work.head) * head_size;
-      const int64_t offset = unit % per_page * kUnit;
+    for (int u = 0; u < units; u++, offset += kUnit) {
+      if (offset == p.page) offset = 0, entry++;
+      if (u == 0 || offset == 0) base = (*entry * p.kv_heads + work.head) * p.head_dim * p.page;
+      const int64_t lines = base + offset / kUnit * unit_size;
       kv.k[u] = static_cast<const T*>(p.k_cache) + base + offset;
-      kv.k_lines[u] = static_cast<const T*>(p.k_cache) + base + offset * p.head_dim;
-      kv.v[u] = static_cast<const T*>(p.v_cache) + base + offset * p.head_dim;
+      kv.k_lines[u] = static_cast<const T*>(p.k_cache) + lines;
+      kv.v[u] = static_cast<const T*>(p.v_cache) + lines;
     }
+    for (int u = units; u < kUnits; u++)  // never read, but prefetched
+      kv.k[u] = kv.k[u - 1], kv.k_lines[u] = kv.k_lines[u - 1], kv.v[u] = kv.v[u - 1];
   }
 
   // Rows of 16 elements for heads that are narrower than a vector.
@@ -79,8 +82,9 @@ struct PagedCall {
     const TileScratch& t;
 
     void split(int n, SplitKV<T>& kv) const { call.load_split(work, n, kv); }
-    void following(SplitKV<T>& kv) const {
+    bool following(SplitKV<T>& kv) const {
       if (following_work.job) call.load_split(following_work, following_work.job->split0, kv);
+      return following_work.job;
     }
     void prepare(SplitKV<T>& kv, int) const {
       if (call.h.dim < 16) call.widen_values(kv, static_cast<T*>(t.units));

@@ -186,7 +186,7 @@ inline void make_spans(const Horizon& horizon, int64_t group, int64_t row, int n
 }
 
 // Runs one job over the splits that `keys` serves: keys.split(n, kv) points kv at split n, keys.following(kv)
-// at what is read after the last one; keys.prepare(kv, n) is called before kv is computed with;
+// at what is read after the last one, if that is known; keys.prepare(kv, n) is called before kv is computed with;
 // keys.mask(row, n, base, spans, mask) returns whether there is a mask and fills it. Results of a job with
 // a tile of its own go into scratch.m/l/o; those of a shared one into `partials`: [split][m | l | o].
 template <class T, class Keys>
@@ -198,14 +198,14 @@ inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horiz
     std::fill_n(t.l, rows, 0.f);
   }
   const int parts = (rows + kMicroRows - 1) / kMicroRows;  // of nearly equal size
-  SplitKV<T> kv, ahead;
-  keys.split(job.split0, ahead);
+  SplitKV<T> both[2];
+  keys.split(job.split0, both[job.split0 & 1]);
   for (int split = job.split0; split < job.split1; split++) {
-    kv = ahead;
+    SplitKV<T>&kv = both[split & 1], &ahead = both[~split & 1];
     if (split + 1 < job.split1)
       keys.split(split + 1, ahead);
-    else
-      keys.following(ahead);
+    else if (!keys.following(ahead))
+      ahead = kv;
     keys.prepare(kv, split);
     for (int part = 0; part < parts; part++) {
       const int r0 = rows * part / parts, n = rows * (part + 1) / parts - r0;
