@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm42c.errors import RequestError
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -25,24 +27,24 @@ class Prompt:
 
 
 def load_prompts(folder: str | Path | None = None) -> list[Prompt]:
-    """All `*.txt` of a folder (default: the ones shipped here), sorted by name; `*.chat.txt` are chat prompts.
+    """All `*.txt` of a folder (default: the ones shipped here), by name; `*.chat.txt` are chat prompts.
 
-    The newline that ends a file is not part of its prompt. Raises ValueError for a folder without
+    The newline that ends a file is not part of its prompt. Raises RequestError for a folder without
     prompts, an empty file, or one that is not UTF-8.
     """
     root = Path(folder) if folder is not None else Path(__file__).parent
     if not root.is_dir():
-        raise ValueError(f"no such folder of prompts: {root}")
+        raise RequestError(f"no such folder of prompts: {root}")
     prompts = []
     for path in sorted(root.glob("*.txt")):
         try:
             text = path.read_text(encoding="utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+            raise RequestError(f"{path} is not UTF-8 text: {error}") from None
         if not text.strip():
-            raise ValueError(f"{path} is empty")
+            raise RequestError(f"{path} is empty")
         stem = path.name.removesuffix(".txt")
         prompts.append(Prompt(stem.removesuffix(".chat"), text, stem.endswith(".chat")))
     if not prompts:
-        raise ValueError(f"no *.txt in {root}")
+        raise RequestError(f"no *.txt in {root}")
     return prompts

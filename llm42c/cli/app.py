@@ -1,0 +1,36 @@
+"""The list of commands. Nothing heavy is imported before a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llm42c.cli import bench, cache, demo, generate, inspect, version
+
+app = typer.Typer(
+    help="Reproducible batched LLM decoding.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Reproducible batched LLM decoding: per request, bit for bit."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.add_typer(bench.app, name="bench")
+app.command("explain")(inspect.explain)
+app.command("certify")(inspect.certify)
+app.command("contract")(inspect.contract)
+app.command("cache")(cache.cache)
+app.command("version")(version.version)

@@ -1,0 +1,136 @@
+"""Options that commands share, the terminal, and loading a model with a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from llm42c.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llm42c.runtime.loader import BuiltEngine
+
+DEFAULT_MODEL = "smollm2"
+_DTYPES = ("bfloat16", "float16", "float32")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or 'smollm2'.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", metavar="MODEL", help="A folder, a hub id, or 'smollm2'.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help=f"{', '.join(_DTYPES)}; default: the checkpoint's own.")
+]
+FastOption = Annotated[
+    str,
+    typer.Option(
+        "--fast", help="pinned: the verifier's own kernels; stock: unpinned, so that tokens may roll back."
+    ),
+]
+VerifyOption = Annotated[
+    str, typer.Option("--verify", help="auto: replay what no certificate covers; always: replay everything.")
+]
+KvOption = Annotated[int, typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB.")]
+JsonFileOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
+]
+
+out = Console(highlight=False)
+err = Console(file=sys.__stderr__, highlight=False)
+
+Report = Callable[[str, int, int], None]
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> Any:
+    """`value` if it is allowed; raises ConfigError naming the option."""
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value
+
+
+def parse_dtype(name: str | None) -> Any:
+    """The torch dtype of that name. Raises ConfigError."""
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, choice("--dtype", name, _DTYPES))
+
+
+def open_engine(
+    model: str,
+    report: Report,
+    *,
+    dtype: str | None = None,
+    fast: str = "pinned",
+    verify: str = "auto",
+    kv_mb: int = 256,
+    **config: Any,
+) -> BuiltEngine:
+    """Load MODEL and build an engine. Raises the errors of both, and ConfigError for a bad choice."""
+    form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
+    choice("--verify", verify, ("auto", "always"))
+    wanted = parse_dtype(dtype)
+    report("loading", 0, 0)
+    from llm42c import models
+
+    loaded, tokenizer = models.load_model(model, wanted)
+    report("compiling", 0, 0)
+    from llm42c.runtime.loader import build_engine
+
+    config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
+    return build_engine(loaded, tokenizer, fast=form, **config)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Gives `report(task, done, total)`, which draws bars on stderr; total 0 is a spinner.
+
+    A new task ends the one before. Where stderr is no terminal, nothing is drawn.
+    """
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    bars = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    tasks: dict[str, Any] = {}
+
+    def report(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            for task in bars.tasks:
+                if task.total is None:
+                    bars.update(task.id, total=1, completed=1)
+            tasks[name] = bars.add_task(name, total=total or None)
+        bars.update(tasks[name], completed=done)
+
+    with bars:
+        yield report
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Raises ConfigError where the file cannot be written."""
+    try:
+        path.write_text(json.dumps(data, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data), flush=True)

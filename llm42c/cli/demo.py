@@ -1,0 +1,135 @@
+"""`llm42 demo`: the main job, with its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llm42c.cli import EXIT_FAILED
+from llm42c.cli.common import (
+    DEFAULT_MODEL,
+    FastOption,
+    JsonFileOption,
+    ModelOption,
+    Report,
+    VerifyOption,
+    choice,
+    open_engine,
+    out,
+    progress_bars,
+    write_json,
+)
+from llm42c.errors import ConfigError
+from llm42c.prompts import load_prompts
+
+if TYPE_CHECKING:
+    from llm42c.runtime.control import Control
+    from llm42c.runtime.demo import DemoResult, Job
+
+QUICK_PROMPTS, QUICK_TOKENS = 6, 16
+
+
+def demo(
+    model: ModelOption = DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Folder of *.txt prompts; default: the ones shipped.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", min=1, help="Tokens to decode for each prompt.")
+    ] = 96,
+    fast: FastOption = "pinned",
+    verify: VerifyOption = "auto",
+    control: Annotated[
+        str, typer.Option("--control", help="Plain PyTorch to compare with: eager, inductor, off.")
+    ] = "eager",
+    control_tokens: Annotated[
+        int, typer.Option("--control-tokens", min=1, help="Tokens for it to decode.")
+    ] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of arrival.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"{QUICK_PROMPTS} prompts, {QUICK_TOKENS} tokens.")
+    ] = False,
+    json_file: JsonFileOption = None,
+) -> None:
+    """Decode real prompts alone, together, and under pressure, and compare tokens and log-probs bit for bit.
+
+    Exit status 0 only if every deterministic request agrees in all three.
+    """
+    backend = choice("--control", control, ("eager", "inductor", "off"))
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {json_file}: no such folder")
+    texts = load_prompts(prompts)
+    if quick:
+        texts, tokens = texts[:QUICK_PROMPTS], min(tokens, QUICK_TOKENS)
+        control_tokens = min(control_tokens, tokens)
+    with progress_bars() as report:
+        built = open_engine(model, report, fast=fast, verify=verify)
+        from llm42c.runtime import demo as job
+
+        named = [(p.name, p.token_ids(built.tokenizer)) for p in texts]
+        jobs = job.make_jobs(named, tokens)
+        result = job.run_demo(built, jobs, report, seed=seed)
+        if backend != "off":
+            built.close()
+            del built
+            result.control = _control(model, named, control_tokens, backend, report)
+    _show(result, jobs, model)
+    if json_file is not None:
+        write_json(json_file, result.as_dict())
+    if not result.agree:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _control(
+    model: str, named: list[tuple[str, list[int]]], tokens: int, backend: Any, report: Report
+) -> Control:
+    import torch
+
+    from llm42c import models
+    from llm42c.runtime.control import run_control
+
+    report("control", 0, 2 * len(named))
+    plain, _ = models.load_model(model, torch.float32)
+    return run_control(plain, named, tokens, backend=backend, progress=report)
+
+
+def _show(result: DemoResult, jobs: list[Job], model: str) -> None:
+    lengths = sorted(len(job.prompt) for job in jobs)
+    shape = f"{len(jobs)} prompts of {lengths[0]} to {lengths[-1]} tokens"
+    title = f"{model}: {shape}, {jobs[0].params.max_tokens} new tokens each"
+    table = Table(title=title, title_justify="left")
+    table.add_column("run")
+    for name in ("tokens", "log-prob bits", "differ", "tokens/s", "certified", "rollbacks", "preempted"):
+        table.add_column(name, justify="right")
+    for run in result.runs:
+        stats = run.stats
+        table.add_row(
+            run.name,
+            run.tokens_digest,
+            run.logprobs_digest,
+            str(len(run.differ)),
+            f"{run.num_tokens / run.seconds:.1f}",
+            f"{100 * stats['certified_share']:.0f} %",
+            str(stats["rollbacks"]),
+            str(stats["preemptions"]),
+        )
+    out.print(table)
+    for run in result.runs:
+        if run.differ:
+            print(f"{run.name}: these differ from running alone: {', '.join(run.differ)}")
+    print(f"contract {result.contract}")
+    if result.control:
+        _show_control(result.control)
+    print("every deterministic request agrees bit for bit" if result.agree else "BITS DIFFER")
+
+
+def _show_control(control: Control) -> None:
+    print(
+        f"control: plain PyTorch ({control.backend}, fp32), alone against batches: "
+        f"{len(control.differ)} of {control.requests} prompts differ in log-prob bits, "
+        f"{len(control.tokens_differ)} in text; {control.logprobs_differ} of {control.logprobs_compared} "
+        f"log-probs differ, by up to {control.max_difference:.1e}"
+    )

@@ -1,0 +1,160 @@
+"""`llm42 generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm42c.cli import EXIT_FAILED
+from llm42c.cli.common import (
+    DEFAULT_MODEL,
+    DtypeOption,
+    FastOption,
+    KvOption,
+    ModelOption,
+    VerifyOption,
+    open_engine,
+    print_json,
+    progress_bars,
+)
+from llm42c.errors import RequestError
+from llm42c.prompts import Prompt
+
+if TYPE_CHECKING:
+    from llm42c.runtime.loader import BuiltEngine
+    from llm42c.runtime.outputs import RequestOutput
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; '-' reads one from stdin.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--file", "-f", exists=True, dir_okay=False, help="A file that holds one prompt; repeatable."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts through the model's chat template.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic/--no-deterministic", help="Same bits whatever else runs.")
+    ] = True,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens to generate.")] = 128,
+    min_tokens: Annotated[int, typer.Option("--min-tokens", help="No stop before so many.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: derived from the prompt.")] = None,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option("--presence-penalty")] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A string that ends the text; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of sequence.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", help="With --json: the N likeliest of each step.")
+    ] = None,
+    json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a prompt.")] = False,
+    dtype: DtypeOption = None,
+    fast: FastOption = "pinned",
+    verify: VerifyOption = "auto",
+    kv_mb: KvOption = 256,
+) -> None:
+    """Generate text. One prompt is printed as it comes; several are run together and printed in order."""
+    texts = _texts(prompts or [], file or [])
+    from llm42c.runtime.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    with progress_bars() as report:
+        built = open_engine(model, report, dtype=dtype, fast=fast, verify=verify, kv_mb=kv_mb)
+        ids = [Prompt(str(i), text, chat).token_ids(built.tokenizer) for i, text in enumerate(texts)]
+        for prompt in ids:
+            built.engine.submit(prompt, params, deterministic=deterministic)
+        stream = len(ids) == 1 and not json_out
+        done: dict[str, RequestOutput] = {}
+        if not stream:
+            _run(built, done, report=lambda n: report("decoding", n, len(ids) * max_tokens))
+    if stream:
+        _run(built, done, echo=True)
+    _print(built, [done[key] for key in sorted(done, key=_number)], json_out, stream)
+
+
+def _texts(prompts: list[str], files: list[Path]) -> list[str]:
+    """Prompts from arguments, then files; stdin for '-' or when nothing else is given."""
+    if not prompts and not files:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise RequestError("no prompt: give one as an argument, with --file, or on stdin")
+        prompts = ["-"]
+    texts = [sys.stdin.read().removesuffix("\n") if p == "-" else p for p in prompts]
+    for path in files:
+        try:
+            texts.append(path.read_text(encoding="utf-8").removesuffix("\n"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"cannot read the prompt in {path}: {error}") from None
+    if any(not text for text in texts):
+        raise RequestError("a prompt is empty")
+    return texts
+
+
+def _run(
+    built: BuiltEngine, done: dict[str, RequestOutput], *, echo: bool = False, report: Any = None
+) -> None:
+    count = 0
+    while built.engine.has_unfinished():
+        for output in built.engine.step():
+            count += len(output.new_token_ids)
+            if echo:
+                print(output.new_text, end="", flush=True)
+            if output.finished:
+                done[output.request_id] = output
+        if report is not None:
+            report(count)
+
+
+def _print(built: BuiltEngine, outputs: list[RequestOutput], json_out: bool, streamed: bool) -> None:
+    for i, output in enumerate(outputs):
+        if json_out:
+            print_json(
+                {
+                    "index": i,
+                    "text": output.text,
+                    "token_ids": output.token_ids,
+                    "logprobs": output.logprobs,
+                    "top_logprobs": output.top_logprobs,
+                    "finish_reason": output.finish_reason,
+                    "error": output.error,
+                    "contract": built.engine.contract.hash,
+                }
+            )
+        elif streamed:
+            print()
+        else:
+            print(f"--- {i + 1}\n{output.text}")
+    failed = [output.error for output in outputs if output.error]
+    if failed:
+        print(f"llm42: {failed[0]}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _number(request_id: str) -> int:
+    return int(request_id.rpartition("-")[2])
