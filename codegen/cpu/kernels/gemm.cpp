@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "gemm_pack.h"
 #include "gemm_tile.h"
 #include "parallel.h"
 
@@ -30,16 +31,6 @@ int64_t block_k(int64_t k) {
   return k <= most ? k : ceil_div(k, ceil_div(k, most));
 }
 
-// kc values of k of one panel, from a dense weight of which `columns` rows are left.
-template <class T>
-void pack_block(const T* weight, int64_t stride_n, int64_t stride_k, int64_t columns, int64_t kc, T* out) {
-  for (int c = 0; c < kPanel; c++) {
-    T* to = out + slot<T>(c);
-    const T* from = weight + c * stride_n;
-    for (int64_t k = 0; k < kc; k++) to[k * kPanel] = c < columns ? from[k * stride_k] : T{};
-  }
-}
-
 template <class T>
 struct Job {
   const Problem& p;
@@ -53,26 +44,27 @@ struct Job {
     if (p.packed) return panel_at(panel) + k0 * kPanel;
     T* out = reinterpret_cast<T*>(scratch<DenseBlock>(kBlockBytes / int64_t(sizeof(float))));
     const int64_t n0 = panel * kPanel;
-    pack_block(static_cast<const T*>(p.dense) + n0 * p.stride_n + k0 * p.stride_k, p.stride_n, p.stride_k, p.n - n0,
-               kc, out);
+    const T* w = static_cast<const T*>(p.dense) + n0 * p.stride_n + k0 * p.stride_k;
+    const int64_t ahead = k0 + kc < p.k ? kc * p.stride_k : kPanel * p.stride_n - k0 * p.stride_k;
+    pack_panel<T>({w, p.stride_n, p.stride_k}, p.n - n0, kc, ahead, out);
     return out;
   }
 
-  // Rows m0..m1 of x times one panel -> c: [m1 - m0, kPanel]. What follows in memory, or `next` after the
-  // panel, is fetched meanwhile, spread evenly over the tiles.
-  void product(int64_t panel, const T* next, int64_t m0, int64_t m1, float* c) const {
+  // Rows m0..m1 of x times one panel -> c: [m1 - m0, kPanel]. The packed weights that are read after each
+  // block are fetched meanwhile, evenly spread over its tiles; after this panel comes panel `next`.
+  void product(int64_t panel, int64_t next, int64_t m0, int64_t m1, float* c) const {
     if (p.k == 0) std::fill(c, c + (m1 - m0) * kPanel, 0.f);
     const int64_t tiles = ceil_div(m1 - m0, kRows), block_len = block_k<T>(p.k);
     for (int64_t k0 = 0; k0 < p.k; k0 += block_len) {
       const int64_t kc = std::min(block_len, p.k - k0);
       const T* w = block(panel, k0, kc);
-      const char* follow = reinterpret_cast<const char*>(k0 + kc < p.k && p.packed ? w + kc * kPanel : next);
-      const int64_t bytes = kc * kPanel * int64_t(sizeof(T)) / tiles;
-      const int64_t step = bytes / kc / passes(int(std::min<int64_t>(m1 - m0, kRows)));
+      const T* follow = !p.packed ? w : k0 + kc < p.k ? w + kc * kPanel : panel_at(next);
+      const int64_t share = p.packed ? kc * kPanel / tiles : 0;  // weights for each tile to fetch
+      const int64_t step = share * int64_t(sizeof(T)) / kc / passes(int(std::min<int64_t>(m1 - m0, kRows)));
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = m0 + i * kRows;
         tile_rows(std::min<int64_t>(kRows, m1 - m), x + m * lda + k0, lda, w, kc, c + (m - m0) * kPanel, k0 > 0,
-                  Prefetch{follow + i * bytes, step});
+                  Prefetch{reinterpret_cast<const char*>(follow + i * share), step});
       }
     }
   }
@@ -147,7 +139,7 @@ void run_linear(const Problem& p, int threads) {
   const Job<T> job = make_job<T>(p, grid.threads);
   grid.run([&](int64_t panel, int64_t next, int64_t m0, int64_t m1) {
     float* c = scratch<Partials>(grid.block_rows * kPanel);
-    job.product(panel, job.panel_at(next), m0, m1, c);
+    job.product(panel, next, m0, m1, c);
     job.store_panel(panel, m0, m1, c);
   });
 }
@@ -161,8 +153,8 @@ void run_silu_mul(const Problem& p, int threads) {
   grid.run([&](int64_t panel, int64_t next, int64_t m0, int64_t m1) {
     float* gate = scratch<Partials>(2 * grid.block_rows * kPanel);
     float* up = gate + grid.block_rows * kPanel;
-    job.product(panel, job.panel_at(panel + panels), m0, m1, gate);
-    job.product(panel + panels, job.panel_at(next), m0, m1, up);
+    job.product(panel, panel + panels, m0, m1, gate);
+    job.product(panel + panels, next, m0, m1, up);
     job.store_silu_mul(panel, m0, m1, gate, up);
   });
 }
@@ -193,8 +185,8 @@ void pack(Dtype dtype, const void* weight, int64_t stride_n, int64_t stride_k, i
   with_element(dtype, [&]<class T>(T) {
     parallel_rows(panel_count(n), n * k, 1 << 14, threads, [&](int64_t panel) {
       const int64_t n0 = panel * kPanel;
-      pack_block(static_cast<const T*>(weight) + n0 * stride_n, stride_n, stride_k, n - n0, k,
-                 static_cast<T*>(packed) + n0 * k);
+      const T* w = static_cast<const T*>(weight) + n0 * stride_n;
+      pack_panel<T>({w, stride_n, stride_k}, n - n0, k, 64, static_cast<T*>(packed) + n0 * k);
     });
   });
 }
@@ -203,8 +195,7 @@ void unpack(Dtype dtype, const void* packed, int64_t n, int64_t k, void* weight,
   with_element(dtype, [&]<class T>(T) {
     parallel_rows(n, n * k, 1 << 14, threads, [&](int64_t row) {
       const int column = int(row % kPanel);
-      const T* from = static_cast<const T*>(packed) + (row - column) * k + slot<T>(column);
-      for (int64_t i = 0; i < k; i++) static_cast<T*>(weight)[row * k + i] = from[i * kPanel];
+      unpack_column(static_cast<const T*>(packed) + (row - column) * k, column, k, static_cast<T*>(weight) + row * k);
     });
   });
 }
