@@ -108,7 +108,68 @@ inline at::Tensor paged_attention(const at::Tensor& q_, const at::Tensor& k_, co
   return out;
 }
 
+inline void check_dense_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const char* op = "dense_attention";
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
+                        k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+                    op, ": expected q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] with Hkv dividing Hq, got ", q.sizes(),
+                    ", ", k.sizes(), " and ", v.sizes());
+  TORCH_CHECK_VALUE(q.size(3) > 0 && q.size(3) % 8 == 0, op, ": head_dim must be a multiple of 8, got ", q.size(3));
+  for (const at::Tensor* t : {&k, &v})
+    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype, got ",
+                     q.scalar_type(), " and ", t->scalar_type());
+}
+
+// [B, Hq, Sq, Sk] of bool or float32, with stride 0 where it is broadcast.
+inline at::Tensor dense_mask(const std::optional<at::Tensor>& mask, at::IntArrayRef sizes) {
+  if (!mask) return {};
+  const char* op = "dense_attention";
+  TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool || mask->is_floating_point(), op,
+                   ": expected a mask of bool or float, got ", mask->scalar_type());
+  const int64_t dims = mask->dim();
+  bool fits = dims <= 4;
+  for (int64_t i = 1; fits && i <= dims; i++)
+    fits = mask->size(-i) == 1 || mask->size(-i) == sizes[sizes.size() - size_t(i)];
+  TORCH_CHECK_VALUE(fits, op, ": a mask of ", mask->sizes(), " does not broadcast to ", sizes);
+  const at::Tensor supported = mask->scalar_type() == at::kBool ? *mask : mask->to(at::kFloat);
+  return supported.expand(sizes);
+}
+
+inline at::Tensor dense_attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
+                                  const std::optional<at::Tensor>& mask_, double scale, bool causal, int64_t window,
+                                  double softcap) {
+  const char* op = "dense_attention";
+  check_dense_shapes(q_, k_, v_);
+  TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
+  TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+  const at::Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
+  const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), kv_len = k.size(2), dim = q.size(3);
+  const at::Tensor mask = dense_mask(mask_, {batch, heads, q_len, kv_len});
+  const at::Tensor out = at::empty({batch, q_len, heads, dim}, q.options()).transpose(1, 2);
+
+  attention::Dense p{};
+  p.dtype = dtype_of(q, op);
+  p.q = q.const_data_ptr(), p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_token = q.stride(2);
+  p.k = k.const_data_ptr(), p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_token = k.stride(2);
+  p.v = v.const_data_ptr(), p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_token = v.stride(2);
+  if (mask.defined()) {
+    if (mask.scalar_type() == at::kBool)
+      p.mask = mask.const_data_ptr<bool>();
+    else
+      p.bias = mask.const_data_ptr<float>();
+    p.mask_batch = mask.stride(0), p.mask_head = mask.stride(1), p.mask_token = mask.stride(2);
+    p.mask_key = mask.stride(3);
+  }
+  p.out = out.mutable_data_ptr(), p.out_batch = out.stride(0), p.out_head = out.stride(1);
+  p.out_token = out.stride(2);
+  p.batch = batch, p.q_heads = heads, p.kv_heads = k.size(1), p.q_len = q_len, p.kv_len = kv_len, p.head_dim = dim;
+  p.scale = float(scale), p.softcap = float(softcap), p.window = window, p.causal = causal;
+  attention::dense(p, at::get_num_threads());
+  return out;
+}
+
 inline void register_attention(torch::Library& m) {
+  m.impl("dense_attention", &dense_attention);
   m.impl("paged_attention", &paged_attention);
 }
 

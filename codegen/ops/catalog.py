@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llm42c.codegen.ops import (
     activation,
+    dense_attention,
     grouped_linear,
     linear,
     norm,
@@ -16,6 +17,7 @@ from llm42c.codegen.ops.registry import Operator
 
 OPERATORS: tuple[Operator, ...] = (
     activation.OP,
+    dense_attention.OP,
     grouped_linear.OP,
     *linear.OPERATORS,
     *norm.OPERATORS,

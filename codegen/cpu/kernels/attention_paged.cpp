@@ -120,11 +120,11 @@ struct PagedCall {
 
   void operator()(int threads) const {
     struct Tag {};
-    constexpr int64_t kSerialCost = 2048, kSerialWrites = 4096;
+    constexpr int64_t kSerialWrites = 4096;
     thread_local Plan plan_of_this_thread;
     Plan& plan = plan_of_this_thread;
     make_plan(plan, threads);
-    if (plan.cost * h.dim < kSerialCost * 64) threads = 1;
+    if (plan.cost * h.dim < kSerialCost) threads = 1;
     float* partials = scratch<Tag>(plan.partials * p.kv_heads);
     Queue queue(plan, p.kv_heads);
     const bool write_first = threads == 1 || p.tokens * p.kv_heads * h.dim < kSerialWrites;

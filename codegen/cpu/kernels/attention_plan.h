@@ -19,6 +19,8 @@ struct Horizon {
   int64_t lo(int64_t token) const { return window > 0 ? std::max<int64_t>(0, offset + token + 1 - window) : 0; }
 };
 
+inline constexpr int64_t kSerialCost = 1 << 17;  // products that one thread computes faster than several
+
 struct Sequence {
   int64_t first_token, tokens;
   Horizon horizon;
@@ -155,7 +157,7 @@ struct TileScratch {
   float *q, *m, *l, *o;              // [rows, dim], [rows], [rows], [rows, width]
   float *s, *new_m, *new_l, *new_o;  // of one microtile: [6, kSplit], [6], [6], [6, width]
   Mask* mask;
-  void* units;  // [kSplit * max(dim, 16)] elements of up to 4 bytes
+  void* units;  // [kSplit * (dim + 16)] elements of up to 4 bytes
 
   struct Tag {};
   static TileScratch of_this_thread(const HeadShape& h, int64_t rows) {
@@ -163,7 +165,7 @@ struct TileScratch {
     const int64_t mask_floats = align(int64_t(sizeof(Mask) / sizeof(float)) + 1);
     const int64_t sizes[] = {align(rows * h.dim), align(rows), align(rows),      rows * h.width(),
                              kMicroRows * kSplit, 16,          16,               kMicroRows * h.width(),
-                             mask_floats,         kSplit * std::max<int64_t>(h.dim, 16)};
+                             mask_floats,         kSplit * (h.dim + 16)};
     int64_t total = 16;
     for (int64_t n : sizes) total += n;
     float* at = scratch<Tag>(total);
