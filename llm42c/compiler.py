@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
 from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
-from llm42c.digest import require_finite
+from llm42c.digest import require_finite, weights_digest
 from llm42c.errors import UnsupportedModelError
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
@@ -87,6 +87,7 @@ class ModelCompiler:
         self.model = model
         self.strict = strict
         require_finite(model)
+        self.digest = weights_digest(model)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
             kernels = pool.submit(build.build)
             self.captured: CapturedGraph = capture_packed(model)
@@ -115,6 +116,8 @@ class ModelCompiler:
         return next(n.name for n, i in zip(nodes, self.captured.inputs, strict=True) if i == name)
 
     def _compile(self, form: Form) -> CompiledModel:
+        if form == "stock":
+            self.weights.restore()  # it reads the originals, which a packed form may have released
         gm = _copy(self.captured.gm)
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         positions = PositionInput(self._placeholder("positions"), config.max_position_embeddings)

@@ -12,7 +12,6 @@ from torch import nn
 from llm42c import models
 from llm42c.codegen.cpu import build
 from llm42c.compiler import Form, ModelCompiler
-from llm42c.digest import weights_digest
 from llm42c.errors import ConfigError
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import engine_contract
@@ -68,14 +67,14 @@ def build_engine(
     if persist_certificates:
         config.setdefault("certificates_path", str(build.cache_dir() / "certificates"))
     engine_config = EngineConfig(**config)
-    digest = weights_digest(model)
     if compiler is None:
         compiler = ModelCompiler(model, keep_originals=keep_originals)
     compiler.compile("pinned")
     compiler.compile(fast)
     compiler.release_originals()
-    kernels = {"cpu": build.build_key(), "fast": fast}
-    engine = _engine(compiler, fast, engine_config, tokenizer, digest, kernels)
+    # The fast form is not part of the contract: committed bits are the verifier's.
+    kernels = {"cpu": build.build_key()}
+    engine = _engine(compiler, fast, engine_config, tokenizer, compiler.digest, kernels)
     return BuiltEngine(engine, compiler, model, tokenizer, fast)
 
 
