@@ -5,8 +5,8 @@
 Prints one line a violation and exits 1 if there are any. The rules:
 
 1. A file imports only from its own layer and the layers below it.
-2. Inside a function, `llm42c/__init__.py` and `llm42c/cli/` may also import `llm42c.runtime`: the command
-   line starts engines, but importing it must not.
+2. Inside a function or under TYPE_CHECKING, `llm42c/__init__.py` and `llm42c/cli/` may also import
+   `llm42c.runtime`: the command line starts engines, but importing it must not.
 3. Implementations of operators never import each other (`codegen/cpu`, `codegen/triton`, `codegen/mlir`),
    and `codegen/ops` imports none of them when it is itself imported.
 4. Nothing imports a package by the name of its folder (`passes.x` instead of `llm42c.passes.x`): that
@@ -32,7 +32,7 @@ class Import:
 
     module: str
     line: int
-    lazy: bool  # inside a function: runs when called, not when the file is imported
+    lazy: bool  # inside a function or for type checkers only: does not run when the file is imported
 
 
 def imports(path: Path, package: str) -> Iterator[Import]:
@@ -50,6 +50,7 @@ def imports(path: Path, package: str) -> Iterator[Import]:
             for name in node.names:  # `from llm42c import passes` imports a module too
                 yield Import(f"{base}.{name.name}", node.lineno, lazy)
         inner = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inner |= isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inner)
 

@@ -69,7 +69,7 @@ def run_control(
 
 def _compiled(model: Any, backend: Backend) -> Callable[..., Any]:
     if backend == "eager":
-        return model  # type: ignore[no-any-return]
+        return model
     return torch.compile(model, backend="inductor", dynamic=True)
 
 

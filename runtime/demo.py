@@ -141,7 +141,7 @@ def run_demo(built: BuiltEngine, jobs: Sequence[Job], progress: Progress, *, see
     for run in runs[1:]:
         run.differ = differing(jobs, runs[0].answers, run.answers)
     states = list(built.engine.certificates.status.values())
-    shapes = {state: states.count(state) for state in sorted(set(states))}
+    shapes: dict[str, int] = {state: states.count(state) for state in sorted(set(states))}
     return DemoResult(runs, built.engine.contract.hash, shapes)
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-EXIT_FAILED = 1  # the command ran and says no: bits differ, or something broke on our side
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+from llm42c.cli import exits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _explain(error)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return exits.INTERRUPTED
 
 
 def _explain(error: Exception) -> int:
@@ -35,16 +33,16 @@ def _explain(error: Exception) -> int:
     from llm42c.errors import Llm42Error
 
     if isinstance(error, Abort):
-        return EXIT_INTERRUPTED
+        return exits.INTERRUPTED
     if isinstance(error, BrokenPipeError):  # `llm42 ... | head`
         sys.stderr.close()
-        return EXIT_FAILED
+        return exits.FAILED
     message = getattr(error, "format_message", None)  # what typer raises for a wrong command line
     if message is not None or isinstance(error, Llm42Error):
         _say(message() if message else str(error))
-        return EXIT_BAD_INPUT
+        return exits.BAD_INPUT
     _say(f"{type(error).__name__}: {error} (llm42 --debug shows where)")
-    return EXIT_FAILED
+    return exits.FAILED
 
 
 def _say(text: str) -> None:

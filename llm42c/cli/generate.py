@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm42c.cli import EXIT_FAILED
+from llm42c.cli import exits
 from llm42c.cli.common import (
     DEFAULT_MODEL,
     DtypeOption,
@@ -153,7 +153,7 @@ def _print(built: BuiltEngine, outputs: list[RequestOutput], json_out: bool, str
     failed = [output.error for output in outputs if output.error]
     if failed:
         print(f"llm42: {failed[0]}", file=sys.stderr)
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(exits.FAILED)
 
 
 def _number(request_id: str) -> int:

