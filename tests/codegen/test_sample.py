@@ -163,7 +163,7 @@ def test_min_p_is_relative_to_the_greatest() -> None:
 def test_filters_agree_with_hugging_face(
     vocab: int, seed: int, temperature: float, top_k: int, top_p: float, min_p: float, coarse: bool
 ) -> None:
-    """`keep_mask`, and with it `sample`, is the warpers' chain (top-p ties aside, which HF leaves to sort)."""
+    """`keep_mask`, and with it `sample`, is the warpers' chain; top-p ties aside, which HF leaves to sort."""
     from transformers import (
         MinPLogitsWarper,
         TemperatureLogitsWarper,
@@ -292,10 +292,11 @@ def test_philox_known_answers() -> None:
 
 NOISE = """
 #include "kernels/philox.h"
-extern "C" __attribute__((visibility("default"))) void words(long key, unsigned first, long high, unsigned* out) {
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void words(long key, unsigned first, long high, unsigned* out) {
   llm42::philox16(uint64_t(key), first, uint64_t(high), (uint32_t(*)[16])out);
 }
-extern "C" __attribute__((visibility("default"))) float noise(long seed, long position, long block, float* out) {
+EXPORT float noise(long seed, long position, long block, float* out) {
   uint32_t word[4][16];
   llm42::noise_words(seed, position, block, word);
   llm42::gumbel64(word, out);

@@ -302,10 +302,10 @@ inline void finish(const HeadShape& h, const Partial& row, const float* sink, T*
     factor = exp_nonpositive(*row.m - m);
     l = l * factor + exp_nonpositive(*sink - m);
   }
-  const V16 norm = V16::set1(l == 0.f ? 0.f : factor / l);
+  const V16 norm = V16::set1(factor / l);
   for (int64_t panel = 0; panel < h.panels(); panel++) {
-    // + 0 turns -0 into +0
-    const V16 y = restore_lanes<T>(fma(V16::load(row.o + panel * 16), norm, V16::zero()));
+    V16 y = V16::zero();  // l = 0: o was never written
+    if (l != 0.f) y = restore_lanes<T>(fma(V16::load(row.o + panel * 16), norm, y));  // + 0 turns -0 into +0
     store_some(y, out + h.panel_dim(panel), h.dim);
   }
 }
