@@ -286,6 +286,8 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     if isinstance(a, Tensor) and not _interchangeable(a, b):
         raise IllegalRewriteError(f"{old.format_node()} → {new.format_node()}: {describe(a)} → {describe(b)}")
     followers = users(old)
+    if isinstance(a, Tensor) and a.stride() != b.stride() and bakes_layout(old):
+        raise IllegalRewriteError(f"{old.format_node()} is read by as_strided, which fixes its strides")
     fresh = not (_is_view(a, old) or _is_view(b, new)) if isinstance(a, Tensor) else False
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
@@ -295,6 +297,15 @@ def replace(old: fx.Node, new: fx.Node) -> None:
         new.meta[VALUE] = a  # one fresh tensor for another: what refers to its storage stays right
     else:
         refresh(followers)
+
+
+def bakes_layout(node: fx.Node) -> bool:
+    """The node, or a view of it, is read by ``as_strided``: its strides are part of the program."""
+    key = storage_of(node)
+    return any(
+        user.target in (torch.as_strided, "as_strided") or (storage_of(user) == key and bakes_layout(user))
+        for user in node.users
+    )
 
 
 def _is_view(t: Tensor, node: fx.Node) -> bool:

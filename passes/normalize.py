@@ -8,7 +8,8 @@ Cases:
    ``x.to(device=same, dtype=d)``
 3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  ``pow(x, -0.5)`` → ``torch.rsqrt(x)``
 4. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
-   ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, usage logging
+   ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, slices and
+   reshapes of everything, empty parts of a ``cat``, usage logging
 
 Before and after (fp32 model, x: [B, S, H])::
 
@@ -165,7 +166,9 @@ def _is_nothing(node: fx.Node, copies_may_alias: bool) -> bool:
     ``x * 1.0`` makes a copy; dropping it is only allowed where nobody can tell.
     """
     kind, result = g.name(node), g.tensor(node)
-    first = g.tensor(node.args[0]) if node.args else None
+    if kind == "cat" and len(node.args[0]) == 1:  # type: ignore[arg-type]
+        return copies_may_alias
+    first = g.tensor(g.arg(node))
     if first is None or result is None or first.dtype != result.dtype or first.device != result.device:
         return False
     if kind == "dropout":
@@ -179,43 +182,73 @@ def _is_nothing(node: fx.Node, copies_may_alias: bool) -> bool:
         return not torch.is_grad_enabled()
     if kind == "contiguous":
         return not node.kwargs and g.is_contiguous(first)
-    return False
+    # A view of everything: ``x[..., :D]`` of a tensor that is D wide, ``reshape`` to its own shape.
+    return kind in ("getitem", "reshape", "view", "expand") and g.same_view(first, result)
+
+
+def _without_empty_parts(node: fx.Node) -> None:
+    """``cat([a, empty], d)`` as ``cat([a], d)``."""
+    bound = g.bind(node)
+    parts = bound["tensors"]
+    if not isinstance(parts, (tuple, list)):
+        return
+    full = [p for p in parts if not any(g.same(size, 0) for size in g.fake(p).shape)]
+    if full and len(full) < len(parts):
+        node.args, node.kwargs = (full, bound["dim"]), {}
 
 
 def _storage_of_first(node: fx.Node) -> int | None:
-    first = g.tensor(node.args[0]) if node.args else None
-    return None if first is None else g.storage(first)
+    first = g.arg(node)
+    first = first[0] if isinstance(first, (tuple, list)) and first else first
+    return g.storage_of(first) if isinstance(first, fx.Node) else None
+
+
+def _rewrite(node: fx.Node, copies_may_alias: bool) -> fx.Node | None:
+    """Respell ``node``; returns the node that it equals when it does nothing."""
+    _spell(node)
+    dtype = _cast_target(node)
+    if dtype is not None:
+        source = g.arg(node)
+        if g.fake(source).dtype == dtype:
+            return source  # type: ignore[no-any-return]
+        node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
+    simpler = _simplify(node)
+    if simpler is not None:
+        node.target, node.args, node.kwargs = g.FUNCTIONS[simpler[0]], simpler[1], {}
+    if g.name(node) == "cat":
+        _without_empty_parts(node)
+    if not _is_nothing(node, copies_may_alias):
+        return None
+    first = g.arg(node)
+    return first[0] if isinstance(first, (tuple, list)) else first  # type: ignore[no-any-return]
 
 
 def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite every node of ``graph`` to its canonical spelling."""
-    functional = not any(g.mutated_arguments(node) for node in graph.nodes)
-    inputs = {
-        g.storage(t)
-        for n in graph.nodes
-        if n.op in ("placeholder", "get_attr") and (t := g.tensor(n)) is not None
-    }
+    functional = not any(g.mutated_arguments(node) for node in graph.nodes if not _is_ours(node))
+    inputs = {g.storage_of(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
         if node.target is torch._C._log_api_usage_once:
             graph.erase_node(node)
             continue
-        _spell(node)
-        dtype = _cast_target(node)
-        if dtype is not None:
-            source = node.args[0]
-            if g.tensor(source).dtype == dtype:  # type: ignore[union-attr]
-                report.match(node)
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
-                continue
-            node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
-        simpler = _simplify(node)
-        if simpler is not None:
-            report.match(node)
-            node.target, node.args, node.kwargs = g.FUNCTIONS[simpler[0]], simpler[1], {}
-        elif _is_nothing(node, functional and _storage_of_first(node) not in inputs):
-            report.match(node)
-            node.replace_all_uses_with(node.args[0])
+        before = node.target
+        same = _rewrite(node, functional and _storage_of_first(node) not in inputs)
+        if same is not None:
+            copied = g.storage_of(node) != g.storage_of(same)
+            users = g.users(node)
+            node.replace_all_uses_with(same)
             graph.erase_node(node)
+            if copied:
+                g.refresh(users)
+        if same is not None or node.target is not before:
+            report.match(node)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    """Our operators write to caches that nothing else in the graph reads."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace == "llm42"
+    return isinstance(target, torch._ops.OpOverloadPacket) and target._qualified_op_name.startswith("llm42::")

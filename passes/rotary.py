@@ -127,6 +127,9 @@ def merge_rotary(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         (xa, *ta), (xb, *tb) = a.args, b.args
         if ta != tb or not (_follows(g.fake(xa), g.fake(xb)) and xa.args[0] is xb.args[0]):
             continue
+        if g.bakes_layout(a) or g.bakes_layout(b):
+            report.miss(b, "the rotated heads are read with fixed strides")
+            continue
         if xa.target is not torch.as_strided or any(position[t] > position[a] for t in tb):
             continue
         size, stride = list(xa.args[1]), xa.args[2]

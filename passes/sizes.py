@@ -50,7 +50,36 @@ def concretise(gm: fx.GraphModule) -> bool:
             node.meta[g.VALUE] = v
         return False
     gm.meta[SYMBOLS] = {prime: symbol for _, (prime, symbol) in primes.items()}
+    _fold_sizes(gm.graph)
     return True
+
+
+def _fold_sizes(graph: fx.Graph) -> None:
+    """Calls that compute a size give way to the number, or to the input, that they always equal."""
+    inputs = {g.value(n): n for n in graph.nodes if n.op == "placeholder" and isinstance(g.value(n), int)}
+
+    def known(size: int) -> Any:
+        return inputs.get(size, size if size < min(PRIMES) else None)
+
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        v = g.value(node)
+        meant: Any = None
+        if type(v) is int:
+            meant = known(v)
+        elif isinstance(v, torch.Size) and None not in map(known, v):
+            meant = tuple(map(known, v))
+        if meant is not None:
+            _substitute(node, meant)
+            graph.erase_node(node)
+
+
+def _substitute(node: fx.Node, meant: Any) -> None:
+    """Give ``node``'s users a number, an input or a tuple of both instead."""
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda n: meant if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: meant if n is node else n)
 
 
 def _assign(nodes: list[fx.Node]) -> dict[str, tuple[int, torch.SymInt]] | None:

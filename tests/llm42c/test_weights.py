@@ -1,0 +1,81 @@
+"""One packed copy of each weight; the originals come back bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from llm42c.passes import pipeline
+from llm42c.weights import WeightStore
+
+
+def _packed(family, dtype=torch.bfloat16, **options):
+    built = tiny.model(family, dtype)
+    before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+    captured = tiny.capture(built)
+    pipeline.run(captured.gm, tiny.packed_context(captured))
+    store = WeightStore(built, **options)
+    store.materialise(captured.gm)
+    return built, before, captured, store
+
+
+def _same(state, before):
+    return state.keys() == before.keys() and all(
+        torch.equal(state[n], before[n]) and state[n].dtype == before[n].dtype for n in before
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "gemma2"])
+def test_originals_are_freed_and_come_back(family, dtype, tmp_path):
+    built, before, captured, store = _packed(family, dtype)
+    freed = store.release(captured.gm)
+    assert freed > 0
+    assert any(p.numel() == 0 for p in built.parameters())  # really gone
+    assert _same(built.state_dict(), before)  # and still visible
+    built.save_pretrained(tmp_path)
+    reloaded = type(built).from_pretrained(tmp_path, dtype=dtype)
+    assert _same(reloaded.state_dict(), before)
+    store.restore()
+    assert all(p.numel() > 0 for p in built.parameters())
+    assert _same(built.state_dict(), before)
+    with torch.no_grad():
+        assert built(tiny.ids(1, 5)).logits.isfinite().all()
+
+
+def test_tied_embeddings_stay_one_tensor():
+    """The embedding reads its weight row by row, so a tied output layer must not free it."""
+    built, before, captured, store = _packed("gemma2")
+    assert built.config.tie_word_embeddings
+    store.release(captured.gm)
+    assert built.get_input_embeddings().weight.numel() > 0
+    store.restore()
+    assert built.lm_head.weight is built.model.embed_tokens.weight
+    assert _same(built.state_dict(), before)
+
+
+def test_keeping_the_originals():
+    built, before, captured, store = _packed("llama", keep_originals=True)
+    assert store.release(captured.gm) == 0
+    assert _same(dict(built.named_parameters()), {n: before[n] for n, _ in built.named_parameters()})
+
+
+def test_two_graphs_share_one_copy():
+    built, _, captured, store = _packed("llama")
+    size = store.nbytes
+    second = tiny.capture(built)
+    pipeline.run(second.gm, tiny.packed_context(second))
+    store.materialise(second.gm)
+    assert store.nbytes == size
+    labels = [n for n, _ in captured.gm.named_buffers() if n.startswith("packed__")]
+    assert labels
+    assert all(getattr(captured.gm, n) is getattr(second.gm, n) for n in labels)
+
+
+def test_a_graph_compiled_after_the_release_still_finds_its_weights():
+    built, before, captured, store = _packed("llama")
+    store.release(captured.gm)
+    weight = next(n for n in before if n.endswith("q_proj.weight"))
+    assert torch.equal(built.state_dict()[weight], before[weight])
+    assert store.release(captured.gm) == 0  # nothing is freed twice
