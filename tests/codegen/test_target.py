@@ -1,0 +1,84 @@
+"""Targets: where values come from, JSON, the hash, and mistakes of published tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm42c.codegen import target as t
+from llm42c.codegen.target import Target, TargetError, Value
+
+
+def test_json_round_trip_keeps_every_value_and_its_source():
+    a = t.from_table("NVIDIA H200")
+    b = Target.from_json(a.to_json())
+    assert b == a
+    assert b.hash == a.hash
+    assert all(v.source for v in b.values.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "expected"),
+    [
+        ("NVIDIA L4", "memory_bandwidth", 300e9),
+        ("NVIDIA L4", "bf16_flops", 121e12),  # dense
+        ("NVIDIA H200", "memory_bandwidth", 4800e9),
+        ("NVIDIA H200 NVL", "memory_bandwidth", 4800e9),  # by pattern
+        ("NVIDIA H100 80GB HBM3", "link_bandwidth", 450e9),  # one direction
+        ("NVIDIA A100-SXM4-40GB", "memory_bandwidth", 1555e9),
+    ],
+)
+def test_table_avoids_known_mistakes(name: str, key: str, expected: float):
+    assert t.from_table(name).get(key) == expected
+
+
+def test_an_exact_name_is_no_prefix_match():
+    assert t.lookup("NVIDIA L4").pattern == "NVIDIA L4"
+    assert t.lookup("NVIDIA L40S").pattern == "NVIDIA L40S"
+    assert t.lookup("NVIDIA L400") is None
+
+
+def test_ridge_points_match_independent_figures():
+    """Tokens at which bf16 weights turn from bandwidth to compute: FLOP/s over B/s."""
+    for name, tokens in (
+        ("NVIDIA A100-SXM4-80GB", 153),
+        ("NVIDIA H200", 206),
+        ("NVIDIA H100 80GB HBM3", 295),
+    ):
+        target = t.from_table(name)
+        assert round(target.get("bf16_flops") / target.get("memory_bandwidth")) == pytest.approx(
+            tokens, abs=1
+        )
+
+
+def test_hash_ignores_bandwidths_and_nothing_else():
+    a = t.from_table("NVIDIA H200")
+    assert a.measured({"memory_bandwidth": Value(4e12, "measured: copy")}).hash == a.hash
+    assert a.measured({"sms": Value(131, "driver")}).hash != a.hash
+
+
+def test_mistakes_have_names():
+    with pytest.raises(TargetError, match="no device called"):
+        t.from_table("NVIDIA Z9")
+    with pytest.raises(TargetError, match="is not known"):
+        t.from_table("NVIDIA H200").get("memory_bytes")
+    with pytest.raises(TargetError, match="unknown values"):
+        Target("cuda", "x", "sm_90", {"speed": Value(1, "me")})
+    with pytest.raises(TargetError, match="positive"):
+        Target("cuda", "x", "sm_90", {"sms": Value(0, "me")})
+    with pytest.raises(TargetError, match="not the JSON"):
+        Target.from_json("{}")
+
+
+def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
+    found = t.detect("cpu")
+    assert found.get("cores") >= 1
+    path = tmp_path / "cpu.json"
+    first = t.measure(found, "cpu", path=path)
+    stamp = path.stat().st_mtime_ns
+    second = t.measure(found, "cpu", path=path)
+    assert second == first
+    assert path.stat().st_mtime_ns == stamp
+    assert first.values["memory_bandwidth"].source.startswith("measured")
+    assert first.get("memory_bandwidth") >= first.get("bandwidth_per_core") > 0
