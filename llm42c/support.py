@@ -39,6 +39,8 @@ def _reasons(model: nn.Module) -> Iterator[str]:
             yield f"it takes more than text ({name}); load its text model alone"
     if getattr(model, "_is_stateful", False):
         yield "its layers keep a recurrent state (Mamba, linear attention) besides keys and values"
+    if not getattr(model, "_supports_attention_backend", False):
+        yield "its attention does not go through Hugging Face's attention interface"
     text = config.get_text_config(decoder=True)
     yield from _layer_reasons(text)
     yield from _weight_reasons(model, config)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from llm42c.errors import OptionsError
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.hf.handle import Handle
+from llm42c.support import require_supported
 
 _OPTIONS = ("fast", "keep_weights", "persist_certificates", *(f.name for f in fields(EngineConfig)))
 
@@ -39,7 +40,13 @@ class Deterministic:
         if target is None:
             return functools.partial(self, **options)
         if isinstance(target, PreTrainedModel):
-            _handle(target, options).warm_up()
+            require_supported(target)
+            handle = _handle(target, options)
+            try:
+                handle.warm_up()
+            except BaseException:
+                handle.remove()
+                raise
             return target
         if isinstance(target, type):
             return _decorated_class(target, options)

@@ -258,8 +258,7 @@ async def stream(call: Call, pump: Pump) -> AsyncIterator[StreamedToken]:
         raise RequestError(f"stream takes one prompt and one return sequence, not {len(prompts)} rows")
     rows = make_rows(call, prompts)
     sent = 0
-    run = Run(pump, rows, stream=True, together=False)
-    with await asyncio.to_thread(run.__enter__):
+    with Run(pump, rows, stream=True, together=False) as run:
         while run.active:
             await asyncio.to_thread(run.advance)
             _raise_first(rows)

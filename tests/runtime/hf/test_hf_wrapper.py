@@ -1,0 +1,360 @@
+"""The wrapper itself: the model stays the model, and undoing it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import ENGINE, VOCAB, make, padded, plain, prompt, wrapped
+from transformers import GenerationMixin, LlamaForCausalLM
+
+import llm42c
+from llm42c.errors import OptionsError, UnsupportedModelError
+
+INPUTS = padded([prompt(5, 1), prompt(9, 2)])
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+
+def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _hooks(model: torch.nn.Module) -> list[Any]:
+    kinds = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_forward_hooks")
+    return [dict(getattr(m, kind)) for m in model.modules() for kind in kinds]
+
+
+def _new(**options: Any) -> Any:
+    return llm42c.deterministic(make("llama", tie_word_embeddings=False), **ENGINE, **options)
+
+
+def test_the_model_stays_itself_and_undo_leaves_no_trace() -> None:
+    model: Any = make("llama")
+    attributes, state, hooks, config = (
+        dict(model.__dict__),
+        _state(model),
+        _hooks(model),
+        model.config.to_dict(),
+    )
+    storage = {n: p.untyped_storage().nbytes() for n, p in model.named_parameters()}
+    assert llm42c.deterministic(model, **ENGINE) is model
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(model) is LlamaForCausalLM
+    ours = model.generate(**INPUTS, **GREEDY)
+    assert sum(p.untyped_storage().nbytes() for p in model.parameters()) < sum(storage.values()) / 2
+    assert _equal(_state(model), state)
+    assert llm42c.deterministic.undo(model) is model
+    assert model.__dict__.keys() == attributes.keys()
+    assert all(model.__dict__[k] is v for k, v in attributes.items() if k != "_modules")
+    assert _hooks(model) == hooks
+    assert model.config.to_dict() == config
+    assert {n: p.untyped_storage().nbytes() for n, p in model.named_parameters()} == storage
+    assert _equal(dict(model.named_parameters()), dict(make("llama").named_parameters()))
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), ours)
+    with pytest.raises(ValueError, match="is not deterministic"):
+        llm42c.deterministic.undo(model)
+    with pytest.raises(ValueError, match="is not deterministic"), llm42c.deterministic.off(model):
+        pass
+
+
+def test_save_pretrained_round_trip(tmp_path: Any) -> None:
+    wrapped().save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert _equal(_state(loaded), _state(plain()))
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_pickling_and_copying_are_refused_in_one_line() -> None:
+    for attempt in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(TypeError, match="use save_pretrained") as caught:
+            attempt(wrapped())
+        assert "\n" not in str(caught.value)
+
+
+def test_off_is_the_ordinary_model() -> None:
+    model = _new()
+    ours = model.generate(**INPUTS, **GREEDY)
+    with llm42c.deterministic.off(model) as same:
+        assert same is model
+        assert "generate" not in model.__dict__
+        assert not hasattr(model, "llm42")
+        assert torch.equal(model.generate(**INPUTS, **GREEDY), ours)
+        assert model(**INPUTS).logits.shape == (2, 9, VOCAB)
+    assert "generate" in model.__dict__
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), ours)
+    assert model.llm42.compilations == 1
+    assert model.lm_head.weight.numel() == 0  # packed again
+
+
+def test_a_forward_pass_gets_its_weights() -> None:
+    model, expected = _new(), make("llama", tie_word_embeddings=False)(**INPUTS).logits
+    assert model.lm_head.weight.numel() == 0
+    assert torch.equal(model(**INPUTS).logits, expected)
+    assert torch.equal(model.lm_head.weight, make("llama", tie_word_embeddings=False).lm_head.weight)
+    before = model.generate(**INPUTS, **GREEDY)
+    model.llm42.release()
+    assert model.lm_head.weight.numel() == 0
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), before)
+    assert model.llm42.compilations == 1
+
+
+def test_keep_weights() -> None:
+    model = _new(keep_weights=True)
+    model.generate(**INPUTS, **GREEDY)
+    assert model.lm_head.weight.numel() == VOCAB * 64
+
+
+def test_weights_that_change_are_noticed() -> None:
+    """In-place updates, new tensors, load_state_dict and to: the next generate uses what is there."""
+    other = make("llama", seed=1, tie_word_embeddings=False)
+    expected = other.generate(**INPUTS, **GREEDY)
+    model = _new(keep_weights=True)
+    assert not torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+    assert model.llm42.compilations == 2
+
+    model = _new()
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+
+    model = _new()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data = theirs.data.clone()
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+
+    contract = model.llm42.contract
+    assert model.to(torch.bfloat16) is model
+    assert model.dtype == torch.bfloat16
+    assert _equal(_state(model), _state(other.to(torch.bfloat16)))
+    model.generate(**INPUTS, **GREEDY)
+    assert model.llm42.contract.dtype != contract.dtype
+
+
+def test_one_compilation_for_fifty_calls() -> None:
+    """No graph is captured and nothing is compiled after the first, whatever the shapes."""
+    from torch._dynamo.utils import counters
+
+    model = wrapped()
+    model.generate(**INPUTS, **GREEDY)
+    before = {k: dict(v) for k, v in counters.items()}
+    for i in range(50):
+        rows = [prompt(1 + (7 * i + 3 * j) % 40, i) for j in range(1 + i % 9)]
+        model.generate(**padded(rows), max_new_tokens=1 + i % 5, do_sample=bool(i % 2), seed=i)
+    after = {k: dict(v) for k, v in counters.items()}
+    compiled = ("stats", "frames", "graph_break", "inductor", "aot_autograd")
+    assert {k: after.get(k) for k in compiled} == {k: before.get(k) for k in compiled}
+    assert model.llm42.compilations == 1
+
+
+def test_training_mode_has_no_dropout() -> None:
+    model: Any = make("llama", attention_dropout=0.5)
+    model.train()
+    llm42c.deterministic(model, **ENGINE)
+    assert model.training
+    model.eval()
+    with llm42c.deterministic.off(model):
+        expected = model.generate(**INPUTS, **GREEDY)
+    model.train()
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+
+
+# -- decorators ------------------------------------------------------------------------------------------------
+
+
+def test_decorated_class(tmp_path: Any) -> None:
+    @llm42c.deterministic(**ENGINE)
+    class Mine(LlamaForCausalLM):
+        """Doc."""
+
+        def twice(self) -> int:
+            return 2
+
+    assert (Mine.__name__, Mine.__doc__) == ("Mine", "Doc.")
+    plain().save_pretrained(tmp_path)
+    model = Mine.from_pretrained(tmp_path)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.twice() == 2
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), wrapped().generate(**INPUTS, **GREEDY))
+    assert model.llm42.compilations == 1
+    assert list(model.generate_batch([[5, 6]], max_new_tokens=3)) == ["req_0"]
+    with llm42c.deterministic.off(model):
+        assert model.generate.__func__ is LlamaForCausalLM.generate
+        assert model.lm_head.weight.numel()
+    model.generate(**INPUTS, **GREEDY)
+    assert model.llm42.compilations == 1
+    llm42c.deterministic.undo(model)
+    assert model.generate.__func__ is LlamaForCausalLM.generate
+    assert LlamaForCausalLM.generate is GenerationMixin.generate  # the class itself is untouched
+
+
+def test_decorated_function() -> None:
+    @llm42c.deterministic
+    def load(seed: int) -> Any:
+        """Doc."""
+        return make("llama", seed=seed)
+
+    assert (load.__name__, load.__doc__) == ("load", "Doc.")
+
+    @llm42c.deterministic(**ENGINE)
+    def load_small() -> Any:
+        return make("llama")
+
+    assert torch.equal(load_small().generate(**INPUTS, **GREEDY), wrapped().generate(**INPUTS, **GREEDY))
+    with pytest.raises(TypeError, match="returned a int"):
+        llm42c.deterministic(lambda: 1)()
+
+
+def test_wrapping_twice() -> None:
+    model = _new()
+    handle = model.llm42
+    assert llm42c.deterministic(model, **ENGINE).llm42 is handle
+    llm42c.deterministic(model, **(ENGINE | {"max_num_seqs": 4}))
+    assert model.llm42 is not handle
+    assert model.llm42.options["max_num_seqs"] == 4
+    llm42c.deterministic.undo(model)
+    assert "generate" not in model.__dict__
+
+
+def test_clear_errors() -> None:
+    with pytest.raises(OptionsError, match="did you mean 'max_num_seqs'"):
+        llm42c.deterministic(make("llama"), max_num_seq=3)
+    for wrong in (3, torch.nn.Linear(2, 2), dict):
+        with pytest.raises(TypeError, match="Hugging Face model"):
+            llm42c.deterministic(wrong)
+
+
+# -- models that are refused -------------------------------------------------------------------------------------
+
+
+def _small(**extra: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | extra
+
+
+def _build(name: str, config: str, **settings: Any) -> Any:
+    return getattr(transformers, name)(getattr(transformers, config)(**settings))
+
+
+def _dynamic_rope() -> Any:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    return _build("LlamaForCausalLM", "LlamaConfig", **_small(rope_parameters=rope))
+
+
+def _vision() -> Any:
+    text = {"model_type": "llama"} | _small()
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    return _build("LlavaForConditionalGeneration", "LlavaConfig", text_config=text, vision_config=vision)
+
+
+def _mixed() -> Any:
+    model = _build("LlamaForCausalLM", "LlamaConfig", **_small())
+    model.lm_head.to(torch.float16)
+    return model
+
+
+def _nan() -> Any:
+    model = _build("LlamaForCausalLM", "LlamaConfig", **_small())
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = torch.nan
+    return model
+
+
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 16, "num_experts": 2}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "mamba": (
+        lambda: _build("MambaForCausalLM", "MambaConfig", vocab_size=99, hidden_size=32, num_hidden_layers=1),
+        "recurrent state",
+    ),
+    "linear attention": (
+        lambda: _build(
+            "Qwen3NextForCausalLM",
+            "Qwen3NextConfig",
+            **_small(num_hidden_layers=4, num_experts_per_tok=1, **_LINEAR),
+        ),
+        "recurrent state",
+    ),
+    "encoder-decoder": (
+        lambda: _build(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=99,
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+        ),
+        "encoder-decoder",
+    ),
+    "vision": (_vision, "vision_config"),
+    "no generate": (
+        lambda: _build(
+            "BertModel",
+            "BertConfig",
+            **{k: v for k, v in _small().items() if not k.startswith("num_key")},
+        ),
+        "not a Hugging Face model with a generate method",
+    ),
+    "own attention": (
+        lambda: _build("BloomForCausalLM", "BloomConfig", vocab_size=99, hidden_size=32, n_layer=1, n_head=2),
+        "attention interface",
+    ),
+    "chunked attention": (
+        lambda: _build(
+            "Llama4ForCausalLM",
+            "Llama4TextConfig",
+            **_small(intermediate_size_mlp=32, head_dim=16, num_local_experts=2),
+        ),
+        "chunked_attention",
+    ),
+    "dynamic rope": (_dynamic_rope, "rope_type 'dynamic'"),
+    "mixed dtypes": (_mixed, "float16, float32"),
+    "float64": (lambda: _build("LlamaForCausalLM", "LlamaConfig", **_small()).double(), "float64"),
+    "nan": (_nan, "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_models(name: str) -> None:
+    build, reason = REFUSED[name]
+    model = build()
+    attributes = set(model.__dict__)
+    with pytest.raises(ValueError, match=reason) as caught:
+        llm42c.deterministic(model, **ENGINE)
+    assert isinstance(caught.value, llm42c.errors.Llm42Error)
+    assert "\n" not in str(caught.value)
+    assert set(model.__dict__) == attributes
+
+
+def test_quantised_weights_are_refused() -> None:
+    class Int8(torch.Tensor):
+        pass
+
+    model = make("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.as_subclass(Int8))
+    with pytest.raises(UnsupportedModelError, match="Int8; load the model dequantised"):
+        llm42c.deterministic(model)
+    model = make("llama")
+    model.config.quantization_config = {"quant_method": "torchao"}
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(torchao\)"):
+        llm42c.deterministic(model)
