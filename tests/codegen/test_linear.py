@@ -123,6 +123,15 @@ def test_rows_of_a_large_call() -> None:
         assert torch.equal(ops.linear_dense(x[i : i + 1], weight, None), y[i : i + 1])
 
 
+def test_rows_of_a_call_too_large_to_convert_at_once() -> None:
+    x, weight, _ = problem(1, 70000, 4, torch.bfloat16)
+    packed, residual = ops.linear_pack(weight), torch.randn(300, 4).bfloat16()
+    y = ops.linear_add(x.expand(300, 70000), packed, None, residual, 4)
+    assert torch.equal(y, residual + ops.linear(x, packed, None, 4))
+    gated = ops.linear_silu_mul(x.expand(300, 70000), packed, 2)
+    assert torch.equal(gated, ops.linear_silu_mul(x, packed, 2).expand(300, 2))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 3, 64, 300])
 def test_threads_change_nothing(m: int, dtype: torch.dtype) -> None:

@@ -4,8 +4,6 @@
 // threads without changing a bit.
 #include "gemm.h"
 
-#include <vector>
-
 #include "gemm_pack.h"
 #include "gemm_tile.h"
 #include "parallel.h"
@@ -14,13 +12,15 @@ namespace llm42::gemm {
 
 namespace {
 
-constexpr int64_t kBlockBytes = 24 * 1024;   // weights of one panel and one block of k: stay in L1
-constexpr int64_t kMaxRows = 256;            // rows whose partial sums are kept while a panel is read once
-constexpr int64_t kMacsPerThread = 1 << 15;  // below this, waking a thread costs more than it saves
+constexpr int64_t kBlockBytes = 24 * 1024;    // weights of one panel and one block of k: stay in L1
+constexpr int64_t kMaxRows = 256;             // rows whose partial sums are kept while a panel is read once
+constexpr int64_t kMacsPerThread = 1 << 15;   // below this, waking a thread costs more than it saves
+constexpr int64_t kChunkElements = 1 << 24;   // of x, converted to fp32 at a time
 
 struct WidenedX;
 struct Partials;
 struct DenseBlock;
+struct Merged;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -162,17 +162,31 @@ void run_silu_mul(const Problem& p, int threads) {
 // Any n: the merged product first.
 template <class T>
 void run_silu_mul_in_two(const Problem& p, int threads) {
-  std::vector<T> merged(size_t(p.m * 2 * p.n));
+  T* merged = reinterpret_cast<T*>(scratch<Merged>(2 * p.m * p.n));
   Problem first = p;
   first.n = 2 * p.n;
-  first.out = merged.data();
+  first.out = merged;
   run_linear<T>(first, threads);
   parallel_rows(p.m, p.m * p.n, 1 << 12, threads, [&](int64_t m) {
-    const T* gate = merged.data() + m * 2 * p.n;
+    const T* gate = merged + m * 2 * p.n;
     T* out = static_cast<T*>(p.out) + m * p.n;
     for (int64_t n = 0; n < p.n; n += 16)
       store_some(silu_mul<T>(load_some(gate + n, p.n - n), load_some(gate + p.n + n, p.n - n)), out + n, p.n - n);
   });
+}
+
+// run(part) for parts of the rows that bound the memory for x in fp32.
+template <class T, class F>
+void in_chunks(const Problem& p, F run) {
+  const int64_t rows = std::max(kMaxRows, kChunkElements / std::max<int64_t>(p.k, 1) / kMaxRows * kMaxRows);
+  for (int64_t m = 0; m < p.m; m += rows) {
+    Problem part = p;
+    part.m = std::min(rows, p.m - m);
+    part.x = static_cast<const T*>(p.x) + m * p.x_stride;
+    part.out = static_cast<T*>(p.out) + m * p.n;
+    if (p.residual) part.residual = static_cast<const T*>(p.residual) + m * p.residual_stride;
+    run(part);
+  }
 }
 
 }  // namespace
@@ -201,14 +215,18 @@ void unpack(Dtype dtype, const void* packed, int64_t n, int64_t k, void* weight,
 }
 
 void linear(const Problem& p, int threads) {
-  if (p.m == 0 || p.n == 0) return;
-  with_element(p.dtype, [&]<class T>(T) { run_linear<T>(p, threads); });
+  if (p.n == 0) return;
+  with_element(p.dtype, [&]<class T>(T) {
+    in_chunks<T>(p, [&](const Problem& part) { run_linear<T>(part, threads); });
+  });
 }
 
 void linear_silu_mul(const Problem& p, int threads) {
-  if (p.m == 0 || p.n == 0) return;
+  if (p.n == 0) return;
   with_element(p.dtype, [&]<class T>(T) {
-    p.n % kPanel == 0 ? run_silu_mul<T>(p, threads) : run_silu_mul_in_two<T>(p, threads);
+    in_chunks<T>(p, [&](const Problem& part) {
+      p.n % kPanel == 0 ? run_silu_mul<T>(part, threads) : run_silu_mul_in_two<T>(part, threads);
+    });
   });
 }
 
