@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,6 +20,10 @@ from llm42c.cli.common import (
     progress_bars,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from llm42c.compiler import CompiledModel
+    from llm42c.runtime.engine import Engine
 
 
 def explain(
@@ -67,10 +71,25 @@ def certify(
         tokens, rows = shape
         table.add_row(str(tokens), str(rows), engine.certificates.status[shape])
     out.print(table)
+    for line in _culprits(built.compiler.compile(built.fast), engine):
+        print(line)
     print(f"contract {engine.contract.hash}")
     if json_file is not None:
         states = [{"tokens": t, "rows": r, "state": engine.certificates.status[t, r]} for t, r in shapes]
         write_json(json_file, {"contract": engine.contract.hash, "shapes": states})
+
+
+def _culprits(fast: CompiledModel, engine: Engine) -> list[str]:
+    """For each token count with an uncertified shape, the call that depends on the batch."""
+    from llm42c.culprit import find_culprit
+
+    reference = engine.config.verify_tokens
+    sizes = {tokens for (tokens, _), state in engine.certificates.status.items() if state != "certified"}
+    lines = []
+    for tokens in sorted(sizes - {reference}):
+        found = find_culprit(fast, *sorted((tokens, reference)))
+        lines.append(f"{tokens} tokens: {found or 'no single call depends on the batch'}")
+    return lines
 
 
 def contract(
