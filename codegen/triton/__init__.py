@@ -1,0 +1,1 @@
+"""Emitters of Triton kernels: a specialisation in, readable source text out. Importing needs no Triton."""
