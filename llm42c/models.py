@@ -42,9 +42,11 @@ def resolve(name: str | Path) -> Path | str:
     if isinstance(name, str) and text in ALIASES:
         return packaged(text)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelNotFoundError(f"{path} holds no config.json: not a model folder as save_pretrained writes")
+            raise ModelNotFoundError(
+                f"{path} holds no config.json: not a model folder as save_pretrained writes"
+            )
         return path
     if path.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelNotFoundError(

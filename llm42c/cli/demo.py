@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llm42c.runtime.control import Control
     from llm42c.runtime.demo import DemoResult, Job
 
-QUICK_PROMPTS, QUICK_TOKENS = 6, 16
+QUICK_PROMPTS, QUICK_TOKENS = 6, 48
 
 
 def demo(
@@ -102,7 +102,7 @@ def _show(result: DemoResult, jobs: list[Job], model: str) -> None:
     shape = f"{len(jobs)} prompts of {lengths[0]} to {lengths[-1]} tokens"
     title = f"{model}: {shape}, {jobs[0].params.max_tokens} new tokens each"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for name in (
         "tokens",
         "log-prob bits",
@@ -120,7 +120,7 @@ def _show(result: DemoResult, jobs: list[Job], model: str) -> None:
             run.tokens_digest[:12],
             run.logprobs_digest[:12],
             str(len(run.differ)),
-            f"{run.num_tokens / run.seconds:.1f}",
+            f"{run.rate:.1f}",
             f"{100 * stats['certified_share']:.0f} %",
             str(stats["rollbacks"]),
             str(stats["preemptions"]),
@@ -129,6 +129,9 @@ def _show(result: DemoResult, jobs: list[Job], model: str) -> None:
     for run in result.runs:
         if run.differ:
             print(f"{run.name}: these differ from running alone: {', '.join(run.differ)}")
+    shapes = ", ".join(f"{count} {state}" for state, count in result.shapes.items()) or "none"
+    probing = sum(run.stats["seconds_probe"] for run in result.runs)
+    print(f"batch shapes: {shapes} (probing took {probing:.1f} s, not counted in tokens/s)")
     print(f"contract {result.contract}")
     if result.control:
         _show_control(result.control)

@@ -115,6 +115,7 @@ class HfGenerate:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        model.generation_config.eos_token_id = None  # every request runs to its length
 
     def run(self, prompts: Prompts, new_tokens: int) -> Sample:
         longest = max(map(len, prompts))
@@ -127,7 +128,6 @@ class HfGenerate:
                 attention_mask=mask,
                 do_sample=False,
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
                 pad_token_id=0,
             )
         return Sample(out[:, longest:].tolist(), time.perf_counter() - start)
