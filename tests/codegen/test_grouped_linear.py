@@ -83,7 +83,7 @@ def test_bad_arguments():
         torch.ops.llm42.grouped_linear(x, weight, bias, torch.tensor([0, 1, 3, 2]), False)
     with pytest.raises(RuntimeError, match="expected x"):
         torch.ops.llm42.grouped_linear(x, weight, bias, group, True)
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(TypeError, match="dtype"):
         torch.ops.llm42.grouped_linear(x, weight.bfloat16(), bias, group, False)
     with pytest.raises(RuntimeError, match="expected group"):
         torch.ops.llm42.grouped_linear(x, weight, bias, group[:2], False)
