@@ -63,13 +63,13 @@ def attend(
     total_max = tl.full([ROWS], float("-inf"), tl.float32)
     total_sum = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, DIM], tl.float32)
-    for split in tl.range(split_begin, split_end, num_stages=1):
+    for split in tl.range(split_begin, split_end, num_stages=1, disable_licm=True):
         low = tl.maximum(split * SPLIT, begin // KEYS * KEYS)
         high = tl.minimum(split * SPLIT + SPLIT, end)
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM], tl.float32)
-        for start in tl.range(low, high, KEYS, num_stages=STAGES):
+        for start in tl.range(low, high, KEYS, num_stages=STAGES, disable_licm=True):
             key = start + tl.arange(0, KEYS)
             held = (key >= begin) & (key < end)
 @PAGES@

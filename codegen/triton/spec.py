@@ -154,7 +154,7 @@ def _tiles(target: Target, head_dim: int, dtype: str) -> tuple[int, int, int, in
         return 64, 32, 4, 1
     if target.capability >= 90:
         return (64, 32, 8, 2) if wide else (64, 64, 4, 2)
-    return (64, 32, 8, 1) if wide else (64, 32, 4, 2)
+    return (32, 32, 8, 1) if wide else (32, 32, 4, 2)
 
 
 def with_scheduler(spec: AttentionSpec, scheduler: str) -> AttentionSpec:
