@@ -81,32 +81,34 @@ template <int N, class F>
   return p;
 }
 
-// s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys from `unit` on. Meanwhile the units of
-// the split `ahead`, which is computed next, are brought into the second-level cache.
+// Elements from p on, into the second-level cache.
+template <class T, int Count>
+[[gnu::always_inline]] inline void prefetch(const T* p) {
+  for (int i = 0; i < Count; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
+// s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys from `unit` on. Meanwhile the keys of
+// the split `ahead`, which is computed next, are fetched.
 template <class T, int Rows, int Units>
 [[gnu::noinline]] void score_units(int64_t dim, float scale, const float* q, const SplitKV<T>& kv,
                                    const SplitKV<T>& ahead, int unit, float* s) {
-  constexpr int64_t kLine = 64 / sizeof(T), kStep = 32;  // elements of a unit's keys and values for each dimension
   V16 acc[Units][Rows];
-  const T* key[Units];
+  const T *key[Units], *next[Units];
   unrolled<Units>([&](auto u) {
     key[u] = kv.k[unit + u];
+    next[u] = ahead.k_lines[unit + u];
     unrolled<Rows>([&](auto r) { acc[u][r] = V16::zero(); });
   });
-  for (int half = 0; half < 2; half++) {
-    const T* line[Units];
-    unrolled<Units>([&](auto u) { line[u] = half ? ahead.v[unit + u] : ahead.k_lines[unit + u]; });
-    for (const float* end = q + dim / 2; q < end; q++) {
-      const float* qd = q;
-      unrolled<Units>([&](auto u) {
-        for (int64_t i = 0; i < kStep; i += kLine) __builtin_prefetch(line[u] + i, 0, 2);
-        line[u] += kStep;
-        const V16 x = load_lanes<T>(key[u]);
-        key[u] += kv.k_stride;
-        qd = reread(qd);
-        unrolled<Rows>([&](auto r) { acc[u][r] = fma(V16::set1(qd[r * dim]), x, acc[u][r]); });
-      });
-    }
+  for (const float* end = q + dim; q < end; q++) {
+    const float* qd = q;
+    unrolled<Units>([&](auto u) {
+      prefetch<T, kUnit>(next[u]);
+      next[u] += kUnit;
+      const V16 x = load_lanes<T>(key[u]);
+      key[u] += kv.k_stride;
+      qd = reread(qd);
+      unrolled<Rows>([&](auto r) { acc[u][r] = fma(V16::set1(qd[r * dim]), x, acc[u][r]); });
+    });
   }
   unrolled<Units>([&](auto u) {
     unrolled<Rows>([&](auto r) {
@@ -160,10 +162,11 @@ inline void softmax(const HeadShape& h, float* s, const Span& span, const uint16
   l = hsum(sum);
 }
 
-// o[r][panel] += sum of p[r][j] * value j over j in [begin, end), for `Panels` panels from `panel` on.
+// o[r][panel] += sum of p[r][j] * value j over j in [begin, end), for `Panels` panels from `panel` on. Meanwhile
+// the values of the split `ahead` are fetched.
 template <class T, int Rows, int Panels>
-[[gnu::noinline]] void add_values_panels(const HeadShape& h, const SplitKV<T>& kv, const float* p, int begin, int end,
-                                         int64_t panel, float* o) {
+[[gnu::noinline]] void add_values_panels(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead,
+                                         const float* p, int begin, int end, int64_t panel, float* o) {
   const int64_t width = h.width(), stride = kv.v_stride;
   o += panel * 16;
   int64_t dim[Panels];
@@ -174,7 +177,9 @@ template <class T, int Rows, int Panels>
   });
   for (int j = begin; j < end;) {
     const T* v = kv.v[j / kUnit] + (j % kUnit) * stride;
-    for (const int stop = std::min(end, (j | 15) + 1); j < stop; j++, v += stride) {
+    const T* next = ahead.v[j / kUnit] + (j % kUnit) * stride + dim[0];
+    for (const int stop = std::min(end, (j | 15) + 1); j < stop; j++, v += stride, next += stride) {
+      prefetch<T, Panels * 16>(next);
       const float* pj = p + j;
       unrolled<Panels>([&](auto n) {
         const V16 x = load_lanes<T>(v + dim[n]);
@@ -189,32 +194,35 @@ template <class T, int Rows, int Panels>
 }
 
 template <class T, int Rows>
-inline void add_values(const HeadShape& h, const SplitKV<T>& kv, const float* p, int begin, int end, float* o) {
+inline void add_values(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* p, int begin,
+                       int end, float* o) {
   constexpr int kWide = std::min(4, std::max(1, kAccumulators / Rows));
   int64_t panel = 0;
   for (; panel + kWide <= h.panels(); panel += kWide)
-    add_values_panels<T, Rows, kWide>(h, kv, p, begin, end, panel, o);
+    add_values_panels<T, Rows, kWide>(h, kv, ahead, p, begin, end, panel, o);
   if constexpr (kWide > 1)
-    for (; panel < h.panels(); panel++) add_values_panels<T, Rows, 1>(h, kv, p, begin, end, panel, o);
+    for (; panel < h.panels(); panel++) add_values_panels<T, Rows, 1>(h, kv, ahead, p, begin, end, panel, o);
 }
 
 // Row by row where the spans differ, all rows at once where they agree; keys ascend for every row.
 template <class T, int Rows>
-inline void add_spans(const HeadShape& h, const SplitKV<T>& kv, const float* p, const Span* spans, float* o) {
+inline void add_spans(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* p,
+                      const Span* spans, float* o) {
   int lo = 0, hi = kSplit;
   for (int r = 0; r < Rows; r++) lo = std::max(lo, spans[r].lo), hi = std::min(hi, spans[r].hi);
   if (lo >= hi) lo = hi = kSplit;
   const auto one_row = [&](int r, int begin, int end) {
-    if (begin < end) add_values<T, 1>(h, kv, p + r * kSplit, begin, end, o + r * h.width());
+    if (begin < end) add_values<T, 1>(h, kv, ahead, p + r * kSplit, begin, end, o + r * h.width());
   };
   for (int r = 0; r < Rows; r++) one_row(r, spans[r].lo, std::min(spans[r].hi, lo));
-  if (lo < hi) add_values<T, Rows>(h, kv, p, lo, hi, o);
+  if (lo < hi) add_values<T, Rows>(h, kv, ahead, p, lo, hi, o);
   for (int r = 0; r < Rows; r++) one_row(r, std::max(spans[r].lo, hi), spans[r].hi);
 }
 
 // Like add_spans, with masks that have holes: whole units at once where every row sees all 16 keys.
 template <class T, int Rows>
-inline void add_masked(const HeadShape& h, const SplitKV<T>& kv, const float* p, const Mask& mask, float* o) {
+inline void add_masked(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* p,
+                       const Mask& mask, float* o) {
   for (int u = 0; u < kUnits;) {
     const auto full = [&](int unit) {
       uint16_t all = 0xffff;
@@ -223,14 +231,14 @@ inline void add_masked(const HeadShape& h, const SplitKV<T>& kv, const float* p,
     };
     int end = u;
     while (end < kUnits && full(end)) end++;
-    if (end > u) add_values<T, Rows>(h, kv, p, u * kUnit, end * kUnit, o);
+    if (end > u) add_values<T, Rows>(h, kv, ahead, p, u * kUnit, end * kUnit, o);
     if (end == kUnits) break;
     for (int r = 0; r < Rows; r++)
       for (int j = 0; j < kUnit; j++) {
         int stop = j;
         while (stop < kUnit && mask.visible[r][end] >> stop & 1) stop++;
         if (stop > j)
-          add_values<T, 1>(h, kv, p + r * kSplit, end * kUnit + j, end * kUnit + stop, o + r * h.width());
+          add_values<T, 1>(h, kv, ahead, p + r * kSplit, end * kUnit + j, end * kUnit + stop, o + r * h.width());
         j = stop;
       }
     u = end + 1;
@@ -252,9 +260,9 @@ inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<
   }
   std::fill_n(o, Rows * h.width(), 0.f);
   if (mask)
-    add_masked<T, Rows>(h, kv, s, *mask, o);
+    add_masked<T, Rows>(h, kv, ahead, s, *mask, o);
   else
-    add_spans<T, Rows>(h, kv, s, spans, o);
+    add_spans<T, Rows>(h, kv, ahead, s, spans, o);
 }
 
 template <class T>
