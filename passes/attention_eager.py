@@ -104,8 +104,8 @@ def _refusal(s: _Scores, v: fx.Node, out: fx.Node, ctx: Context) -> str | None:
     q, k = g.fake(s.q), g.fake(s.k)
     if not q.dtype == k.dtype == g.fake(v).dtype == g.fake(out).dtype or q.dtype == torch.float64:
         return "query, key, value and result have different dtypes"
-    if s.mask is not None and ctx.grad and g.fake(s.mask).requires_grad:
-        return "the mask needs a gradient"
+    if q.shape[-1] % 8 != 0:
+        return f"head_dim {q.shape[-1]} is no multiple of 8"
     return usable(ctx, "dense_attention")
 
 

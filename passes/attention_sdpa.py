@@ -9,7 +9,7 @@ Cases:
    when the expansion is the only thing between:
    ``k[:, :, None].expand(B, Hkv, G, S, D).reshape(B, Hkv * G, S, D)``  or ``repeat_interleave(k, G, 1)``
 
-Not rewritten: dropout in training; a mask that needs a gradient; fp64.
+Not rewritten: dropout in training; fp64; a head_dim that is no multiple of 8.
 
 Before and after (q: [B, Hq, S, D], k, v: [B, Hkv, S, D])::
 
@@ -60,6 +60,8 @@ def _refusal(node: fx.Node, bound: dict[str, Any], ctx: Context) -> str | None:
     q, mask = g.tensor(bound["query"]), g.tensor(bound["attn_mask"])
     if q is None or q.dim() != 4:
         return "the query is not [B, H, S, D]"
+    if q.shape[-1] % 8 != 0:
+        return f"head_dim {q.shape[-1]} is no multiple of 8"
     if q.dtype not in _FLOATS or g.tensor(node).dtype != q.dtype:  # type: ignore[union-attr]
         return f"dtype {q.dtype}"
     if any(g.tensor(bound[k]).dtype != q.dtype for k in ("key", "value")):  # type: ignore[union-attr]
@@ -70,8 +72,6 @@ def _refusal(node: fx.Node, bound: dict[str, Any], ctx: Context) -> str | None:
         return "is_causal is not known at compile time"
     if mask is not None and mask.dim() not in (2, 3, 4):
         return f"a mask with {mask.dim()} dimensions"
-    if mask is not None and ctx.grad and mask.requires_grad:
-        return "the mask needs a gradient"
     return usable(ctx, "dense_attention")
 
 

@@ -106,9 +106,7 @@ def linear_silu_mul(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         elif y is not None:
             new = g.insert(node, torch.ops.llm42.silu_mul.default, (y,))
         else:
-            report.miss(
-                node, "gate and up are no bias-free projections of one input, nor halves of one tensor"
-            )
+            report.miss(node, _MISS[ctx.target])
             continue
         report.match(node)
         g.replace(node, new)
