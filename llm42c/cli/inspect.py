@@ -40,7 +40,7 @@ def explain(
         report("compiling", 0, 0)
         import torch
 
-        from llm42c.explain import explain as explain_model
+        from llm42c.explanation import explain as explain_model
 
         found = explain_model(loaded, {"input_ids": torch.arange(tokens).unsqueeze(0), "use_cache": False})
     print(found)
