@@ -35,6 +35,7 @@ class Operator:
     reduction: str
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
+    composite: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +76,11 @@ def define() -> None:
                 torch.library.register_autograd(
                     op.qualname, op.backward, setup_context=op.setup_context, lib=library
                 )
+            if op.composite is not None:
+                library.impl(op.name, op.composite, "CPU")
+        from llm42c.codegen.triton import register
+
+        register.register(library)
         _library = library
 
 

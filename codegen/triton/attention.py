@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm42c.codegen.ops.pod_attention import check_metadata
 from llm42c.codegen.target import Target, TargetError, detect
 from llm42c.codegen.triton import attention_combine, attention_plan, kernel, kv_write, pod_attention
 from llm42c.codegen.triton.cost import Choice, Composition, choose
@@ -134,7 +135,9 @@ def composition(spec: AttentionSpec, tokens: int, sequences: int, table_width: i
     return Composition(max(1, tokens - decodes), keys, decodes, keys)
 
 
-def write_kv(spec: AttentionSpec, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(
+    spec: AttentionSpec, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
     """Write the keys and values of a call. k, v: [T, Hkv, D]."""
     if not len(slots):
         return
@@ -237,4 +240,41 @@ def paged_attention(
     plan = plan_of(spec, q.shape[0], cu_seqlens_q, kv_lens, block_table.shape[1])
     return attend(
         spec, plan, choice, q, k_cache, v_cache, cu_seqlens_q, kv_lens, block_table, scale, softcap, sinks
+    )
+
+
+def pod_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    checked: bool,
+) -> Tensor:
+    """``llm42::pod_attention``. Raises ValueError if ``checked`` and the metadata does not fit together."""
+    if checked:
+        pages, page = k_cache.shape[0], k_cache.shape[3]
+        check_metadata(pages, page, q.shape[0], slot_mapping, cu_seqlens_q, kv_lens, block_table)
+    return paged_attention(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        cu_seqlens_q,
+        kv_lens,
+        block_table,
+        scale,
+        window,
+        softcap,
+        sinks,
     )

@@ -64,6 +64,4 @@ def attention_plan(
 
 def emit(spec: AttentionSpec) -> str:
     """The file of one specialisation; its kernel is ``attention_plan``."""
-    return module(
-        "Work list of hybrid attention", spec.subject(), {**spec.constants(), "LANES": 64}, _PLAN
-    )
+    return module("Work list of hybrid attention", spec.subject(), {**spec.constants(), "LANES": 64}, _PLAN)

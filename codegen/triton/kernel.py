@@ -106,8 +106,12 @@ def compile_ahead(
     full = {n: "constexpr" if n in fixed else signature[n] for n in fn.arg_names}
     aligned = [i for i, n in enumerate(fn.arg_names) if full[n].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    ast = ASTSource(fn=fn, signature=full, constexprs={(fn.arg_names.index(n),): v for n, v in fixed.items()},
-                    attrs=attributes)
+    ast = ASTSource(
+        fn=fn,
+        signature=full,
+        constexprs={(fn.arg_names.index(n),): v for n, v in fixed.items()},
+        attrs=attributes,
+    )
     if target.kind == "cuda":
         where = GPUTarget("cuda", target.capability, 32)
     else:
@@ -115,7 +119,9 @@ def compile_ahead(
     options = {**OPTIONS, "num_warps": warps, "num_stages": stages}
     built = triton.compile(ast, target=where, options=options)
     asm = {k: v for k, v in built.asm.items() if isinstance(v, str)}
-    registers, spills = _amd_usage(asm["amdgcn"]) if target.kind == "hip" else _ptxas_usage(asm["ptx"], target)
+    registers, spills = (
+        _amd_usage(asm["amdgcn"]) if target.kind == "hip" else _ptxas_usage(asm["ptx"], target)
+    )
     shared = built.metadata.shared
     return Compiled(name, target, Resources(registers, spills, shared, warps), asm)
 
@@ -144,5 +150,8 @@ def _ptxas_usage(ptx: str, target: Target) -> tuple[int, int]:
     if done.returncode:
         raise RuntimeError(f"ptxas failed: {done.stderr}")
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    spills = [int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)]
+    spills = [
+        int(a) + int(b)
+        for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    ]
     return max(registers), max(spills, default=0)

@@ -1,0 +1,42 @@
+"""Puts the Triton implementations behind the operators. Triton is imported by the first call on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Operator → the file and function that launch its kernel.
+IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
+    "add_rms_norm": ("norm", "add_rms_norm"),
+    "dense_attention": ("dense_attention", "dense_attention"),
+    "layer_norm": ("norm", "layer_norm"),
+    "linear": ("linear", "linear"),
+    "linear_add": ("linear", "linear_add"),
+    "linear_dense": ("linear", "linear_dense"),
+    "linear_pack": ("linear", "linear_pack"),
+    "linear_silu_mul": ("linear", "linear_silu_mul"),
+    "linear_unpack": ("linear", "linear_unpack"),
+    "paged_attention": ("attention", "paged_attention"),
+    "pod_attention": ("attention", "pod_attention"),
+    "rms_norm": ("norm", "rms_norm"),
+    "rotary": ("rotary", "rotary"),
+    "sample": ("sample", "sample"),
+    "silu_mul": ("silu_mul", "silu_mul"),
+}
+
+
+def _lazy(module: str, function: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        launch = getattr(importlib.import_module(f"llm42c.codegen.triton.{module}"), function)
+        return launch(*args, **kwargs)
+
+    return call
+
+
+def register(library: torch.library.Library) -> None:
+    """Register all of them for CUDA (and ROCm) tensors. Imports neither Triton nor an emitter."""
+    for operator, (module, function) in IMPLEMENTATIONS.items():
+        library.impl(operator, _lazy(module, function), "CUDA")
