@@ -128,7 +128,7 @@ def graph_digest(gm: torch.fx.GraphModule) -> str:
     for node in gm.graph.nodes:
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
         target = (
-            node.target if isinstance(node.target, str) else torch.fx.graph._get_qualified_name(node.target)
+            node.target if isinstance(node.target, str) else torch.fx.node._get_qualified_name(node.target)
         )
         text.append(f"{node.op} {target if node.op != 'placeholder' else ''} {args}")
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
@@ -171,7 +171,7 @@ def _lift_parameters(
         if name is not None and not name.startswith("const:"):
             continue
         if name is not None:
-            node.replace_all_uses_with(int(example))  # type: ignore[arg-type]
+            node.replace_all_uses_with(int(example))
             gm.graph.erase_node(node)
             continue
         label = qualified.get(id(example), f"constant_{i}")

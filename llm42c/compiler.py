@@ -65,7 +65,8 @@ class CompiledModel:
                 args[i] = inputs.logits_indices.shape[0]
         with torch.no_grad():
             (logits,) = self.program(*args)
-        return logits.squeeze(0)  # type: ignore[no-any-return]
+        result: Tensor = logits.squeeze(0)
+        return result
 
     def _template(self, cache: KVCache) -> list[Any]:
         """The argument list with this cache's tensors in place."""

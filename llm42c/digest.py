@@ -12,7 +12,7 @@ from llm42c.errors import WeightsError
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def weights_digest(model: nn.Module) -> str:

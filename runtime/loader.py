@@ -60,22 +60,24 @@ def build_engine(
     are fields of EngineConfig. Raises ConfigError for an unknown one, naming the nearest.
     """
     if isinstance(model, (str, Path)):
-        model, loaded = models.load_model(model)
+        module, loaded = models.load_model(model)
         tokenizer = tokenizer or loaded
+    else:
+        module = model
     _check_keys(config)
-    config.setdefault("eos_token_ids", eos_token_ids(model))
+    config.setdefault("eos_token_ids", eos_token_ids(module))
     if persist_certificates:
         config.setdefault("certificates_path", str(build.cache_dir() / "certificates"))
     engine_config = EngineConfig(**config)
     if compiler is None:
-        compiler = ModelCompiler(model, keep_originals=keep_originals)
+        compiler = ModelCompiler(module, keep_originals=keep_originals)
     compiler.compile("pinned")
     compiler.compile(fast)
     compiler.release_originals()
     # The fast form is not part of the contract: committed bits are the verifier's.
     kernels = {"cpu": build.build_key()}
     engine = _engine(compiler, fast, engine_config, tokenizer, compiler.digest, kernels)
-    return BuiltEngine(engine, compiler, model, tokenizer, fast)
+    return BuiltEngine(engine, compiler, module, tokenizer, fast)
 
 
 def _engine(
