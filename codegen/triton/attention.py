@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen.ops.pod_attention import check_metadata
-from llm42c.codegen.target import Target, TargetError, detect
 from llm42c.codegen.triton import attention_combine, attention_plan, kernel, kv_write, pod_attention
 from llm42c.codegen.triton.cost import Choice, Composition, choose
+from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec, power_of_two, with_scheduler
 
 _lock = threading.Lock()
-_targets: dict[int, Target] = {}
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -60,17 +59,6 @@ def step() -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def target_of(device: torch.device) -> Target:
-    """What is known of the GPU that a tensor lies on; a generic one when kernels are interpreted."""
-    index = device.index or 0
-    if index not in _targets:
-        try:
-            _targets[index] = detect("cuda", index)
-        except TargetError:
-            _targets[index] = Target("cuda", "interpreter", "sm_80")
-    return _targets[index]
 
 
 def counters_of(device: torch.device) -> Tensor:
