@@ -1,0 +1,148 @@
+"""Matrix products on a GPU with one order over k for any number of rows.
+
+A tile's rows do not see each other: every output element is one chain of matrix instructions over k
+ascending, never split. Only M of the tile follows the number of rows, in buckets whose tiles are made of
+the same instruction (a target where they would not be has one bucket), so a row's bits do not depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm42c.codegen.ops.linear import PANEL
+from llm42c.codegen.target import Target
+from llm42c.codegen.triton import kernel
+from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.source import module
+from llm42c.codegen.triton.spec import DTYPES
+
+_KERNEL = '''
+@triton.jit
+def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
+    """y = x w^T + bias. x: [M, K], y: [M, N]; w: @LAYOUT@. Program (tile of rows, tile of columns)."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = row < m
+    wanted = column < n
+    step = tl.arange(0, STEP)
+    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + step[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, k, STEP):
+        held = start + step < k
+        x = tl.load(x_at + start, mask=there[:, None] & held[None, :], other=0.0)  # [M, K]
+@WEIGHT@
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc = acc + tl.load(bias_ptr + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
+    y_at = y_ptr + row.to(tl.int64)[:, None] * y_stride + column[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=there[:, None] & wanted[None, :])
+'''
+# Sixteen columns of a panel are adjacent in memory.
+_PANELS = """
+        panel = (column // PANEL).to(tl.int64)
+        in_panel = tl.max_contiguous(tl.multiple_of(column % PANEL, 16), 16)
+        w_at = w_ptr + (panel * k)[None, :] * PANEL + (start + step)[:, None] * PANEL + in_panel[None, :]
+        w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]
+"""
+_ROWS_OF_WEIGHT = """
+        w_at = w_ptr + column.to(tl.int64)[None, :] * k + (start + step)[:, None]
+        w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]
+"""
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One kernel. ``packed``: panels of ``linear_pack``; else rows of an ordinary [N, K] weight."""
+
+    dtype: str
+    packed: bool
+    bias: bool
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+def buckets(target: Target) -> tuple[int, ...]:
+    """M of the tiles, ascending; all are made of one instruction on this target.
+
+    mma.sync works on 16 rows, wgmma on 64. Blackwell's and AMD's choice of instruction follows the tile, so
+    there is one tile.
+    """
+    if target.kind == "hip" or target.capability >= 100:
+        return (64,)
+    return (64, 128) if target.capability >= 90 else (16, 32, 64, 128)
+
+
+def spec_for(target: Target, rows: int, dtype: str, packed: bool, bias: bool) -> LinearSpec:
+    """The tile for a number of rows: the only thing that depends on it."""
+    if dtype == "float32":  # plain multiply-adds: one tile
+        return LinearSpec(dtype, packed, bias, 16, 64, 32, 4, 2)
+    chosen = next((b for b in buckets(target) if rows <= b), buckets(target)[-1])
+    warps = 8 if chosen == 128 else 4
+    return LinearSpec(dtype, packed, bias, chosen, 64, 64, warps, 2 if target.kind == "hip" else 3)
+
+
+def emit(spec: LinearSpec) -> str:
+    """The file of one specialisation; its kernel is ``linear``."""
+    body = _KERNEL.replace("@WEIGHT@", (_PANELS if spec.packed else _ROWS_OF_WEIGHT).strip("\n"))
+    body = body.replace("@LAYOUT@", "[N / PANEL, K, PANEL]" if spec.packed else "[N, K]")
+    constants = {"ROWS": spec.rows, "COLUMNS": spec.columns, "STEP": spec.step, "HAS_BIAS": spec.bias}
+    if spec.packed:
+        constants["PANEL"] = PANEL
+    return module("Matrix product with one order over k", f"{DTYPES[spec.dtype]}, M {spec.rows}", constants, body)
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    y = torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
+    if y.numel():
+        target = target_of(x.device)
+        spec = spec_for(target, len(rows), str(x.dtype).removeprefix("torch."), packed, bias is not None)
+        fn = kernel.load("linear", emit(spec), target)
+        grid = (-(-n // spec.columns), -(-len(rows) // spec.rows))
+        fn[grid](
+            rows, weight, y if bias is None else bias, y, len(rows), n, k, rows.stride(0), n,
+            num_warps=spec.warps, num_stages=spec.stages, **kernel.OPTIONS,
+        )  # fmt: skip
+    return y.reshape(*x.shape[:-1], n)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """``llm42::linear``. x: [..., K] → [..., N]."""
+    return _launch(x, packed, bias, n, packed=True)
+
+
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``llm42::linear_dense``. weight: [N, K]."""
+    return _launch(x, weight.contiguous(), bias, weight.shape[0], packed=False)
+
+
+def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:
+    """``llm42::linear_silu_mul``: the two operators, one after the other."""
+    return torch.ops.llm42.silu_mul.default(linear(x, packed, None, 2 * n))  # type: ignore[no-any-return]
+
+
+def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
+    """``llm42::linear_add``: the product rounded to x.dtype, then added."""
+    return residual + linear(x, packed, bias, n)
+
+
+def linear_pack(weight: Tensor) -> Tensor:
+    """``llm42::linear_pack``: panels with columns in natural order."""
+    n, k = weight.shape
+    panels = -(-n // PANEL)
+    padded = weight.new_zeros(panels * PANEL, k)
+    padded[:n] = weight
+    return padded.view(panels, PANEL, k).transpose(1, 2).contiguous()
+
+
+def linear_unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    """``llm42::linear_unpack``."""
+    return packed.transpose(1, 2).reshape(-1, k)[:n].contiguous()
