@@ -123,7 +123,7 @@ def default_spec(
     """The tiles for a target: chosen so that nothing spills, checked ahead of time by tests."""
     group = max(1, heads // max(kv_heads, 1))
     decode_rows = max(16, power_of_two(group))
-    rows, keys, warps, stages = _tiles(target, head_dim, dtype)
+    rows, keys, warps, stages = tiles(target, head_dim, dtype)
     return AttentionSpec(
         heads=heads,
         kv_heads=kv_heads,
@@ -145,16 +145,18 @@ def default_spec(
     )
 
 
-def _tiles(target: Target, head_dim: int, dtype: str) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages)."""
+def tiles(target: Target, head_dim: int, dtype: str) -> tuple[int, int, int, int]:
+    """(rows, keys, warps, stages) of the attention tiles."""
     wide = head_dim > 128
-    if dtype == "float32":
-        return 16, 16 if wide else 32, 4, 1
+    if dtype == "float32":  # no matrix instructions: everything lives in registers
+        return (16, 16, 8, 1) if wide else (16, 16, 4, 1)
     if target.kind == "hip":
         return 64, 32, 4, 1
     if target.capability >= 90:
         return (64, 32, 8, 2) if wide else (64, 64, 4, 2)
-    return (32, 32, 8, 1) if wide else (32, 32, 4, 2)
+    if wide:
+        return 32, 32, 8, 1
+    return (32, 32, 4, 2) if head_dim > 64 else (64, 32, 4, 2)
 
 
 def with_scheduler(spec: AttentionSpec, scheduler: str) -> AttentionSpec:
