@@ -25,8 +25,9 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(autouse=True)
-def _keep_thread_count() -> Iterator[None]:
+def _one_thread_unless_told() -> Iterator[None]:
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
