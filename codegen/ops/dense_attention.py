@@ -89,9 +89,10 @@ def reference(
         ValueError, TypeError: (the operator) shapes or dtypes that do not fit together.
 
     The bits of a row depend on its query and on the keys and values that it sees, each at its index: not on
-    ``B``, ``Sq`` or ``Sk``, nor on hidden keys, even if they hold NaN. Left padding moves the indices and
-    with them the splits, so it may change the last bits; right padding does not. For equal indices the bits
-    are those of ``paged_attention``.
+    ``B``, ``Sq`` or ``Sk``, nor on hidden keys, even if they hold NaN. Indices count from the first key that
+    the mask shows to any row of the sequence, so padding on either side changes nothing. (Therefore give a
+    sliding window as ``window``: as a mask, it moves that first key, and a row's bits then depend on which
+    rows share the call.) For equal indices the bits are those of ``paged_attention``.
     """
     heads, f64 = q.shape[1], torch.float64
     weights, _ = _weights(q.to(f64), _per_query_head(k, heads, f64), mask, scale, causal, window, softcap)
@@ -135,7 +136,7 @@ OP = Operator(
     ),
     fake=_fake,
     reference=reference,
-    reduction="as paged_attention, with the index of a key in place of its position",
+    reduction="as paged_attention, with the index of a key, from the first one the mask shows, as its position",
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -40,6 +40,23 @@ struct DenseCall {
 
   int64_t q_head(const Work& work, int64_t row) const { return work.head * group + row % group; }
 
+  bool visible(int64_t at) const { return p.mask ? p.mask[at] : p.bias[at] != -INFINITY; }
+
+  // The first key that the mask shows to any row of a sequence: keys count from there, so that padding on
+  // the left moves nothing.
+  int64_t origin(int64_t sequence) const {
+    if (!p.mask && !p.bias) return 0;
+    int64_t first = p.kv_len;
+    for (int64_t head = 0; head < (p.mask_head ? p.q_heads : 1); head++)
+      for (int64_t token = 0; token < (p.mask_token ? p.q_len : 1); token++) {
+        const int64_t row = sequence * p.mask_batch + head * p.mask_head + token * p.mask_token;
+        int64_t key = 0;
+        while (key < first && !visible(row + key * p.mask_key)) key++;
+        first = key;
+      }
+    return first;
+  }
+
   void load_queries(const Work& work, float* q) const {
     for (int r = 0; r < work.job->rows; r++) {
       const int64_t row = work.job->row0 + r;
@@ -59,7 +76,9 @@ struct DenseCall {
     const DenseCall& call;
     const Work& work;
     const TileScratch& t;
+    const int64_t origin;
 
+    int64_t count() const { return call.p.kv_len - origin; }
     const T* at(const void* data, int64_t batch, int64_t head, int64_t token) const {
       return static_cast<const T*>(data) + work.job->sequence * batch + work.head * head + token;
     }
@@ -68,7 +87,7 @@ struct DenseCall {
       const Dense& p = call.p;
       kv.k_stride = kUnit, kv.v_stride = p.v_token;
       for (int u = 0; u < kUnits; u++) {
-        const int64_t key = std::max<int64_t>(0, std::min(int64_t(n) * kSplit + u * kUnit, p.kv_len - 1));
+        const int64_t key = origin + std::max<int64_t>(0, std::min(int64_t(n) * kSplit + u * kUnit, count() - 1));
         kv.k[u] = static_cast<const T*>(t.units) + u * kUnit * p.head_dim;
         kv.k_lines[u] = at(p.k, p.k_batch, p.k_head, key * p.k_token);
         kv.v[u] = at(p.v, p.v_batch, p.v_head, key * p.v_token);
@@ -81,12 +100,12 @@ struct DenseCall {
       const Dense& p = call.p;
       T* values = static_cast<T*>(t.units) + kSplit * p.head_dim;
       for (int u = 0; u < kUnits; u++, values += kUnit * 16) {
-        const int count = int(std::clamp<int64_t>(p.kv_len - int64_t(n) * kSplit - u * kUnit, 0, kUnit));
-        if (count == 0) break;
-        transpose16(kv.k_lines[u], p.k_token, count, p.head_dim, const_cast<T*>(kv.k[u]));
+        const int keys = int(std::clamp<int64_t>(count() - int64_t(n) * kSplit - u * kUnit, 0, kUnit));
+        if (keys == 0) break;
+        transpose16(kv.k_lines[u], p.k_token, keys, p.head_dim, const_cast<T*>(kv.k[u]));
         if (p.head_dim >= 16) continue;
         std::fill_n(values, kUnit * 16, T{});
-        for (int j = 0; j < count; j++) std::copy_n(kv.v[u] + j * p.v_token, p.head_dim, values + j * 16);
+        for (int j = 0; j < keys; j++) std::copy_n(kv.v[u] + j * p.v_token, p.head_dim, values + j * 16);
         kv.v[u] = values;
       }
       if (p.head_dim < 16) kv.v_stride = 16;
@@ -105,20 +124,20 @@ struct DenseCall {
         std::fill_n(visible, kUnits, uint16_t(0));
         const Span seen = spans[r];
         spans[r] = {};
-        int count = 0;
+        int shown = 0;
         for (int u = seen.lo / kUnit; u * kUnit < seen.hi; u++) {
           const int first = u * kUnit, end = std::min(kUnit, seen.hi - first);
-          const int64_t offset = from + (base + first) * p.mask_key;
+          const int64_t offset = from + (origin + base + first) * p.mask_key;
           uint16_t bits = p.mask ? bits_of(p.mask + offset, p.mask_key, end)
                                  : bits_of(p.bias + offset, p.mask_key, end, mask->bias[r] + first);
           if (seen.lo > first) bits &= uint16_t(0xffff << (seen.lo - first));
           visible[u] = bits;
           if (!bits) continue;
-          if (count == 0) spans[r].lo = first + __builtin_ctz(bits);
+          if (shown == 0) spans[r].lo = first + __builtin_ctz(bits);
           spans[r].hi = first + 32 - __builtin_clz(uint32_t(bits));
-          count += __builtin_popcount(bits);
+          shown += __builtin_popcount(bits);
         }
-        holes = holes || count != spans[r].hi - spans[r].lo;
+        holes = holes || shown != spans[r].hi - spans[r].lo;
       }
       return holes || mask->has_bias;
     }
@@ -129,8 +148,9 @@ struct DenseCall {
     const TileScratch t = TileScratch::of_this_thread(h, plan.max_rows);
     const SharedTile* tile = job.shared < 0 ? nullptr : &plan.shared[size_t(job.shared)];
     load_queries(work, t.q);
-    run_job<T>(job, tile, plan.sequences[size_t(job.sequence)].horizon, group, h, t,
-               partials + work.head * plan.partials, Keys{*this, work, t});
+    const Horizon& horizon = plan.sequences[size_t(job.sequence)].horizon;
+    run_job<T>(job, tile, horizon, group, h, t, partials + work.head * plan.partials,
+               Keys{*this, work, t, p.kv_len - horizon.keys});
     for (int r = 0; !tile && r < job.rows; r++) store_row(work, job.row0 + r, {t.m + r, t.l + r, t.o + r * h.width()});
   }
 
@@ -138,9 +158,12 @@ struct DenseCall {
     struct Tag {};
     thread_local Plan plan_of_this_thread;
     Plan& plan = plan_of_this_thread;
-    // SDPA's causal mask begins at the upper left corner; a window without it ends at the last key.
-    const Horizon horizon{p.causal ? 0 : p.kv_len - p.q_len, p.kv_len, p.window, p.causal};
-    plan.sequences.assign(size_t(p.batch), {0, p.q_len, horizon});
+    plan.sequences.clear();
+    for (int64_t b = 0; b < p.batch; b++) {
+      // SDPA's causal mask begins at the upper left corner; a window without it ends at the last key.
+      const int64_t first = origin(b), offset = p.causal ? 0 : p.kv_len - p.q_len;
+      plan.sequences.push_back({0, p.q_len, {offset - first, p.kv_len - first, p.window, p.causal}});
+    }
     plan.make(group, p.kv_heads, h.width(), threads);
     if (plan.cost * h.dim < kSerialCost) threads = 1;
     float* partials = scratch<Tag>(plan.partials * p.kv_heads);
