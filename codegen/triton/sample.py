@@ -66,6 +66,8 @@ def sample(
         raw_sum += tl.sum(tl.exp(x - top), 0)
         kept_sum += tl.sum(tl.where(x >= least, tl.exp((x - top) / scale), 0.0), 0)
 
+    # The first entry always stays; with top-p off, all do.
+    limit = tl.where(top_p >= 1.0, float("inf"), tl.maximum(top_p * kept_sum, 1e-30))
     before = 0.0
     best = float("-inf")
     token = tl.load(indices)
@@ -80,7 +82,7 @@ def sample(
         ahead = before + tl.cumsum(p, 0) - p
         before += tl.sum(p, 0)
         keep = there & (x >= least) & (tl.exp(z) >= min_p)
-        keep = keep & ((ahead < top_p * kept_sum) | (at == 0) | (top_p >= 1.0))
+        keep = keep & (ahead < limit)
         score = tl.where(keep, z + gumbel(seed, position, index), float("-inf"))
         highest = tl.max(score, 0)
         # Equal scores go to the lowest index.
