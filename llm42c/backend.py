@@ -30,8 +30,8 @@ def llm42(
     """Compile a Dynamo graph so that each row's bits do not depend on its batch.
 
     The graph is rewritten before Inductor and its caches see it, so that their keys cover the rewrite.
-    Raises OptionsError for bad options, UnsupportedModelError with ``strict=True`` when a part of the
-    model has no known order of reduction.
+    Raises OptionsError for bad options, UnsupportedModelError for another device than the CPU, and with
+    ``strict=True`` when a part of the model has no known order of reduction.
     """
     opts = Options.parse(options, mode)
     dump = Dump.for_options(opts, PLAIN if opts.reductions == "fixed" else "free")
@@ -45,11 +45,21 @@ def llm42(
 
 def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Options, dump: Dump) -> Report:
     """The part of :func:`llm42` before Inductor: rewrite ``gm`` in place and check the result."""
+    _require_cpu(example_inputs)
     registry.load()
     report = pipeline.run(gm, Context(target=PLAIN, grad=needs_grad(example_inputs)), dump.graph)
     dump.report(report)
     require_placed(report, strict=options.strict)
     return report
+
+
+def _require_cpu(example_inputs: list[Any]) -> None:
+    for device in {x.device for x in example_inputs if isinstance(x, Tensor)}:
+        if device.type != "cpu":
+            raise UnsupportedModelError(
+                f"reductions='fixed' has operators for the CPU only, and an input is on {device}; "
+                "reductions='free' leaves the model to Inductor"
+            )
 
 
 def require_placed(report: Report, *, strict: bool) -> None:

@@ -35,7 +35,8 @@ def _refusal(norm: fx.Node, add: fx.Node, position: dict[fx.Node, int]) -> str |
     if a is None or b is None or not all(t.dtype == h.dtype and g.same_shape(t, h) for t in (a, b)):
         return "the addition broadcasts or promotes"
     weight = norm.args[1]
-    if isinstance(weight, fx.Node) and weight in position and position[weight] > position[add]:
+    computed = isinstance(weight, fx.Node) and weight.op not in ("placeholder", "get_attr")
+    if computed and position.get(weight, len(position)) > position.get(add, -1):  # type: ignore[arg-type]
         return "the weight is computed after the addition"
     return None
 

@@ -85,7 +85,6 @@ class Pass:
     name: str
     apply: Callable[[fx.Graph, Context, PassReport], None]
     targets: frozenset[str] = frozenset({PLAIN, PACKED})
-    doc: str = ""
 
 
 @dataclass

@@ -19,7 +19,8 @@ from torch import fx
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
 
-_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "exponential")
+# Parts of names of random functions; a few others match too and only miss a clean-up.
+_RANDOM = ("rand", "bernoulli", "drop", "multinomial", "normal", "exponential", "poisson", "gumbel", "rrelu")
 # Modules whose functions have no effect besides their result (in-place and random ones are excluded by name).
 _PURE_MODULES = ("_operator", "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "math")
 
@@ -32,16 +33,20 @@ def is_pure(node: fx.Node) -> bool:
         return False
     if node.op == "call_method":
         target = str(node.target)
-        return not target.endswith("_") and not target.startswith(_RANDOM) and target != "item"
+        return not target.endswith("_") and not _is_random(target) and target != "item"
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace == "llm42"
     if not isinstance(g.value(node), (torch.Tensor, list, tuple, int, float, torch.SymInt, torch.SymFloat)):
         return False
     called = getattr(node.target, "__name__", "_")
     module = getattr(node.target, "__module__", None) or "torch"
-    if g.name(node) in ("dropout", "sdpa"):
+    if g.name(node) == "sdpa" and g.bind(node)["dropout_p"] != 0.0:
         return False
-    return module in _PURE_MODULES and not called.startswith(("_", *_RANDOM))
+    return module in _PURE_MODULES and not called.startswith("_") and not _is_random(called)
+
+
+def _is_random(called: str) -> bool:
+    return any(part in called for part in _RANDOM)
 
 
 def erase_dead_code(graph: fx.Graph) -> int:
@@ -95,10 +100,15 @@ def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> 
             first = seen.setdefault(_key(node), node)
         except TypeError:
             continue
-        if first is not node:
+        if first is not node and not _both_returned(first, node):
             report.match(node)
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _both_returned(a: fx.Node, b: fx.Node) -> bool:
+    """Sharing would hand the caller one tensor twice, and a write to one would show in the other."""
+    return all(any(user.op == "output" for user in node.users) for node in (a, b))
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -5,7 +5,8 @@ Cases:
 1. ``F.linear(x, w, b)``
 2. ``x @ w.T``, ``torch.matmul(x, w.t())``, ``torch.mm``          (w: [N, K])
 3. ``x @ w``, ``torch.addmm(b, x, w)``  with a 2-D weight         (w: [K, N], as in GPT-2's Conv1D)
-4. a product over K = 1, such as rotary frequencies (``inv_freq[:, None] @ position[None]``), is a
+4. any of these under autocast: the casts that autocast makes become explicit
+5. a product over K = 1, such as rotary frequencies (``inv_freq[:, None] @ position[None]``), is a
    multiplication: it has nothing to sum
 
 Plain target: ``llm42::linear_dense(x, w, b)`` on the user's own parameter. Packed target: the weight is
@@ -48,10 +49,11 @@ def _transposed_weight(node: Any) -> fx.Node | None:
     if t is None or t.dim() != 2:
         return None
     is_attribute = node.target is getattr and g.arg(node, 1) in ("T", "mT")
-    found: fx.Node | None = None
-    if is_attribute or g.name(node) in ("t", "transpose", "permute"):
-        found = g.arg(node)
-    return found
+    if not is_attribute and g.name(node) not in ("t", "transpose", "permute"):
+        return None
+    inner: fx.Node = g.arg(node)
+    with g.fake_execution(node.graph):
+        return inner if g.same_view(g.fake(inner).t(), t) else None
 
 
 def product(node: fx.Node) -> Product | None:
@@ -82,20 +84,18 @@ def refusal(p: Product, out: fx.Node) -> str | None:
     x, w, y = g.tensor(p.x), g.tensor(p.weight), g.tensor(out)
     if x is None or w is None or y is None:
         return "an operand is no tensor"
-    if not x.dtype == w.dtype == y.dtype:
-        return f"operands of different dtypes ({x.dtype}, {w.dtype} → {y.dtype}; autocast?)"
-    if x.dtype not in _FLOATS:
-        return f"dtype {x.dtype}"
+    if not {x.dtype, w.dtype, y.dtype} <= set(_FLOATS):
+        return f"dtypes {x.dtype}, {w.dtype} → {y.dtype}"
     if w.dim() != 2:
         return f"the weight has {w.dim()} dimensions"
     bias = g.tensor(p.bias)
-    if bias is not None and (bias.dim() != 1 or bias.dtype != x.dtype):
-        return "the bias is no vector of the same dtype"
+    if bias is not None and (bias.dim() != 1 or bias.dtype not in _FLOATS):
+        return "the bias is no vector"
     return None
 
 
 def is_outer_product(node: fx.Node) -> bool:
-    """Case 4: a matmul whose inner dimension is 1."""
+    """Case 5: a matmul whose inner dimension is 1."""
     if g.name(node) not in ("matmul", "bmm"):
         return False
     a, b = (g.tensor(arg) for arg in node.args)
@@ -104,11 +104,22 @@ def is_outer_product(node: fx.Node) -> bool:
     return g.same(a.shape[-1], 1) and g.same(b.shape[-2], 1) and a.dtype == b.dtype
 
 
+def is_uniform(p: Product, out: fx.Node) -> bool:
+    """Operands and result have one dtype. Under autocast they do not: it casts, then multiplies."""
+    operands = (p.x, p.weight, *([p.bias] if p.bias is not None else []))
+    return all(g.fake(node).dtype == g.fake(out).dtype for node in operands)
+
+
 def _dense(node: fx.Node, p: Product) -> fx.Node:
-    weight = p.weight
+    def cast(operand: fx.Node) -> fx.Node:
+        dtype = g.fake(node).dtype
+        return operand if g.fake(operand).dtype == dtype else g.insert(node, "to", (operand, dtype))
+
+    weight = cast(p.weight)
     if p.transposed:
         weight = g.insert(node, g.FUNCTIONS["transpose"], (weight, 0, 1))
-    return g.insert(node, torch.ops.llm42.linear_dense.default, (p.x, weight, p.bias))
+    bias = None if p.bias is None else cast(p.bias)
+    return g.insert(node, torch.ops.llm42.linear_dense.default, (cast(p.x), weight, bias))
 
 
 def linear(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
@@ -127,7 +138,8 @@ def linear(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         if reason is not None:
             report.miss(node, reason)
             continue
-        if ctx.target == PACKED and (part := recipes.part(p.weight, p.transposed)) is not None:
+        part = recipes.part(p.weight, p.transposed) if ctx.target == PACKED and is_uniform(p, node) else None
+        if part is not None:
             packed = recipes.constant(graph, recipes.PackedWeight((part,)))
             n = g.value(node).shape[-1]
             new = g.insert(node, torch.ops.llm42.linear.default, (p.x, packed, p.bias, n))

@@ -90,12 +90,15 @@ def _merged_projection(y: fx.Node) -> tuple[fx.Node, recipes.PackedWeight] | Non
 
 def linear_silu_mul(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every recognised gate by ``linear_silu_mul`` or ``silu_mul``."""
+    effects = g.Effects(graph)
     for node in list(graph.nodes):
         factors = _factors(node)
         if factors is None:
             continue
-        _, gate, up = factors
+        silu, gate, up = factors
         y = halves(gate, up)
+        if y is not None and not effects.unchanged([y], silu, node):
+            y = None
         fused = None
         if ctx.target == PACKED:
             fused = _merged_projection(y) if y is not None else _two_projections(gate, up)

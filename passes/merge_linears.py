@@ -25,7 +25,7 @@ from torch import fx
 from llm42c.passes import graph as g
 from llm42c.passes import recipes
 from llm42c.passes.base import Context, PassReport
-from llm42c.passes.linear import Product, product, refusal
+from llm42c.passes.linear import Product, is_uniform, product, refusal
 
 
 def _candidates(graph: fx.Graph) -> dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]]:
@@ -33,9 +33,9 @@ def _candidates(graph: fx.Graph) -> dict[tuple[fx.Node, bool], list[tuple[fx.Nod
     groups: dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]] = {}
     for node in graph.nodes:
         p = product(node)
-        if p is None or refusal(p, node) or recipes.part(p.weight, p.transposed) is None:
+        if p is None or refusal(p, node) or not is_uniform(p, node):
             continue
-        if p.bias is not None and p.bias.op != "get_attr":
+        if any(operand is not None and operand.op != "get_attr" for operand in (p.weight, p.bias)):
             continue
         groups.setdefault((p.x, p.bias is not None), []).append((node, p))
     return groups

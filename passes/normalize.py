@@ -210,7 +210,7 @@ def _rewrite(node: fx.Node, copies_may_alias: bool) -> fx.Node | None:
     if dtype is not None:
         source = g.arg(node)
         if g.fake(source).dtype == dtype:
-            return source  # type: ignore[no-any-return]
+            return source
         node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
     simpler = _simplify(node)
     if simpler is not None:
@@ -220,7 +220,7 @@ def _rewrite(node: fx.Node, copies_may_alias: bool) -> fx.Node | None:
     if not _is_nothing(node, copies_may_alias):
         return None
     first = g.arg(node)
-    return first[0] if isinstance(first, (tuple, list)) else first  # type: ignore[no-any-return]
+    return first[0] if isinstance(first, (tuple, list)) else first
 
 
 def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:

@@ -17,6 +17,13 @@ def test_equal_calls_become_one():
     assert same_bits(run(gm), X.sin().unsqueeze(1) * 2)
 
 
+def test_two_results_stay_two_tensors():
+    """The caller may write to one of them."""
+    gm = capture(lambda x: (x.sin(), x.sin()), X)
+    apply(gm, common_subexpressions)
+    assert calls(gm)["sin"] == 2
+
+
 def test_arguments_that_only_look_equal_are_kept_apart():
     """1, 1.0 and True are equal as Python values and different as arguments."""
     gm = capture(lambda x: torch.cat([(x.long() + 1).double(), (x.long() + 1.0).double()]), X)

@@ -53,15 +53,21 @@ def test_a_product_over_one_element_is_a_multiplication():
     assert same_bits(run(gm), (f * p).transpose(1, 2))
 
 
-def test_autocast_is_left_alone():
+def test_autocast_becomes_explicit():
     def fn(x, w):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return torch.nn.functional.linear(x, w)
+            return torch.nn.functional.linear(x, w, b)
 
+    b = B
     gm = capture(fn, X, W)
-    report = apply(gm, linear)
-    assert not report.matches
-    assert "autocast" in " ".join(report.reasons())
+    assert len(apply(gm, linear).matches) == 1
+    assert same_bits(run(gm), OPS.linear_dense(X.bfloat16(), W.bfloat16(), B.bfloat16()))
+
+
+def test_a_permutation_that_transposes_nothing():
+    gm = capture(lambda x, w: x @ w.permute(0, 1), X, W.T.contiguous())
+    assert len(apply(gm, linear).matches) == 1
+    assert same_bits(run(gm), OPS.linear_dense(X, W, None))
 
 
 @pytest.mark.parametrize(
