@@ -80,8 +80,9 @@ def throughput(
     ):
         for case in todo:
             rows += [r.as_row() for r in harness.measure(contenders, case, rounds, report)]
+            _save(rows, csv)  # after every case, so that an interruption loses little
     columns = ("workload", "requests", "engine", "median_tok_s", "first_over_this", "differ", "rollbacks")
-    _finish(rows, columns, csv)
+    _show(rows, columns)
 
 
 @app.command("startup")
@@ -94,7 +95,8 @@ def startup(model: ModelOption = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvO
         models.resolve(model)
     files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
     rows = [start.as_row() for start in measure_starts(model, busy_prompts=files, kv_mb=kv_mb)]
-    _finish(rows, tuple(rows[0]), csv)
+    _save(rows, csv)
+    _show(rows, tuple(rows[0]))
 
 
 @app.command("soak")
@@ -120,7 +122,8 @@ def soak(
         crowded = built.variant(num_pages=pages)
         result = run_soak(built.engine, crowded, requests, report)
     row = {"fast": fast, "verify": verify, **result.as_row()}
-    _finish([row], tuple(row), csv)
+    _save([row], csv)
+    _show([row], tuple(row))
     if result.differ:
         print(f"requests that differ: {result.differ}")
         raise typer.Exit(exits.FAILED)
@@ -176,8 +179,7 @@ def _numbers(name: str, text: str, low: int, high: int) -> list[int]:
     return numbers
 
 
-def _finish(rows: list[dict[str, Any]], columns: Sequence[str], csv: Path | None) -> None:
-    """Print the table, and write the CSV with the command and the machine in every row."""
+def _show(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     table = Table()
     for name in columns:
         table.add_column(
@@ -186,6 +188,10 @@ def _finish(rows: list[dict[str, Any]], columns: Sequence[str], csv: Path | None
     for row in rows:
         table.add_row(*(str(row[name]) for name in columns))
     out.print(table)
+
+
+def _save(rows: list[dict[str, Any]], csv: Path | None) -> None:
+    """Write the CSV, if one is wanted, with the command and the machine in every row."""
     if csv is not None:
         from llm42c.runtime.bench import machine
         from llm42c.runtime.bench.harness import write_csv

