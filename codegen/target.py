@@ -105,7 +105,7 @@ class Target:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all but bandwidths: those may be measured, and choose schedules, never a kernel's bits."""
+        """SHA-256 of all but bandwidths: those may be measured, and choose schedules, never bits."""
         fixed = {n: float(v.value) for n, v in self.values.items() if n not in MEASURABLE}
         identity = [self.kind, self.name, self.arch, fixed]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -67,7 +67,9 @@ def _paged(node: fx.Node, report: PassReport, devices: tuple[str, ...]) -> None:
         report.miss(node, "a CPU's paged_attention schedules prefills and decodes itself")
         return
     report.match(node)
-    new = g.insert(node, torch.ops.llm42.pod_attention.default, (*node.args, False), dict(node.kwargs), like=node)
+    new = g.insert(
+        node, torch.ops.llm42.pod_attention.default, (*node.args, False), dict(node.kwargs), like=node
+    )
     g.replace(node, new)
 
 
@@ -119,7 +121,7 @@ def _varlen_refusal(node: fx.Node, bound: dict[str, Any]) -> str | None:
 def varlen_through_pages(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int
 ) -> Tensor:
-    """q: [T, Hq, D], k, v: [T, Hkv, D], cu_seqlens: [S + 1] int32 → [T, Hq, D]; through pages of this call."""
+    """q: [T, Hq, D], k, v: [T, Hkv, D], cu_seqlens: [S + 1] int32 → [T, Hq, D]; through own pages."""
     heads, dim = k.shape[1:]
     sequences, device = cu_seqlens.shape[0] - 1, q.device
     width = -(-longest // PAGE)
@@ -191,9 +193,7 @@ def _mismatch(a: _Call, b: _Call) -> str | None:
     return None
 
 
-def _pairs(
-    graph: fx.Graph, ctx: Context, report: PassReport, devices: tuple[str, ...], copies: bool
-) -> None:
+def _pairs(graph: fx.Graph, ctx: Context, report: PassReport, devices: tuple[str, ...], copies: bool) -> None:
     calls = [c for n in graph.nodes if g.name(n) == "sdpa" and (c := _call(n)) is not None]
     prefills = [c for c in calls if c.causal and c.shape("q")[0] == 1 and c.shape("q")[2] > 1]
     decodes = [c for c in calls if c.shape("q")[2] == 1 and not c.causal]
@@ -235,7 +235,9 @@ def _pages(x: Tensor) -> Tensor:
     batch, heads, length, dim = x.shape
     width = -(-length // PAGE)
     padded = torch.nn.functional.pad(x, (0, 0, 0, width * PAGE - length))
-    return padded.view(batch, heads, width, PAGE, dim).transpose(1, 2).reshape(batch * width, heads, PAGE, dim)
+    return (
+        padded.view(batch, heads, width, PAGE, dim).transpose(1, 2).reshape(batch * width, heads, PAGE, dim)
+    )
 
 
 def pair_through_pages(

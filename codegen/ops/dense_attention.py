@@ -136,7 +136,7 @@ OP = Operator(
     ),
     fake=_fake,
     reference=reference,
-    reduction="as paged_attention, with the index of a key, from the first one the mask shows, as its position",
+    reduction="as paged_attention, a key's index, from the first one the mask shows, being its position",
     backward=_backward,
     setup_context=_setup_context,
 )

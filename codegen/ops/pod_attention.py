@@ -31,8 +31,8 @@ def check_metadata(
     sequences = kv_lens.shape[0]
     if cu_seqlens_q.shape != (sequences + 1,) or block_table.dim() != 2 or block_table.shape[0] != sequences:
         raise ValueError(
-            f"expected cu_seqlens_q [S + 1], kv_lens [S], block_table [S, P], got {tuple(cu_seqlens_q.shape)}, "
-            f"{tuple(kv_lens.shape)}, {tuple(block_table.shape)}"
+            "expected cu_seqlens_q [S + 1], kv_lens [S], block_table [S, P], got "
+            f"{tuple(cu_seqlens_q.shape)}, {tuple(kv_lens.shape)}, {tuple(block_table.shape)}"
         )
     cu, lens, table = cu_seqlens_q.tolist(), kv_lens.tolist(), block_table.cpu()
     if cu[0] != 0 or cu[-1] > tokens:

@@ -118,11 +118,20 @@ class DenseSpec:
 
 
 def spec_for(
-    target: Target, group: int, head_dim: int, dtype: str, causal: bool, window: bool, softcap: bool, mask: str
+    target: Target,
+    group: int,
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    window: bool,
+    softcap: bool,
+    mask: str,
 ) -> DenseSpec:
     """The tile for a target and head."""
     rows, keys, warps, stages = tiles(target, head_dim, dtype)
-    return DenseSpec(group, head_dim, dtype, causal, window, softcap, mask, rows, min(keys, 32), warps, stages)
+    return DenseSpec(
+        group, head_dim, dtype, causal, window, softcap, mask, rows, min(keys, 32), warps, stages
+    )
 
 
 def emit(spec: DenseSpec) -> str:
@@ -143,11 +152,20 @@ def emit(spec: DenseSpec) -> str:
         "LOG2E": 1.4426950408889634,
     }
     subject = f"heads of {spec.head_dim} in groups of {spec.group}, {DTYPES[spec.dtype]}"
-    return module("Attention in a fixed order", subject, constants, fragments.FOLD, fragments.finish(False), text)
+    return module(
+        "Attention in a fixed order", subject, constants, fragments.FOLD, fragments.finish(False), text
+    )
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     """``llm42::dense_attention``. q: [B, Hq, Sq, D] → [B, Hq, Sq, D], laid out as [B, Sq, Hq, D]."""
     batch, heads, q_len, dim = q.shape

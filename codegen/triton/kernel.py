@@ -57,7 +57,8 @@ def _load(name: str, source: str, key: str, folder: Path) -> Any:
         scratch.write_text(source)
         scratch.replace(path)
     spec = importlib.util.spec_from_file_location(f"llm42_emitted_{name}_{key[:16]}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot import the emitted kernel {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)

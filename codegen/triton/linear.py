@@ -94,7 +94,9 @@ def emit(spec: LinearSpec) -> str:
     constants = {"ROWS": spec.rows, "COLUMNS": spec.columns, "STEP": spec.step, "HAS_BIAS": spec.bias}
     if spec.packed:
         constants["PANEL"] = PANEL
-    return module("Matrix product with one order over k", f"{DTYPES[spec.dtype]}, M {spec.rows}", constants, body)
+    return module(
+        "Matrix product with one order over k", f"{DTYPES[spec.dtype]}, M {spec.rows}", constants, body
+    )
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:

@@ -56,7 +56,7 @@ def sample(
     drawn = temperature > 0.0
     scale = tl.where(drawn, temperature, 1.0)
     limited = drawn & (top_k > 0) & (top_k < size)
-    least = tl.load(values + tl.where(limited, top_k, size) - 1).to(tl.float32)  # the k-th stays, and its equals
+    least = tl.load(values + tl.where(limited, top_k, size) - 1).to(tl.float32)  # and its equals
 
     raw_sum = 0.0  # of exp(x - max)
     kept_sum = 0.0  # of exp((x - max) / temperature) over the top k

@@ -101,7 +101,9 @@ def _show(result: DemoResult, jobs: list[Job], model: str) -> None:
     lengths = sorted(len(job.prompt) for job in jobs)
     shape = f"{len(jobs)} prompts of {lengths[0]} to {lengths[-1]} tokens"
     title = f"{model}: {shape}, {jobs[0].params.max_tokens} new tokens each"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     table.add_column("run", no_wrap=True)
     for name in (
         "tokens",

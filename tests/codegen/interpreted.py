@@ -1,6 +1,6 @@
 """Programs that the interpreter tests run in a process of their own (``TRITON_INTERPRET`` is read at import).
 
-    python interpreted.py attention|operators      prints one JSON object
+python interpreted.py attention|operators      prints one JSON object
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import sys
 from typing import Any
 
 import torch
+from paged_world import Heads, Runner, World
+from torch import Tensor
+
 from llm42c.codegen.ops import paged_attention as paged
 from llm42c.codegen.ops import registry
 from llm42c.codegen.ops.sample import gumbel, keep_mask
 from llm42c.codegen.triton import attention, dense_attention, linear, norm, rotary, sample, silu_mul
 from llm42c.codegen.triton.cost import Choice
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
-from paged_world import Heads, Runner, World
-from torch import Tensor
 
 SMS = 3
 
@@ -78,7 +79,7 @@ def run_attention() -> dict[str, Any]:
     world = World.make([50, 30, 3], heads)
     runner = Runner(world, page=16)
     runner.arguments([(0, 47)])
-    q, k, v, kc, vc, slots, *_ = Runner(world, page=16).arguments([(0, 47)])
+    _, k, v, _, _, slots, *_ = Runner(world, page=16).arguments([(0, 47)])
     attention.write_kv(spec_for(heads, 16), k, v, runner.k_cache, runner.v_cache, slots)
     hybrid = runner.arguments([(0, 3), (1, 30), (2, 3)], padding=2)
     expected = paged.reference(*[x.clone() if isinstance(x, Tensor) else x for x in hybrid])
@@ -107,7 +108,7 @@ def run_attention() -> dict[str, Any]:
 
 
 def features(case: int) -> dict[str, float]:
-    """The interpreter cannot multiply bf16 matrices. Soft-cap, sinks, windows, odd groups and head sizes, large pages, half types."""
+    """Soft-cap, sinks, windows, odd groups and head sizes, large pages, fp16; the interpreter has no bf16."""
     heads, page = [
         (Heads(q=6, kv=2, dim=80, dtype=torch.float16, window=20, sinks=True), 64),
         (Heads(q=2, kv=2, dim=96, dtype=torch.float16, softcap=3.0), 256),
@@ -136,7 +137,9 @@ def run_operators() -> dict[str, Any]:
     for name, got in (("dense", linear.linear_dense(x, w, b)), ("packed", linear.linear(x, packed, b, 50))):
         ratios[f"linear_{name}"] = float(((got.double() - expected).abs() / limit).max())
     ratios["unpack"] = 0.0 if torch.equal(linear.linear_unpack(packed, 50, 70), w) else 2.0
-    ratios["linear_alone"] = 0.0 if torch.equal(linear.linear_dense(x[1:2], w, b)[0], linear.linear_dense(x, w, b)[1]) else 2.0
+    ratios["linear_alone"] = (
+        0.0 if torch.equal(linear.linear_dense(x[1:2], w, b)[0], linear.linear_dense(x, w, b)[1]) else 2.0
+    )
     x, r, w = randn(2, 100), randn(2, 100), randn(100)
     for cast_first in (True, False):
         got, total = norm.add_rms_norm(x, r, w, 1e-5, 0.5, cast_first)
@@ -144,14 +147,24 @@ def run_operators() -> dict[str, Any]:
         ratios[f"norm_{cast_first}"] = float(((got - want).abs() / (110 * eps * want.abs() + eps)).max())
         ratios["norm_total"] = 0.0 if torch.equal(total, want_total) else 2.0
     want = ops["layer_norm"].reference(x, w, w, 1e-5)
-    ratios["layer_norm"] = float(((norm.layer_norm(x, w, w, 1e-5) - want).abs() / (220 * eps * (want.abs() + 4 * w.abs()))).max())
+    ratios["layer_norm"] = float(
+        ((norm.layer_norm(x, w, w, 1e-5) - want).abs() / (220 * eps * (want.abs() + 4 * w.abs()))).max()
+    )
     want = ops["silu_mul"].reference(x)
-    ratios["silu_mul"] = float(((silu_mul.silu_mul(x) - want).abs() / (8 * eps * want.abs() + eps * eps)).max())
+    ratios["silu_mul"] = float(
+        ((silu_mul.silu_mul(x) - want).abs() / (8 * eps * want.abs() + eps * eps)).max()
+    )
     x = randn(2, 3, 64).half()
     cos, sin = randn(2, 48).half(), randn(2, 48).half()
-    ratios["rotary"] = 0.0 if torch.equal(rotary.rotary(x, cos, sin), ops["rotary"].reference(x, cos, sin)) else 2.0
+    ratios["rotary"] = (
+        0.0 if torch.equal(rotary.rotary(x, cos, sin), ops["rotary"].reference(x, cos, sin)) else 2.0
+    )
     q, k, v = randn(1, 4, 9, 64), randn(1, 2, 20, 64), randn(1, 2, 20, 64)
-    for name, mask in (("none", None), ("bool", torch.rand(1, 1, 9, 20, generator=g) > 0.3), ("float", randn(1, 4, 9, 20))):
+    for name, mask in (
+        ("none", None),
+        ("bool", torch.rand(1, 1, 9, 20, generator=g) > 0.3),
+        ("float", randn(1, 4, 9, 20)),
+    ):
         options = (0.125, name == "none", 5 if name == "bool" else 0, 3.0 if name == "float" else 0.0)
         want = ops["dense_attention"].reference(q, k, v, mask, *options)
         error = (dense_attention.dense_attention(q, k, v, mask, *options).double() - want).abs().max()
@@ -183,7 +196,12 @@ def run_sample(g: torch.Generator) -> dict[str, Any]:
             score = ((row - row.max()) / t + noise).masked_fill(~keep, -torch.inf)
         want.append(int(score.argmax()))
     errors = [abs(float(logprob[r]) - float(logits[r].double().log_softmax(0)[want[r]])) for r in range(6)]
-    return {"token": token.tolist(), "want": [*want, -1], "error": max(errors), "nan": bool(logprob[6].isnan())}
+    return {
+        "token": token.tolist(),
+        "want": [*want, -1],
+        "error": max(errors),
+        "nan": bool(logprob[6].isnan()),
+    }
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 def run(what: str) -> dict[str, Any]:
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(
-        [sys.executable, str(HERE / "interpreted.py"), what], capture_output=True, text=True, env=env, check=False
+        [sys.executable, str(HERE / "interpreted.py"), what],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

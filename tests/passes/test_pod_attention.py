@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import apply, calls, capture, run
-from llm42c.passes import pod_attention as p
 from torch import Tensor
+
+from llm42c.passes import pod_attention as p
 
 sys.path.append(str(Path(__file__).parents[1] / "codegen"))
 from paged_world import Heads, Runner, World
@@ -96,7 +97,7 @@ def test_varlen_through_pages_is_attention_of_each_sequence():
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
-    import torch.nn.attention.varlen  # noqa: F401
+    import torch.nn.attention.varlen
 
     return torch.ops.torch_attn._varlen_attn(q, k, v, cu, cu, 20, 20, True)[0]
 
