@@ -22,6 +22,7 @@ from llm42c.passes.linear_silu_mul import linear_silu_mul
 from llm42c.passes.matmul import matmul
 from llm42c.passes.merge_linears import merge_linears
 from llm42c.passes.normalize import normalize
+from llm42c.passes.pod_attention import pod_attention
 from llm42c.passes.position_table import position_table
 from llm42c.passes.reductions import reductions
 from llm42c.passes.rms_norm import rms_norm
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("common_subexpressions", common_subexpressions, _ALL),
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
     Pass("attention_eager", attention_eager, _PLAIN),
+    Pass("pod_attention", pod_attention),
     Pass("position_table", position_table, _PACKED),
     Pass("rms_norm", rms_norm),
     Pass("layer_norm", layer_norm),

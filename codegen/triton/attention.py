@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen.ops.pod_attention import check_metadata
-from llm42c.codegen.triton import attention_combine, attention_plan, kernel, kv_write, pod_attention
+from llm42c.codegen.triton import attention_combine, attention_plan, kernel, kv_write
+from llm42c.codegen.triton import pod_attention as hybrid
 from llm42c.codegen.triton.cost import Choice, Composition, choose
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec, power_of_two, with_scheduler
@@ -69,13 +70,13 @@ def counters_of(device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         scope = _current.get() or _Step()
         if scope.counters is None:
-            scope.counters = torch.zeros(pod_attention.COUNTERS, dtype=torch.int32, device=device)
+            scope.counters = torch.zeros(hybrid.COUNTERS, dtype=torch.int32, device=device)
         return scope.counters
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device.index or 0, stream)
     with _lock:
         if key not in _counters:
-            _counters[key] = torch.zeros(pod_attention.COUNTERS, dtype=torch.int32, device=device)
+            _counters[key] = torch.zeros(hybrid.COUNTERS, dtype=torch.int32, device=device)
         return _counters[key]
 
 
@@ -166,7 +167,7 @@ def attend(
     programs = choice.programs or plan.items_at_most() * spec.kv_heads
     if sm_order is None:
         sm_order = plan.counts if spec.smid else _round_robin(programs, spec.sms, q.device)
-    run = kernel.load("pod_attention", pod_attention.emit(spec), target)
+    run = kernel.load("pod_attention", hybrid.emit(spec), target)
     run[(programs,)](
         q, k_cache, v_cache, some_sinks, out, partial, stats,
         cu_seqlens_q, kv_lens, block_table, plan.items, plan.counts, counters_of(q.device), sm_order,
@@ -207,7 +208,7 @@ def paged_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """``llm42::paged_attention`` and ``llm42::pod_attention`` on a GPU: one implementation, one set of bits."""
+    """``llm42::paged_attention`` and ``llm42::pod_attention`` on a GPU: one set of bits."""
     spec = default_spec(
         target_of(q.device),
         heads=q.shape[1],

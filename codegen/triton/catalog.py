@@ -1,0 +1,98 @@
+"""Every emitted kernel at its default specialisation, with the types of its arguments: for inspection and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from llm42c.codegen.target import Target
+from llm42c.codegen.triton import (
+    attention_combine,
+    attention_plan,
+    dense_attention,
+    kv_write,
+    linear,
+    norm,
+    pod_attention,
+    rotary,
+    sample,
+    silu_mul,
+)
+from llm42c.codegen.triton.kernel import Compiled, compile_ahead
+from llm42c.codegen.triton.spec import DTYPES, SCHEDULERS, AttentionSpec, default_spec
+
+_ATTENTION = {
+    "q_ptr": "*T", "k_cache_ptr": "*T", "v_cache_ptr": "*T", "sinks_ptr": "*fp32", "out_ptr": "*T",
+    "partial_ptr": "*fp32", "stats_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "kv_lens_ptr": "*i32",
+    "block_table_ptr": "*i32", "items_ptr": "*i32", "counts_ptr": "*i32", "counters_ptr": "*i32",
+    "sm_order_ptr": "*i32", "plan_ptr": "*i32", "scale": "fp32", "softcap": "fp32",
+}  # fmt: skip
+_SAMPLE = {
+    "sorted_ptr": "*T", "index_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32", "temperature_ptr": "*fp32",
+    "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64", "position_ptr": "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Text, entry point and launch of one kernel. ``types`` of arguments that are neither T* nor int32."""
+
+    label: str
+    name: str
+    source: str
+    dtype: str
+    warps: int = 4
+    stages: int = 2
+    types: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, int] = field(default_factory=dict)
+
+    def compile(self, target: Target) -> Compiled:
+        """Ahead of time, for a device that need not be here."""
+        element = DTYPES[self.dtype]
+
+        class Types(dict[str, str]):
+            def __missing__(self, argument: str) -> str:
+                return f"*{element}" if argument.endswith("_ptr") else "i32"
+
+        types = Types({n: t.replace("*T", f"*{element}") for n, t in self.types.items()})
+        return compile_ahead(
+            self.name, self.source, types, target, constants=self.constants, warps=self.warps, stages=self.stages
+        )
+
+
+def attention_kernel(spec: AttentionSpec) -> Kernel:
+    """The hybrid kernel of one specialisation."""
+    label = f"pod_attention/{spec.scheduler}/{'uniform' if spec.uniform else 'roles'}/d{spec.head_dim}"
+    source = pod_attention.emit(spec)
+    return Kernel(label, "pod_attention", source, spec.dtype, spec.warps, spec.stages, _ATTENTION)
+
+
+def kernels(
+    target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16
+) -> Iterator[Kernel]:
+    """The kernels that a Llama-3-8B runs, for ``target``."""
+    shape = {"heads": 32, "kv_heads": 8, "head_dim": head_dim, "page": page, "dtype": dtype}
+    for scheduler in SCHEDULERS:
+        for uniform in (True, False):
+            yield attention_kernel(default_spec(target, **shape, scheduler=scheduler, uniform=uniform))  # type: ignore[arg-type]
+    spec = default_spec(target, **shape)  # type: ignore[arg-type]
+    sizes = {"SEQUENCES": 256}
+    yield Kernel("attention_plan", "attention_plan", attention_plan.emit(spec), dtype, types=_ATTENTION, constants=sizes)
+    yield Kernel("attention_combine", "attention_combine", attention_combine.emit(spec), dtype, types=_ATTENTION)
+    yield Kernel("kv_write", "kv_write", kv_write.emit(spec), dtype, 1, types={"slot_mapping_ptr": "*i64"})
+    for rows in linear.buckets(target):
+        product = linear.spec_for(target, rows, dtype, packed=True, bias=False)
+        source = linear.emit(product)
+        yield Kernel(f"linear/m{product.rows}", "linear", source, dtype, product.warps, product.stages)
+    for residual in (False, True):
+        row = norm.NormSpec(4096, dtype, residual=residual, cast_first=True)
+        label = "add_rms_norm" if residual else "rms_norm"
+        floats = {"eps": "fp32", "offset": "fp32"}
+        yield Kernel(label, "norm", norm.emit(row), dtype, row.warps, types=floats)
+    yield Kernel("silu_mul", "silu_mul", silu_mul.emit(), dtype)
+    yield Kernel("rotary", "rotary", rotary.emit(head_dim, head_dim), dtype, 1)
+    dense = dense_attention.spec_for(target, 4, head_dim, dtype, True, False, False, "")
+    floats = {"scale": "fp32", "softcap": "fp32"}
+    source = dense_attention.emit(dense)
+    yield Kernel("dense_attention", "dense_attention", source, dtype, dense.warps, dense.stages, floats)
+    yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE)
