@@ -87,7 +87,11 @@ def _allowed(node: fx.Node, ctx: Context, devices: tuple[str, ...], copies: bool
 def _varlen(node: fx.Node, ctx: Context, report: PassReport, devices: tuple[str, ...], copies: bool) -> None:
     names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal", "scale",
              "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits")  # fmt: skip
-    bound = {**dict.fromkeys(names), **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    bound: dict[str, Any] = {
+        **dict.fromkeys(names),
+        **dict(zip(names, node.args, strict=False)),
+        **node.kwargs,
+    }
     reason = _varlen_refusal(node, bound) or _allowed(node, ctx, devices, copies)
     if reason is not None:
         report.miss(node, reason)
@@ -133,9 +137,10 @@ def varlen_through_pages(
     slots = torch.where(token < begin[-1], sequence * (width * PAGE) + token - begin[sequence], -1)
     table = torch.arange(sequences * width, dtype=torch.int32, device=device).view(sequences, width)
     lens = (cu_seqlens[1:] - cu_seqlens[:-1]).int()
-    return torch.ops.llm42.pod_attention(  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.llm42.pod_attention(
         q, k, v, k_cache, v_cache, slots, cu_seqlens.int(), lens, table, scale, window, 0.0, None, False
     )
+    return out
 
 
 # Case 3.

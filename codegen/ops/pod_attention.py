@@ -137,7 +137,7 @@ def _on_cpu(
     checked: bool,
 ) -> Tensor:
     """On a CPU reading metadata costs nothing, and ``paged_attention`` always checks it."""
-    return torch.ops.llm42.paged_attention.default(  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.llm42.paged_attention.default(
         q,
         k,
         v,
@@ -152,6 +152,7 @@ def _on_cpu(
         softcap,
         sinks,
     )
+    return out
 
 
 OP = Operator(

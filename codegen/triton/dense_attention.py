@@ -171,7 +171,8 @@ def dense_attention(
     batch, heads, q_len, dim = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(batch, q_len, heads, dim, dtype=q.dtype, device=q.device)
-    kind, strides = "", (0, 0, 0, 0)
+    kind = ""
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     some_mask = out
     if mask is not None:
         kind = "bool" if mask.dtype == torch.bool else "float"

@@ -128,7 +128,8 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:
     """``llm42::linear_silu_mul``: the two operators, one after the other."""
-    return torch.ops.llm42.silu_mul.default(linear(x, packed, None, 2 * n))  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.llm42.silu_mul.default(linear(x, packed, None, 2 * n))
+    return out
 
 
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
