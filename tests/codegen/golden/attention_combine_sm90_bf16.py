@@ -1,0 +1,64 @@
+"""Folds splits of decode attention from the left. Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent."""
+
+import triton
+import triton.language as tl
+
+KV_HEADS = tl.constexpr(8)
+GROUP = tl.constexpr(4)
+HEAD_DIM = tl.constexpr(128)
+DIM = tl.constexpr(128)
+PAGE = tl.constexpr(16)
+SPLIT = tl.constexpr(512)
+WINDOW = tl.constexpr(0)
+DECODE_ROWS = tl.constexpr(16)
+PREFILL_TOKENS = tl.constexpr(16)
+DECODE_TOKENS = tl.constexpr(4)
+
+
+@triton.jit
+def fold(left_max, left_sum, left, right_max, right_sum, right):
+    """The state over two ranges of keys. max, sum: [M]; left, right: [M, D]."""
+    top = tl.maximum(left_max, right_max)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    a = tl.exp2(left_max - base)
+    b = tl.exp2(right_max - base)
+    total = tl.fma(right, tl.broadcast_to(b[:, None], right.shape), left * a[:, None])
+    return top, tl.fma(right_sum, b, left_sum * a), total
+
+
+@triton.jit
+def finish(row_max, row_sum, acc, sinks_ptr, head):
+    """Normalise. Adding 0 turns -0 into +0, whose sign depends on how many empty blocks were folded in."""
+    return acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None] + 0.0
+
+
+@triton.jit
+def attention_combine(
+    partial_ptr, stats_ptr, sinks_ptr, out_ptr, cu_seqlens_ptr, plan_ptr, out_stride_t,
+):
+    """Program (sequence, KV head). partial: [slots, Hkv, rows, D], stats: [slots, Hkv, rows, 2]."""
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    slot = tl.load(plan_ptr + sequence * 2)
+    splits = tl.load(plan_ptr + sequence * 2 + 1)
+    if splits > 1:
+        q_begin = tl.load(cu_seqlens_ptr + sequence)
+        q_len = tl.load(cu_seqlens_ptr + sequence + 1) - q_begin
+        row = tl.arange(0, DECODE_ROWS)
+        token = row // GROUP
+        head = kv_head * GROUP + row % GROUP
+        live = (row < DECODE_TOKENS * GROUP) & (token < q_len)
+        dim = tl.arange(0, DIM)
+        held = live[:, None] & (dim < HEAD_DIM)[None, :]
+        total_max = tl.full([DECODE_ROWS], float("-inf"), tl.float32)
+        total_sum = tl.zeros([DECODE_ROWS], tl.float32)
+        total = tl.zeros([DECODE_ROWS, DIM], tl.float32)
+        for i in tl.range(0, splits):
+            line = ((slot + i).to(tl.int64) * KV_HEADS + kv_head) * DECODE_ROWS + row
+            row_max = tl.load(stats_ptr + line * 2)
+            row_sum = tl.load(stats_ptr + line * 2 + 1)
+            acc = tl.load(partial_ptr + line[:, None] * HEAD_DIM + dim[None, :], mask=held, other=0.0)
+            total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
+        result = finish(total_max, total_sum, total, sinks_ptr, head)
+        at = (q_begin + token).to(tl.int64) * out_stride_t + head * HEAD_DIM
+        tl.store(out_ptr + at[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=held)
