@@ -1,4 +1,4 @@
-"""Every emitted kernel at its default specialisation, with the types of its arguments: for inspection and tests."""
+"""Every emitted kernel at its default specialisation, with its argument types: for inspection and tests."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ _ATTENTION = {
     "sm_order_ptr": "*i32", "plan_ptr": "*i32", "scale": "fp32", "softcap": "fp32",
 }  # fmt: skip
 _SAMPLE = {
-    "sorted_ptr": "*T", "index_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32", "temperature_ptr": "*fp32",
-    "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64", "position_ptr": "*i64",
+    "sorted_ptr": "*T", "index_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32",
+    "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32",
+    "seed_ptr": "*i64", "position_ptr": "*i64",
 }  # fmt: skip
 
 
@@ -56,7 +57,13 @@ class Kernel:
 
         types = Types({n: t.replace("*T", f"*{element}") for n, t in self.types.items()})
         return compile_ahead(
-            self.name, self.source, types, target, constants=self.constants, warps=self.warps, stages=self.stages
+            self.name,
+            self.source,
+            types,
+            target,
+            constants=self.constants,
+            warps=self.warps,
+            stages=self.stages,
         )
 
 
@@ -67,9 +74,7 @@ def attention_kernel(spec: AttentionSpec) -> Kernel:
     return Kernel(label, "pod_attention", source, spec.dtype, spec.warps, spec.stages, _ATTENTION)
 
 
-def kernels(
-    target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16
-) -> Iterator[Kernel]:
+def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16) -> Iterator[Kernel]:
     """The kernels that a Llama-3-8B runs, for ``target``."""
     shape = {"heads": 32, "kv_heads": 8, "head_dim": head_dim, "page": page, "dtype": dtype}
     for scheduler in SCHEDULERS:
@@ -77,8 +82,17 @@ def kernels(
             yield attention_kernel(default_spec(target, **shape, scheduler=scheduler, uniform=uniform))  # type: ignore[arg-type]
     spec = default_spec(target, **shape)  # type: ignore[arg-type]
     sizes = {"SEQUENCES": 256}
-    yield Kernel("attention_plan", "attention_plan", attention_plan.emit(spec), dtype, types=_ATTENTION, constants=sizes)
-    yield Kernel("attention_combine", "attention_combine", attention_combine.emit(spec), dtype, types=_ATTENTION)
+    yield Kernel(
+        "attention_plan",
+        "attention_plan",
+        attention_plan.emit(spec),
+        dtype,
+        types=_ATTENTION,
+        constants=sizes,
+    )
+    yield Kernel(
+        "attention_combine", "attention_combine", attention_combine.emit(spec), dtype, types=_ATTENTION
+    )
     yield Kernel("kv_write", "kv_write", kv_write.emit(spec), dtype, 1, types={"slot_mapping_ptr": "*i64"})
     for rows in linear.buckets(target):
         product = linear.spec_for(target, rows, dtype, packed=True, bias=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-HEADER = '''"""{title}. Emitted by llm42 for {subject}."""
+HEADER = '''"""{title}.
+
+Emitted by llm42 for {subject}.
+"""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Emitted kernels compile for devices that are not here, without spills; texts are golden; imports are cold."""
+"""Emitted kernels compile for devices that are not here and do not spill; golden texts; cold imports."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from llm42c.codegen import target as targets
 from llm42c.codegen.triton import attention_combine, attention_plan, linear, pod_attention
 from llm42c.codegen.triton.cost import Composition, choose

@@ -1,4 +1,7 @@
-"""Folds splits of decode attention from the left. Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent."""
+"""Folds splits of decode attention from the left.
+
+Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent.
+"""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,7 @@
-"""Work list of hybrid attention. Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent."""
+"""Work list of hybrid attention.
+
+Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent.
+"""
 
 import triton
 import triton.language as tl

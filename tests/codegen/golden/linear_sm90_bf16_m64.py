@@ -1,4 +1,7 @@
-"""Matrix product with one order over k. Emitted by llm42 for bf16, M 64."""
+"""Matrix product with one order over k.
+
+Emitted by llm42 for bf16, M 64.
+"""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,7 @@
-"""Prefill and decode attention over paged keys and values in one launch. Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent."""
+"""Prefill and decode attention over paged keys and values in one launch.
+
+Emitted by llm42 for 32/8 heads of 128, pages of 16, bf16, persistent.
+"""
 
 import triton
 import triton.language as tl
