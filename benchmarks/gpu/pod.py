@@ -61,9 +61,10 @@ class Batch:
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g, device="cuda", dtype=dtype)
 
-        starts = torch.tensor([0, *rows], dtype=torch.int32, device="cuda").cumsum(0).int()
+        starts = torch.tensor([0, *rows], device="cuda").cumsum(0).int()
         return Batch(
-            randn(sum(rows), HEADS, DIM), randn(pages, KV_HEADS, DIM, PAGE), randn(pages, KV_HEADS, PAGE, DIM),
+            randn(sum(rows), HEADS, DIM),
+            randn(pages, KV_HEADS, DIM, PAGE), randn(pages, KV_HEADS, PAGE, DIM),
             starts, torch.tensor(keys, dtype=torch.int32, device="cuda"), table, rows, keys,
         )  # fmt: skip
 
@@ -162,13 +163,16 @@ class Results:
 def correctness(results: Results) -> None:
     b = Batch.make([40, 1, 3, 300, 1], [40, 700, 1200, 900, 3000], torch.bfloat16)
     want = b.reference()
+
+    def error(scheduler: str, uniform: bool) -> float:
+        return float((Runner(scheduler, uniform).prepare(b)().double().cpu() - want).abs().max())
+
     for scheduler in ("tickets", "persistent", "partition"):
         for uniform in (True, False):
             name = f"{scheduler}, {'one tile' if uniform else 'a tile a role'}"
             results.attempt(
-                "correctness", f"error, {name}", "abs",
-                lambda s=scheduler, u=uniform: float((Runner(s, u).prepare(b)().double().cpu() - want).abs().max()),
-            )  # fmt: skip
+                "correctness", f"error, {name}", "abs", lambda s=scheduler, u=uniform: error(s, u)
+            )
 
 
 def invariance(results: Results) -> None:

@@ -128,10 +128,9 @@ def spec_for(
     mask: str,
 ) -> DenseSpec:
     """The tile for a target and head."""
-    rows, keys, warps, stages = tiles(target, head_dim, dtype)
-    return DenseSpec(
-        group, head_dim, dtype, causal, window, softcap, mask, rows, min(keys, 32), warps, stages
-    )
+    rows, keys, warps, _ = tiles(target, head_dim, dtype)
+    rows, keys = min(rows, 32), min(keys, 32)  # the mask's and the keys' addresses need registers too
+    return DenseSpec(group, head_dim, dtype, causal, window, softcap, mask, rows, keys, warps, stages=1)
 
 
 def emit(spec: DenseSpec) -> str:

@@ -192,7 +192,8 @@ role, index = draw(
 )
 """
 _SIDE = """
-role, index = draw(counters_ptr, sm % (prefill_share + decode_share) >= prefill_share, prefills, decodes)
+decodes_first = sm % (prefill_share + decode_share) >= prefill_share
+role, index = draw(counters_ptr, decodes_first, prefills, decodes)
 """
 
 # `one` is 1, but the compiler does not know: the loop is there for disable_licm, which keeps the tile's

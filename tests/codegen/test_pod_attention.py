@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from paged_world import Heads, Runner, World, bits
+
 from llm42c.codegen.ops import registry
 from llm42c.codegen.ops.pod_attention import check_metadata
-from paged_world import Heads, Runner, World, bits
 
 registry.load()
 
