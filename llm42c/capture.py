@@ -101,7 +101,11 @@ def _run_dynamo(
     compiled = torch.compile(model, backend=grab, fullgraph=True)
     for mark in set(model.__dict__) - before:  # that torch.compile leaves on the model
         del model.__dict__[mark]
-    with torch.no_grad(), contextlib.suppress(_GraphCapturedError, torch._dynamo.exc.BackendCompilerFailed):
+    # A number that differs from a model captured before (a scale, an epsilon) must stay a constant: Dynamo
+    # would otherwise make it an input, because the same code has been seen with another value.
+    constants = torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True)
+    stopped = contextlib.suppress(_GraphCapturedError, torch._dynamo.exc.BackendCompilerFailed)
+    with torch.no_grad(), constants, stopped:
         compiled(
             input_ids=input_ids,
             position_ids=positions,
