@@ -42,7 +42,7 @@ inline MatrixView as_rows(const at::Tensor& x, const char* op) {
 
 inline void check_dtype(const at::Tensor& t, const at::Tensor& like, const char* op, const char* name) {
   TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, ": expected ", name, " of dtype ", like.scalar_type(),
-              " as x, got ", t.scalar_type());
+                   " as x, got ", t.scalar_type());
 }
 
 inline at::Tensor linear_pack(const at::Tensor& weight) {
@@ -63,9 +63,9 @@ inline void check_packed(const at::Tensor& packed, int64_t n, int64_t k, const c
   check_not_negative(n, op, "n");
   check_not_negative(k, op, "k");
   TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == gemm::panel_count(n) && packed.size(1) == k &&
-                  packed.size(2) == gemm::panel_width() && packed.is_contiguous(),
-              op, ": expected linear_pack of a weight [", n, ", ", k, "], that is a contiguous tensor [",
-              gemm::panel_count(n), ", ", k, ", ", gemm::panel_width(), "], got ", packed.sizes());
+                    packed.size(2) == gemm::panel_width() && packed.is_contiguous(),
+                    op, ": expected linear_pack of a weight [", n, ", ", k, "], that is a contiguous tensor [",
+                    gemm::panel_count(n), ", ", k, ", ", gemm::panel_width(), "], got ", packed.sizes());
 }
 
 inline at::Tensor linear_unpack(const at::Tensor& packed, int64_t n, int64_t k) {
@@ -89,7 +89,8 @@ struct LinearCall {
     check_dtype(weight, x_, op, "weight");
     if (bias_) {
       check_dtype(*bias_, x_, op, "bias");
-      TORCH_CHECK_VALUE(bias_->dim() == 1 && bias_->size(0) == n, op, ": expected bias [", n, "], got ", bias_->sizes());
+      TORCH_CHECK_VALUE(bias_->dim() == 1 && bias_->size(0) == n, op, ": expected bias [", n, "], got ",
+                        bias_->sizes());
       bias = bias_->contiguous();
     }
     at::DimVector sizes(x_.sizes());
@@ -119,7 +120,7 @@ inline at::Tensor linear_dense(const at::Tensor& x, const at::Tensor& weight, co
   TORCH_CHECK_VALUE(weight.dim() == 2, "linear_dense: expected weight [N, K], got ", weight.sizes());
   LinearCall call("linear_dense", x, weight, bias, weight.size(0));
   TORCH_CHECK_VALUE(weight.size(1) == call.x.cols, "linear_dense: expected x [..., ", weight.size(1), "] for a weight ",
-              weight.sizes(), ", got ", x.sizes());
+                    weight.sizes(), ", got ", x.sizes());
   call.problem.dense = std::exchange(call.problem.packed, nullptr);
   call.problem.stride_n = weight.stride(0);
   call.problem.stride_k = weight.stride(1);
@@ -140,7 +141,7 @@ inline at::Tensor linear_add(const at::Tensor& x, const at::Tensor& packed, cons
   check_packed(packed, n, call.x.cols, "linear_add");
   check_dtype(residual, x, "linear_add", "residual");
   TORCH_CHECK_VALUE(residual.sizes() == call.out.sizes(), "linear_add: expected residual ", call.out.sizes(), ", got ",
-              residual.sizes());
+                    residual.sizes());
   const MatrixView r = as_rows(residual, "linear_add");
   call.problem.residual = r.keep.const_data_ptr();
   call.problem.residual_stride = r.stride;

@@ -14,9 +14,10 @@ inline at::Tensor empty_like_rows(const at::Tensor& x, int64_t cols) {
 inline at::Tensor norm_parameter(const std::optional<at::Tensor>& p, const MatrixView& x, const char* op,
                                  const char* name) {
   if (!p) return {};
-  TORCH_CHECK_VALUE(p->dim() == 1 && p->size(0) == x.cols, op, ": expected ", name, " [", x.cols, "], got ", p->sizes());
+  TORCH_CHECK_VALUE(p->dim() == 1 && p->size(0) == x.cols, op, ": expected ", name, " [", x.cols, "], got ",
+                    p->sizes());
   TORCH_CHECK_TYPE(p->scalar_type() == x.keep.scalar_type() || p->scalar_type() == at::kFloat, op, ": expected ", name,
-              " of dtype ", x.keep.scalar_type(), " (as x) or float32, got ", p->scalar_type());
+                   " of dtype ", x.keep.scalar_type(), " (as x) or float32, got ", p->scalar_type());
   return p->contiguous();
 }
 
@@ -40,7 +41,8 @@ inline at::Tensor rms_norm_weight(const std::optional<at::Tensor>& weight, const
                                   const char* op) {
   const at::Tensor w = norm_parameter(weight, x, op, "weight");
   TORCH_CHECK_TYPE(!cast_first || !w.defined() || w.scalar_type() == x.keep.scalar_type(), op,
-              ": with cast_first, expected weight of dtype ", x.keep.scalar_type(), " (as x), got ", w.scalar_type());
+                   ": with cast_first, expected weight of dtype ", x.keep.scalar_type(), " (as x), got ",
+                   w.scalar_type());
   return w;
 }
 
@@ -62,7 +64,7 @@ inline std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, cons
   const MatrixView view = as_rows(x, "add_rms_norm");
   check_dtype(residual, x, "add_rms_norm", "residual");
   TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "add_rms_norm: expected residual ", x.sizes(), " as x, got ",
-              residual.sizes());
+                    residual.sizes());
   const MatrixView r = as_rows(residual, "add_rms_norm");
   const at::Tensor w = rms_norm_weight(weight, view, cast_first, "add_rms_norm");
   const at::Tensor out = empty_like_rows(x, view.cols), sum = empty_like_rows(x, view.cols);
@@ -81,8 +83,8 @@ inline at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor
   const at::Tensor w = norm_parameter(weight, view, "layer_norm", "weight");
   const at::Tensor b = norm_parameter(bias, view, "layer_norm", "bias");
   TORCH_CHECK_TYPE(!w.defined() || !b.defined() || w.scalar_type() == b.scalar_type(),
-              "layer_norm: expected weight and bias of one dtype, got ", w.defined() ? w.scalar_type() : at::kFloat,
-              " and ", b.defined() ? b.scalar_type() : at::kFloat);
+                   "layer_norm: expected weight and bias of one dtype, got ",
+                   w.defined() ? w.scalar_type() : at::kFloat, " and ", b.defined() ? b.scalar_type() : at::kFloat);
   const at::Tensor out = empty_like_rows(x, view.cols);
   rowwise::Norm p = norm_call(view, w.defined() ? w : b, eps, out, "layer_norm");
   p.weight = w.defined() ? w.const_data_ptr() : nullptr;
@@ -102,16 +104,16 @@ inline at::Tensor silu_mul(const at::Tensor& x) {
 
 inline MatrixView rotary_table(const at::Tensor& table, const at::Tensor& x, const char* name) {
   check_dtype(table, x, "rotary", name);
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == x.size(0) && table.size(1) <= x.size(2) && table.size(1) % 2 == 0,
-              "rotary: expected ", name, " [T, R] with T = ", x.size(0), " and even R <= ", x.size(2), ", got ",
-              table.sizes());
+  const bool fits = table.dim() == 2 && table.size(0) == x.size(0) && table.size(1) <= x.size(2);
+  TORCH_CHECK_VALUE(fits && table.size(1) % 2 == 0, "rotary: expected ", name, " [T, R] with T = ", x.size(0),
+                    " and even R <= ", x.size(2), ", got ", table.sizes());
   return as_rows(table, "rotary");
 }
 
 inline at::Tensor rotary(const at::Tensor& x_, const at::Tensor& cos_, const at::Tensor& sin_) {
   TORCH_CHECK_VALUE(x_.dim() == 3, "rotary: expected x [T, H, D], got ", x_.sizes());
-  TORCH_CHECK_VALUE(cos_.sizes() == sin_.sizes(), "rotary: expected cos and sin of one shape, got ", cos_.sizes(), " and ",
-              sin_.sizes());
+  TORCH_CHECK_VALUE(cos_.sizes() == sin_.sizes(), "rotary: expected cos and sin of one shape, got ", cos_.sizes(),
+                    " and ", sin_.sizes());
   const at::Tensor x = x_.stride(2) == 1 ? x_ : x_.contiguous();
   const MatrixView cos = rotary_table(cos_, x, "cos"), sin = rotary_table(sin_, x, "sin");
   const at::Tensor out = empty_like_rows(x, x.size(2));
@@ -136,7 +138,8 @@ inline at::Tensor trailing(const at::Tensor& x, at::IntArrayRef dims, bool keepd
                            int64_t& cols) {
   std::vector<bool> reduced(size_t(x.dim()), dims.empty());
   for (int64_t d : dims) {
-    TORCH_CHECK_VALUE(d >= -x.dim() && d < x.dim(), "row_sum: expected dim in [", -x.dim(), ", ", x.dim() - 1, "], got ", d);
+    TORCH_CHECK_VALUE(d >= -x.dim() && d < x.dim(), "row_sum: expected dim in [", -x.dim(), ", ", x.dim() - 1,
+                      "], got ", d);
     TORCH_CHECK_VALUE(!reduced[size_t(d < 0 ? d + x.dim() : d)], "row_sum: dim ", d, " appears twice in ", dims);
     reduced[size_t(d < 0 ? d + x.dim() : d)] = true;
   }

@@ -12,10 +12,11 @@ namespace llm42::gemm {
 
 namespace {
 
-constexpr int64_t kBlockBytes = 24 * 1024;    // weights of one panel and one block of k: stay in L1
-constexpr int64_t kMaxRows = 256;             // rows whose partial sums are kept while a panel is read once
-constexpr int64_t kMacsPerThread = 1 << 15;   // below this, waking a thread costs more than it saves
-constexpr int64_t kChunkElements = 1 << 24;   // of x, converted to fp32 at a time
+constexpr int64_t kBlockBytes = 24 << 10;      // weights of one panel and one block of k: stay in L1,
+constexpr int64_t kNearBlockBytes = 12 << 10;  // or these together with the block that follows
+constexpr int64_t kMaxRows = 256;              // rows whose partial sums are kept while a panel is read once
+constexpr int64_t kMacsPerThread = 1 << 15;    // below this, waking a thread costs more than it saves
+constexpr int64_t kChunkElements = 1 << 24;    // of x, converted to fp32 at a time
 
 struct WidenedX;
 struct Partials;
@@ -24,10 +25,10 @@ struct Merged;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Length of the blocks of k: as few as fit kBlockBytes, of about equal size.
+// Length of the blocks of k: as few as fit `bytes`, of about equal size.
 template <class T>
-int64_t block_k(int64_t k) {
-  const int64_t most = kBlockBytes / int64_t(kPanel * sizeof(T));
+int64_t block_k(int64_t k, int64_t bytes) {
+  const int64_t most = bytes / int64_t(kPanel * sizeof(T));
   return k <= most ? k : ceil_div(k, ceil_div(k, most));
 }
 
@@ -53,8 +54,14 @@ struct Job {
   // Rows m0..m1 of x times one panel -> c: [m1 - m0, kPanel]. The packed weights that are read after each
   // block are fetched meanwhile, evenly spread over its tiles; after this panel comes panel `next`.
   void product(int64_t panel, int64_t next, int64_t m0, int64_t m1, float* c) const {
+    m1 - m0 > kRows ? product<true>(panel, next, m0, m1, c) : product<false>(panel, next, m0, m1, c);
+  }
+
+  template <bool kNear>
+  void product(int64_t panel, int64_t next, int64_t m0, int64_t m1, float* c) const {
     if (p.k == 0) std::fill(c, c + (m1 - m0) * kPanel, 0.f);
-    const int64_t tiles = ceil_div(m1 - m0, kRows), block_len = block_k<T>(p.k);
+    const int64_t tiles = ceil_div(m1 - m0, kRows);
+    const int64_t block_len = block_k<T>(p.k, kNear ? kNearBlockBytes : kBlockBytes);
     for (int64_t k0 = 0; k0 < p.k; k0 += block_len) {
       const int64_t kc = std::min(block_len, p.k - k0);
       const T* w = block(panel, k0, kc);
@@ -63,8 +70,9 @@ struct Job {
       const int64_t step = share * int64_t(sizeof(T)) / kc / passes(int(std::min<int64_t>(m1 - m0, kRows)));
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = m0 + i * kRows;
-        tile_rows(std::min<int64_t>(kRows, m1 - m), x + m * lda + k0, lda, w, kc, c + (m - m0) * kPanel, k0 > 0,
-                  Prefetch{reinterpret_cast<const char*>(follow + i * share), step});
+        const Prefetch fetch{reinterpret_cast<const char*>(follow + i * share), step};
+        tile_rows<kNear>(std::min<int64_t>(kRows, m1 - m), x + m * lda + k0, lda, w, kc, c + (m - m0) * kPanel, k0 > 0,
+                         fetch);
       }
     }
   }
