@@ -104,9 +104,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _grouped(module: Any, rows: Tensor, name: str, group: Tensor) -> Tensor:
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    return torch.ops.llm42.grouped_linear(  # type: ignore[no-any-return]
-        rows, getattr(module, name), bias, group, module.is_transposed
-    )
+    return torch.ops.llm42.grouped_linear(rows, getattr(module, name), bias, group, module.is_transposed)
 
 
 @contextlib.contextmanager

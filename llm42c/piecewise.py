@@ -20,7 +20,7 @@ from llm42c.clusters import Cluster, find_clusters, outline, structural_hash
 from llm42c.options import Reductions
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import Kind, kind
-from llm42c.passes.sizes import SYMBOLS, symbolic
+from llm42c.passes.sizes import SYMBOLS, rebased, symbolic
 from llm42c.straightline import Step, emit
 
 
@@ -88,6 +88,7 @@ def _compile_cluster(
     if symbols:
         env = next(iter(symbols.values())).node.shape_env
         mode = FakeTensorMode(shape_env=env)
+        symbols = rebased(values, symbols)
         values = [symbolic(v, symbols, mode) for v in values]
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
         return compile_module(module, values)

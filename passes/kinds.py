@@ -44,8 +44,8 @@ _EXACT = _names(
     "add sub mul div neg abs square sqrt rsqrt reciprocal relu clamp maximum minimum eq ne lt le gt ge "
     "to floor ceil round trunc sign rsub and_ or_ xor invert not_ logical_and logical_or logical_not "
     "logical_xor isnan isinf isfinite floor_divide floordiv remainder mod fmod bitwise_and bitwise_or "
-    "bitwise_not bitwise_xor iadd isub imul add_ sub_ mul_ div_ clamp_ clamp_min clamp_max relu_ float "
-    "half bfloat16 double long int bool type_as type bucketize searchsorted diff __and__ __or__ "
+    "bitwise_not bitwise_xor iadd isub imul itruediv add_ sub_ mul_ div_ clamp_ clamp_min clamp_max relu_ "
+    "float half bfloat16 double long int bool type_as type bucketize searchsorted diff __and__ __or__ "
     "__invert__ __rsub__ nan_to_num outer rshift lshift"
 )
 _TRANSCENDENTAL = _names(

@@ -11,6 +11,7 @@ Nothing may bake a prime into an argument; :func:`baked` finds such a fault.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -122,6 +123,23 @@ def symbolic(v: Any, symbols: dict[int, torch.SymInt], mode: FakeTensorMode) -> 
     strides = [_symbolic_size(s, symbols) for s in v.stride()]
     with mode:
         return torch.empty_strided(sizes, strides, dtype=v.dtype, device=v.device)
+
+
+def rebased(values: list[Any], symbols: dict[int, torch.SymInt]) -> dict[int, torch.SymInt]:
+    """``symbols`` for a part of a graph that sees a size in multiples only: the multiple is its size.
+
+    Inductor must find each symbol itself among the sizes of its inputs.
+    """
+    numbers = [v for v in values if isinstance(v, int)]
+    numbers += [n for v in values if isinstance(v, Tensor) for n in (*v.shape, *v.stride())]
+    factors = {
+        prime: [divmod(n, prime) for n in numbers if n >= prime and n % prime < _OFFSET] for prime in symbols
+    }
+    found = {}
+    for prime, symbol in symbols.items():
+        whole = all(rest == 0 for _, rest in factors[prime])
+        found[prime * (math.gcd(*(f for f, _ in factors[prime])) or 1 if whole else 1)] = symbol
+    return found
 
 
 def _symbolic_size(n: int, symbols: dict[int, torch.SymInt]) -> Any:
