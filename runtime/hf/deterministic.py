@@ -117,7 +117,8 @@ def _handle(model: PreTrainedModel, options: dict[str, Any], original: Any = Non
         if handle.options == options:
             return handle
         handle.remove()
-    handle = Handle(model, original or model.generate, options)
+    own: Any = original or model.generate
+    handle = Handle(model, own, options)
     handle.install()
     return handle
 

@@ -231,15 +231,15 @@ def _assemble(call: Call, rows: Sequence[Row], length: int) -> Any:
     if not call.config.return_dict_in_generate:
         return sequences
     logprobs = torch.zeros(len(rows), length)
-    for i, row in enumerate(rows):
-        known = row.logprobs[: length if call.together else row.end]
-        logprobs[i, : len(known)] = torch.tensor(known, dtype=torch.float32)
-    return DeterministicOutput(
-        sequences=sequences,
-        scores=_per_step([r.scores for r in rows], length, call) if call.wants_scores else None,
-        logits=_per_step([r.logits for r in rows], length, call) if call.wants_logits else None,
-        logprobs=logprobs,
-    )
+    lengths = torch.tensor([length if call.together else row.end for row in rows])
+    for values, row, end in zip(logprobs, rows, lengths.tolist(), strict=True):
+        values[:end] = torch.tensor(row.logprobs[:end], dtype=torch.float32)
+    parts: dict[str, Any] = {"sequences": sequences, "logprobs": logprobs, "lengths": lengths}
+    if call.wants_scores:
+        parts["scores"] = _per_step([r.scores for r in rows], length, call)
+    if call.wants_logits:
+        parts["logits"] = _per_step([r.logits for r in rows], length, call)
+    return DeterministicOutput(**parts)
 
 
 def _per_step(rows: list[list[Tensor]], length: int, call: Call) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from llm42c.codegen.cpu import build
 
 FUNCTIONS = ("exp", "exp_nonpositive", "log", "neg_log1m", "tanh")

@@ -115,8 +115,7 @@ def test_streams_share_the_engine() -> None:
 def test_leaving_a_stream_aborts_its_request() -> None:
     async def first() -> int:
         stream = wrapped().llm42.stream(PROMPTS[0], max_new_tokens=200, do_sample=False)
-        async for token in stream:
-            break
+        token = await anext(stream)
         await stream.aclose()
         return token.token_id
 

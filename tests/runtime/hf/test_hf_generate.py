@@ -1,4 +1,4 @@
-"""`generate`: the semantics of every argument against Hugging Face eager, and rows that know nothing of the batch."""
+"""`generate`: every argument means what it means in Hugging Face, and no row knows of the batch."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_transition_scores_work() -> None:
     assert torch.allclose(scores, out.logprobs, atol=1e-5)
 
 
-# -- rows and padding ------------------------------------------------------------------------------------------
+# -- rows and padding ----------------------------------------------------------------------------------
 
 
 def test_padding_on_either_side_and_inside() -> None:
@@ -360,7 +360,7 @@ def test_no_arguments_at_all_starts_from_bos() -> None:
     assert torch.equal(wrapped().generate(do_sample=False), plain().generate(do_sample=False))
 
 
-# -- stop rules, streamers, errors -----------------------------------------------------------------------------
+# -- stop rules, streamers, errors ---------------------------------------------------------------------
 
 
 class Collector:

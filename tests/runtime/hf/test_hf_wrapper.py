@@ -169,7 +169,7 @@ def test_training_mode_has_no_dropout() -> None:
     assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
 
 
-# -- decorators ------------------------------------------------------------------------------------------------
+# -- decorators ----------------------------------------------------------------------------------------
 
 
 def test_decorated_class(tmp_path: Any) -> None:
@@ -234,7 +234,7 @@ def test_clear_errors() -> None:
             llm42c.deterministic(wrong)
 
 
-# -- models that are refused -------------------------------------------------------------------------------------
+# -- models that are refused ---------------------------------------------------------------------------
 
 
 def _small(**extra: Any) -> dict[str, Any]:

@@ -153,15 +153,15 @@ def solo(model: Any, prompts: list[list[int]], **arguments: Any) -> list[tuple[l
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **arguments
         )
-        for row, logprobs in zip(out.sequences, out.logprobs, strict=True):
-            found.append((row[len(p) :].tolist(), bits(logprobs).tolist()))
+        for row, logprobs, n in zip(out.sequences, out.logprobs, out.lengths.tolist(), strict=True):
+            found.append((row[len(p) : len(p) + n].tolist(), bits(logprobs)[:n].tolist()))
     return found
 
 
 def assert_rows(out: Any, width: int, expected: list[tuple[list[int], list[int]]]) -> None:
     """Each row of a batch is its solo run, bit for bit, and then padding."""
     new, logprobs = out.sequences[:, width:], bits(out.logprobs)
-    assert len(new) == len(expected)
+    assert out.lengths.tolist() == [len(tokens) for tokens, _ in expected]
     for i, (tokens, values) in enumerate(expected):
         assert new[i, : len(tokens)].tolist() == tokens, f"row {i}"
         assert logprobs[i, : len(tokens)].tolist() == values, f"row {i}"
