@@ -7,8 +7,8 @@ Prints one line a violation and exits 1 if there are any. The rules:
 1. A file imports only from its own layer and the layers below it.
 2. Inside a function or under TYPE_CHECKING, `llm42c/__init__.py` and `llm42c/cli/` may also import
    `llm42c.runtime`: the command line starts engines, but importing it must not.
-3. Implementations of operators never import each other (`codegen/cpu`, `codegen/triton`, `codegen/mlir`),
-   and `codegen/ops` imports none of them when it is itself imported.
+3. Implementations of operators never import each other (`codegen/cpu`, `codegen/dist`, `codegen/triton`,
+   `codegen/mlir`), and `codegen/ops` imports none of them when it is itself imported.
 4. Nothing imports a package by the name of its folder (`passes.x` instead of `llm42c.passes.x`): that
    works in a checkout and nowhere else.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAYERS = ("codegen", "passes", "llm42c", "runtime")
-IMPLEMENTATIONS = ("cpu", "triton", "mlir")
+IMPLEMENTATIONS = ("cpu", "dist", "triton", "mlir")
 PACKAGE = "llm42c"
 
 

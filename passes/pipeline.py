@@ -9,11 +9,13 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.add_rms_norm import add_rms_norm
+from llm42c.passes.allreduce_rmsnorm import allreduce_rmsnorm
 from llm42c.passes.attention_eager import attention_eager
 from llm42c.passes.attention_sdpa import attention_sdpa
 from llm42c.passes.base import PACKED, PLAIN, STOCK, Context, Pass, PassReport, Report
 from llm42c.passes.check import check
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
+from llm42c.passes.collectives import collectives
 from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.layout import layout
 from llm42c.passes.linear import linear
@@ -25,6 +27,7 @@ from llm42c.passes.normalize import normalize
 from llm42c.passes.pod_attention import pod_attention
 from llm42c.passes.position_table import position_table
 from llm42c.passes.reductions import reductions
+from llm42c.passes.residual_shards import residual_shards
 from llm42c.passes.rms_norm import rms_norm
 from llm42c.passes.rotary import merge_rotary, rotary
 from llm42c.passes.sizes import SYMBOLS, baked, concretise
@@ -34,6 +37,7 @@ _PACKED = frozenset({PACKED})
 _ALL = frozenset({PLAIN, PACKED, STOCK})
 
 PASSES: tuple[Pass, ...] = (
+    Pass("collectives", collectives),
     Pass("normalize", normalize, _ALL),
     Pass("dead_code", dead_code, _ALL),
     Pass("common_subexpressions", common_subexpressions, _ALL),
@@ -44,6 +48,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("rms_norm", rms_norm),
     Pass("layer_norm", layer_norm),
     Pass("add_rms_norm", add_rms_norm),
+    Pass("allreduce_rmsnorm", allreduce_rmsnorm),
+    Pass("residual_shards", residual_shards),
     Pass("linear_silu_mul", linear_silu_mul),
     Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),

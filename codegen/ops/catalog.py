@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from llm42c.codegen.ops import (
     activation,
+    all_reduce_add_rms_norm,
+    collectives,
     dense_attention,
     grouped_linear,
     linear,
@@ -18,6 +20,8 @@ from llm42c.codegen.ops.registry import Operator
 
 OPERATORS: tuple[Operator, ...] = (
     activation.OP,
+    *all_reduce_add_rms_norm.OPERATORS,
+    *collectives.OPERATORS,
     dense_attention.OP,
     grouped_linear.OP,
     *linear.OPERATORS,

@@ -27,6 +27,7 @@ class Operator:
     ``backward``/``setup_context`` are given to ``torch.library.register_autograd``; torch warns when
     something is differentiated through an operator without them. Such a formula is Python code that runs
     at every call outside ``torch.inference_mode()``, also under ``no_grad``, and costs microseconds.
+    ``composite`` is an implementation in Python on CPU tensors, with ``on_cuda`` on CUDA tensors too.
     """
 
     schema: str
@@ -36,6 +37,7 @@ class Operator:
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
     composite: Callable[..., Any] | None = None
+    on_cuda: bool = False
 
     @property
     def name(self) -> str:
@@ -78,6 +80,8 @@ def define() -> None:
                 )
             if op.composite is not None:
                 library.impl(op.name, op.composite, "CPU")
+                if op.on_cuda:
+                    library.impl(op.name, op.composite, "CUDA")
         from llm42c.codegen.triton import register
 
         register.register(library)

@@ -1,0 +1,1 @@
+"""Collective operators through ``torch.distributed``: Gloo on CPUs, NCCL on GPUs."""

@@ -1,0 +1,134 @@
+"""All-reduce, residual addition and RMSNorm as one operator: what joins the halves of a decoder layer.
+
+In a tensor-parallel decoder each rank holds a partial sum x_r of the attention's (or the MLP's) output:
+
+    s      = round(((x_0 + x_1) + x_2) + …)      fp32, ranks ascending, rounded to x's dtype
+    total  = round(residual + s)                 in residual's dtype
+    normed = rms_norm(total)                     as ``llm42::rms_norm``, rounding where it rounds
+
+These are the roundings of the unfused graph ``llm42::all_reduce`` → (cast) → ``llm42::add_rms_norm``, so
+the fused operator has its bits, for any number of rows. x and residual may differ in dtype: s is then cast
+to the residual's.
+
+Two forms of the residual:
+
+``all_reduce_add_rms_norm``            every rank holds all rows of the residual; s travels, each rank norms
+                                       all rows.
+``all_reduce_add_rms_norm_sharded``    rank r holds rows ``[r * chunk, (r + 1) * chunk)`` of it, chunk =
+                                       ceil(R / group size), rows past the end zero; each rank reduces, adds
+                                       and norms its own rows, and only normed travels back. Addition and
+                                       norm cost 1 / group size, and the residual's memory too. The next
+                                       layer takes the shard as it is. (The scheme of TokenWeave, MLSys 2026,
+                                       section 3.)
+
+A row's arithmetic is the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm42c.codegen.ops.collectives import (
+    RANK_ORDER,
+    all_reduce_reference,
+    chunk_rows,
+    on_group,
+    require_float,
+    shard_rows_reference,
+)
+from llm42c.codegen.ops.norm import ADD_RMS_NORM
+from llm42c.codegen.ops.registry import Operator
+
+_REDUCTION = f"{RANK_ORDER}; then over a row: {ADD_RMS_NORM.reduction}"
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    require_float(x)
+    total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return torch.empty_like(total), total
+
+
+def _sharded_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    group_size: int,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    require_float(x)
+    normed = torch.empty_like(x, dtype=residual.dtype, memory_format=torch.contiguous_format)
+    rows = chunk_rows(x.numel() // x.shape[-1], group_size)
+    return normed, residual.new_empty((rows, x.shape[-1]))
+
+
+def reference(
+    xs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """(normed, total) in fp64 from all ranks' x, without any rounding."""
+    total = all_reduce_reference(xs) + residual.double()
+    normed: Tensor = ADD_RMS_NORM.reference(
+        total, torch.zeros_like(total), weight, eps, weight_offset, cast_first
+    )[0]
+    return normed, total
+
+
+def _sharded_reference(
+    xs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference`, from the whole residual; total is the rank's shard."""
+    normed, total = reference(xs, residual, weight, eps, weight_offset, cast_first)
+    return normed, shard_rows_reference(total, len(xs), rank)
+
+
+# x: [..., H]; residual: x's shape; weight: [H] → (normed, total), both of the residual's shape and dtype.
+FULL = Operator(
+    schema=(
+        "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset,"
+        " bool cast_first, str group_name) -> (Tensor, Tensor)"
+    ),
+    fake=_fake,
+    reference=reference,
+    reduction=_REDUCTION,
+    composite=on_group("all_reduce_add_rms_norm", symmetric=True),
+    on_cuda=True,
+)
+
+# x: [..., H] of R rows; residual: [ceil(R / group_size), H] → (normed [..., H], total of residual's shape).
+SHARDED = Operator(
+    schema=(
+        "all_reduce_add_rms_norm_sharded(Tensor x, Tensor residual, Tensor? weight, float eps,"
+        " float weight_offset, bool cast_first, int group_size, str group_name) -> (Tensor, Tensor)"
+    ),
+    fake=_sharded_fake,
+    reference=_sharded_reference,
+    reduction=_REDUCTION,
+    composite=on_group("all_reduce_add_rms_norm_sharded", symmetric=True),
+    on_cuda=True,
+)
+
+OPERATORS = (FULL, SHARDED)
