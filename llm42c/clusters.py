@@ -68,7 +68,7 @@ def _components(members: list[fx.Node], level: dict[fx.Node, int]) -> list[list[
 
 
 def _trim(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Without the views and tuple accesses at the end that only others use: outputs own their storage."""
+    """Without views at the end that only others use (outputs own their storage), and with whole tuples."""
     kept = set(nodes)
     for node in reversed(nodes):
         if kind(node) is Kind.VIEW and not any(u in kept for u in node.users):
@@ -80,7 +80,15 @@ def _trim(nodes: list[fx.Node]) -> list[fx.Node]:
             and any(u not in kept for u in node.users)
         ):
             kept.discard(node)
-    return [n for n in nodes if n in kept]
+    # And an access needs its call: a tuple as input would hide the sizes of its tensors.
+    return [
+        n for n in nodes if n in kept and not any(_is_tuple(s) and s not in kept for s in n.all_input_nodes)
+    ]
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    v = g.value(node)
+    return isinstance(v, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in v)
 
 
 def _is_worthwhile(nodes: list[fx.Node]) -> bool:

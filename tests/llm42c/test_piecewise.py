@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 
 import pytest
 import tiny
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm42c.clusters import find_clusters, outline, structural_hash
+from llm42c.passes import graph as g
 from llm42c.passes import pipeline
 from llm42c.passes.kinds import Kind, kind
 from llm42c.piecewise import compile_piecewise
@@ -56,6 +59,23 @@ def test_clusters_are_sound(family):
                 above.add(node)
                 stack += node.all_input_nodes
         assert not above & inside
+
+
+def test_no_cluster_takes_a_tuple():
+    """Of a topk that stands outside, its values come in as a tensor, whose sizes Inductor sees."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    top = graph.call_function(torch.topk, (x, 2))
+    values, indices = (graph.call_function(operator.getitem, (top, i)) for i in (0, 1))
+    made = graph.call_function(torch.exp, (graph.call_function(torch.tanh, (values,)),))
+    graph.output((made, indices))
+    with FakeTensorMode() as mode:
+        x.meta[g.VALUE] = torch.empty(5, 4)
+        for node in list(graph.nodes)[1:-1]:
+            g.compute_value(node, mode)
+    (cluster,) = find_clusters(graph)
+    assert cluster.inputs == [values]
+    assert cluster.outputs == [made]
 
 
 def test_rows_of_a_program_with_clusters():
