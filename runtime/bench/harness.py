@@ -1,6 +1,6 @@
 """The harness: contenders take turns on each workload, and medians and ratios go into one CSV.
 
-Taking turns (ours, peer, ours, peer, …) means that a slow minute of the machine slows all of them; the
+Taking turns (ours, peer, peer, ours, …) means that a slow minute of the machine slows all of them; the
 ratio of a pair of neighbours is more stable than either rate.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ class Result:
     rates: list[float]
     lead: float  # median over rounds of (rate of the first contender / rate of this one)
     differ: int | None  # outputs that differ between alone and together; None: not looked at
-    counters: dict[str, Any] = field(default_factory=dict)  # of the measured rounds together
+    counters: Mapping[str, Any] = field(default_factory=dict)  # of its own turns, all rounds together
 
     @property
     def median(self) -> float:
@@ -93,13 +94,16 @@ def measure(
     for i, contender in enumerate(contenders):
         progress(label, i, total)
         contender.warm_up(case.prompts, case.new_tokens)
-    before = [c.counters() for c in contenders]
+    spent: list[Counter[str]] = [Counter() for _ in contenders]
     samples: list[list[Sample]] = [[] for _ in contenders]
     for r in range(rounds):
-        for i, contender in enumerate(contenders):
-            progress(label, (r + 1) * len(contenders) + i, total)
+        # Every other round runs backwards: whoever comes after the slowest engine finds the coldest caches.
+        for done, i in enumerate(range(len(contenders))[:: -1 if r % 2 else 1]):
+            contender = contenders[i]
+            progress(label, (r + 1) * len(contenders) + done, total)
+            before = contender.counters()
             samples[i].append(contender.run(case.prompts, case.new_tokens))
-    after = [c.counters() for c in contenders]
+            spent[i].update({k: v - before[k] for k, v in contender.counters().items()})
     progress(label, total, total)
     results = []
     for i, contender in enumerate(contenders):
@@ -108,8 +112,7 @@ def measure(
         changed = (
             _differing(contender, case, samples[i][-1]) if differ and case.requests == _DIFFER_AT else None
         )
-        spent = {name: value - before[i][name] for name, value in after[i].items()}
-        results.append(Result(case, contender.name, rates, lead, changed, spent))
+        results.append(Result(case, contender.name, rates, lead, changed, spent[i]))
     return results
 
 

@@ -48,7 +48,7 @@ def test_engines_take_turns_and_ratios_are_of_neighbours() -> None:
     log: list[str] = []
     a, b = Scripted("a", [1.0, 2.0, 4.0], log), Scripted("b", [2.0, 2.0, 8.0], log)
     first, second = harness.measure([a, b], harness.Case("decode", 4), 3, _quiet)
-    assert log == ["warm a", "warm b", "a", "b", "a", "b", "a", "b"]
+    assert log == ["warm a", "warm b", *"abbaab"]
     assert first.rates == [512.0, 256.0, 128.0]
     assert (first.median, first.lead) == (256.0, 1.0)
     assert second.lead == 2.0
