@@ -31,7 +31,7 @@ def prepare_batch(
     for name in _IGNORED:
         keywords.pop(name, None)
     if keywords.get("streamer") is not None:
-        raise RequestError("streamer: generate_batch has no streamer; use the model's llm42.stream")
+        raise RequestError("streamer: only generate takes one; model.llm42.stream yields tokens as they come")
     longest = torch.tensor([max(prompts, key=len)])
     keywords = {"generation_config": generation_config, "attention_mask": torch.ones_like(longest)} | keywords
     keywords["inputs"] = longest
@@ -50,9 +50,10 @@ def _relative(new: str, total: str, keywords: dict[str, Any], sources: Sequence[
     )
 
 
-def _ids(index: int, prompt: Sequence[int]) -> list[int]:
-    if isinstance(prompt, torch.Tensor):
-        prompt = prompt.reshape(-1).tolist()
+def _ids(index: int, prompt: Any) -> list[int]:
+    if hasattr(prompt, "tolist"):  # a tensor or an array, [n] or [1, n]
+        prompt = prompt.tolist()
+        prompt = prompt[0] if len(prompt) == 1 and isinstance(prompt[0], list) else prompt
     if not prompt or not all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
         raise RequestError(f"inputs[{index}] must be a non-empty list of token ids")
     return list(prompt)

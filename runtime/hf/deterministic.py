@@ -16,6 +16,8 @@ from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.hf.handle import Handle
 from llm42c.support import require_supported
 
+# Of a decorated class: the class as it was; of its instances: set while they are ordinary models.
+_BASE, _OFF = "_llm42_base", "_llm42_off"
 _OPTIONS = ("fast", "keep_weights", "persist_certificates", *(f.name for f in fields(EngineConfig)))
 
 
@@ -74,26 +76,27 @@ class Deterministic:
     @contextlib.contextmanager
     def off(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Inside this block the model is the ordinary one, weights included."""
-        handle = _require(model)
-        handle.remove()
-        plain = "generate" in type(model).__dict__ and hasattr(type(model), "_llm42_base")
-        if plain:  # the class itself is deterministic
-            model.__dict__["generate"] = handle._original
+        handle = self._take_off(model)
         try:
             yield model
         finally:
-            if plain:
-                del model.__dict__["generate"]
+            model.__dict__.pop(_OFF, None)
             handle.install()
             handle.release()
 
     def undo(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make the model ordinary again, exactly as it was; returns it."""
-        handle = _require(model)
-        handle.remove()
-        if hasattr(type(model), "_llm42_base"):
-            model.__dict__["generate"] = handle._original
+        self._take_off(model)
         return model
+
+    def _take_off(self, model: PreTrainedModel) -> Handle:
+        handle = getattr(model, "llm42", None)
+        if not isinstance(handle, Handle):
+            raise ValueError(f"this {type(model).__name__} is not deterministic")
+        handle.remove()
+        if hasattr(type(model), _BASE):
+            model.__dict__[_OFF] = True
+        return handle
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -103,24 +106,32 @@ def _check_options(options: dict[str, Any]) -> None:
             raise OptionsError(f"unknown option {key!r} of llm42c.deterministic; did you mean {near!r}?")
 
 
-def _require(model: PreTrainedModel) -> Handle:
-    handle = model.__dict__.get("llm42")
-    if not isinstance(handle, Handle):
-        raise ValueError(f"this {type(model).__name__} is not deterministic")
-    return handle
-
-
-def _handle(model: PreTrainedModel, options: dict[str, Any], original: Any = None) -> Handle:
+def _handle(model: Any, options: dict[str, Any]) -> Handle:
     """The model's handle, installed; one with other options is replaced."""
     handle = model.__dict__.get("llm42")
     if isinstance(handle, Handle):
         if handle.options == options:
             return handle
         handle.remove()
-    own: Any = original or model.generate
-    handle = Handle(model, own, options)
+    model.__dict__.pop(_OFF, None)
+    base = getattr(type(model), _BASE, None)
+    handle = Handle(model, model.generate if base is None else base.generate.__get__(model), options)
     handle.install()
     return handle
+
+
+class _FirstUse:
+    """`llm42` of a decorated class: an instance gets its handle when it is first asked for."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            return self
+        if _OFF in model.__dict__:
+            raise AttributeError(f"this {owner.__name__} is not deterministic")
+        return _handle(model, self._options)
 
 
 def _decorated_class(cls: type, options: dict[str, Any]) -> type:
@@ -131,23 +142,22 @@ def _decorated_class(cls: type, options: dict[str, Any]) -> type:
         )
     base: Any = cls
 
-    def own(model: Any) -> Handle:
-        return _handle(model, options, base.generate.__get__(model))
+    def dispatch(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(base, name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _OFF in self.__dict__:
+                return getattr(base, name)(self, *args, **kwargs)
+            return getattr(self.llm42, name)(*args, **kwargs)
 
-    @functools.wraps(base.generate)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self).generate(*args, **kwargs)
-
-    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self).generate_batch(*args, **kwargs)
+        return method
 
     body = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "_llm42_base": cls,
-        "generate": generate,
-        "generate_batch": generate_batch,
+        _BASE: cls,
+        "llm42": _FirstUse(options),
+        **{name: dispatch(name) for name in ("generate", "generate_batch", "init_continuous_batching")},
     }
     return type(cls.__name__, (cls,), body)
 

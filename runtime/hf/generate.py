@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +20,6 @@ from llm42c.runtime.hf.processors import Recorder, RowProcessor, split
 from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.rows import Row, Run
 from llm42c.runtime.sampling import SamplingParams
-
-
-class StreamedToken(NamedTuple):
-    """One committed token and its exact log-probability."""
-
-    token_id: int
-    logprob: float
 
 
 @dataclass
@@ -230,7 +222,7 @@ def _assemble(call: Call, rows: Sequence[Row], length: int) -> Any:
     sequences = torch.cat([call.input_ids, new], dim=1)
     if not call.config.return_dict_in_generate:
         return sequences
-    logprobs = torch.zeros(len(rows), length)
+    logprobs = torch.zeros(len(rows), length, dtype=torch.float32)
     lengths = torch.tensor([length if call.together else row.end for row in rows])
     for values, row, end in zip(logprobs, rows, lengths.tolist(), strict=True):
         values[:end] = torch.tensor(row.logprobs[:end], dtype=torch.float32)
@@ -249,19 +241,3 @@ def _per_step(rows: list[list[Tensor]], length: int, call: Call) -> tuple[Tensor
         torch.stack([row[i] if i < len(row) else zero for row in rows]).to(call.input_ids.device)
         for i in range(length)
     )
-
-
-async def stream(call: Call, pump: Pump) -> AsyncIterator[StreamedToken]:
-    """Tokens of one prompt as they are committed. Leaving the iterator aborts the request."""
-    prompts = args.rows_of(call.input_ids, call.model_kwargs.get("attention_mask"), None)
-    if len(prompts) != 1:
-        raise RequestError(f"stream takes one prompt and one return sequence, not {len(prompts)} rows")
-    rows = make_rows(call, prompts)
-    sent = 0
-    with Run(pump, rows, stream=True, together=False) as run:
-        while run.active:
-            await asyncio.to_thread(run.advance)
-            _raise_first(rows)
-            while sent < len(rows[0].tokens):
-                yield StreamedToken(rows[0].tokens[sent], rows[0].logprobs[sent])
-                sent += 1

@@ -7,8 +7,9 @@ needs them: a direct forward pass, `to`, `load_state_dict`, `off`, `undo`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -16,16 +17,20 @@ from torch import nn
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from llm42c.capture import kv_spec
+from llm42c.errors import RequestError
 from llm42c.runtime.contract import Contract
-from llm42c.runtime.hf import batch, generate
-from llm42c.runtime.hf.generate import StreamedToken
+from llm42c.runtime.hf import batch, generate, streaming
 from llm42c.runtime.hf.pump import Pump
+from llm42c.runtime.hf.streaming import StreamedToken
 from llm42c.runtime.loader import BuiltEngine, build_engine
 from llm42c.runtime.stats import Stats
 from llm42c.support import require_supported
 
 _KV_BUDGET = 256 * 2**20
-_ATTRIBUTES = ("generate", "generate_batch", "_apply", "__getstate__", "llm42")
+_ATTRIBUTES = (
+    *("generate", "generate_batch", "init_continuous_batching"),
+    *("num_parameters", "_apply", "__getstate__", "llm42"),
+)
 
 
 class Handle:
@@ -49,18 +54,22 @@ class Handle:
         self._fingerprint: tuple[Any, ...] = ()
         self._hooks: list[Any] = []
 
+    def __repr__(self) -> str:
+        if self._pump is None:
+            return f"<deterministic {type(self.model).__name__}, not compiled yet>"
+        return f"<deterministic {type(self.model).__name__}, contract {self._pump.engine.contract.hash[:16]}>"
+
     # -- what a user calls -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(self, *positional: Any, **keywords: Any) -> Any:
         """Hugging Face's `generate`, deterministic; takes `seed=` (an int, or one for each prompt) besides.
 
         Raises RequestError, naming the argument, for what cannot be kept.
         """
-        call = generate.prepare(self.model, self._original, positional, keywords)
-        return generate.generate(call, self._ready())
+        with _own_modes():
+            call = generate.prepare(self.model, self._original, positional, keywords)
+            return generate.generate(call, self._ready())
 
-    @torch.no_grad()
     def generate_batch(
         self,
         inputs: list[list[int]],
@@ -73,21 +82,42 @@ class Handle:
         """Hugging Face's `generate_batch`, deterministic; takes the arguments of `generate` besides."""
         if not len(inputs):
             return {}
-        call, prompts = batch.prepare_batch(self.model, self._original, inputs, generation_config, keywords)
-        return batch.generate_batch(
-            call, prompts, self._ready(), record_timestamps=record_timestamps, progress_bar=progress_bar
-        )
+        with _own_modes():
+            call, prompts = batch.prepare_batch(
+                self.model, self._original, inputs, generation_config, keywords
+            )
+            return batch.generate_batch(
+                call, prompts, self._ready(), record_timestamps=record_timestamps, progress_bar=progress_bar
+            )
 
-    async def stream(self, inputs: Any, **keywords: Any) -> AsyncIterator[StreamedToken]:
-        """Committed tokens of one prompt (a list of ids or a tensor [n] or [1, n]), as they come."""
-        if not isinstance(inputs, torch.Tensor):
-            inputs = torch.tensor(list(inputs))
-        inputs = inputs.reshape(1, -1) if inputs.dim() == 1 else inputs
-        keywords.setdefault("attention_mask", torch.ones_like(inputs))
-        with torch.no_grad():
-            call = generate.prepare(self.model, self._original, (inputs,), keywords)
-        async for token in generate.stream(call, self._ready()):
+    async def stream(
+        self,
+        inputs: Any,
+        generation_config: Any = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        **keywords: Any,
+    ) -> AsyncIterator[StreamedToken]:
+        """Committed tokens as they come, for the arguments of `generate_batch`.
+
+        inputs: one prompt (ids, or a tensor [n]) or several (a list of those, or a tensor [B, W] with its
+        attention_mask). Leaving the iterator aborts what has not ended.
+        """
+        with _own_modes():
+            prompts = streaming.prompts_of(inputs, attention_mask)
+            call, prompts = batch.prepare_batch(
+                self.model, self._original, prompts, generation_config, keywords
+            )
+            pump = self._ready()
+        async for token in streaming.stream(call, prompts, pump):
             yield token
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Hugging Face's own batching would answer by what shares a batch. Raises RequestError."""
+        raise RequestError(
+            "init_continuous_batching: Hugging Face's batching is not supported by a deterministic model; "
+            "use generate_batch or llm42.stream"
+        )
 
     @property
     def contract(self) -> Contract:
@@ -102,12 +132,20 @@ class Handle:
         """Compile now instead of at the first call."""
         self._ready()
 
+    def settle(self) -> None:
+        """Probe the batch shapes met so far now, instead of between the steps of later calls."""
+        with _own_modes():
+            self._ready().settle()
+
     # -- installing and removing -----------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put our attributes on the model."""
         with self._lock:
-            mine = (self.generate, self.generate_batch, self._apply, self._refuse_copy, self)
+            mine = (
+                *(self.generate, self.generate_batch, self.init_continuous_batching),
+                *(self._num_parameters, self._apply, self._refuse_copy, self),
+            )
             attributes = self.model.__dict__
             self._before = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
             attributes.update(zip(_ATTRIBUTES, mine, strict=True))
@@ -141,7 +179,8 @@ class Handle:
         keep = options.pop("keep_weights", False)
         if "kv_cache_bytes" not in options and "num_pages" not in options:
             options["kv_cache_bytes"] = self._kv_budget()
-        self._built = build_engine(self.model, keep_originals=keep, **options)
+        with _own_modes():
+            self._built = build_engine(self.model, keep_originals=keep, **options)
         self.compilations += 1
         self._pump = Pump(self._built.engine)
         self._released = not keep
@@ -160,7 +199,10 @@ class Handle:
         """Remember the weights as they are, and notice who else needs them."""
         if self._released:
             self._hooks = [self.model.register_load_state_dict_pre_hook(self._give_back)]
-            for module in {self.model, self.model.base_model}:
+            owners = {
+                m for m in self.model.modules() if any(not p.numel() for p in m.parameters(recurse=False))
+            }
+            for module in owners | {self.model, self.model.base_model}:
                 self._hooks.append(module.register_forward_pre_hook(self._give_back))
         self._fingerprint = self._current_fingerprint()
 
@@ -211,6 +253,15 @@ class Handle:
         own = self._before.get("_apply") or type(self.model)._apply.__get__(self.model)
         return own(*positional, **keywords)
 
+    def _num_parameters(self, *positional: Any, **keywords: Any) -> int:
+        """Packed weights count as well."""
+        released = self._released
+        self._give_back()
+        count: int = type(self.model).num_parameters(self.model, *positional, **keywords)
+        if released:
+            self.release()
+        return count
+
     # -- copies ----------------------------------------------------------------------------------------------
 
     def _refuse_copy(self) -> NoReturn:
@@ -223,5 +274,16 @@ class Handle:
         self._refuse_copy()
 
 
+@contextlib.contextmanager
+def _own_modes() -> Iterator[None]:
+    """Neither gradients nor the caller's inference mode or autocast: the dtype is that of the weights."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 def _identity(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
-    return (id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype)
+    try:
+        version = tensor._version
+    except RuntimeError:  # made in inference mode, where changes are not counted
+        version = 0
+    return (id(tensor), version, tensor.data_ptr(), tensor.dtype)

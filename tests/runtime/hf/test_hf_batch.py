@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import EOS, bits, plain, prompt, solo, wrapped
+from tiny_models import EOS, bits, padded, plain, prompt, solo, wrapped
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -94,6 +94,11 @@ def test_bad_input() -> None:
         wrapped().generate_batch([[3]], max_new_tokens=3, streamer=object())
     with pytest.raises(RequestError, match="exceed the context"):
         wrapped().generate_batch([[3]], max_new_tokens=3000)
+    with (
+        pytest.raises(RequestError, match="use generate_batch"),
+        wrapped().continuous_batching_context_manager(),
+    ):
+        pass
 
 
 def test_streams_share_the_engine() -> None:
@@ -122,12 +127,43 @@ def test_leaving_a_stream_aborts_its_request() -> None:
     assert asyncio.run(first()) == solo(wrapped(), PROMPTS[:1], max_new_tokens=1, do_sample=False)[0][0][0]
     assert not wrapped().llm42._pump.engine.has_unfinished()
 
-    async def two_rows() -> None:
-        async for _ in wrapped().llm42.stream(torch.tensor([[3, 4], [5, 6]]), max_new_tokens=2):
+
+@pytest.mark.parametrize("inputs", ["lists", "tensors", "padded"])
+def test_a_stream_of_several_prompts(inputs: str) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 9, "do_sample": True, "seed": 3, "num_return_sequences": 2}
+    given: dict[str, Any] = {
+        "lists": {"inputs": PROMPTS},
+        "tensors": {"inputs": [torch.tensor(p) for p in PROMPTS]},
+        "padded": {"inputs": padded(PROMPTS)["input_ids"]}
+        | {"attention_mask": padded(PROMPTS)["attention_mask"]},
+    }[inputs]
+    rows: list[list[Any]] = [[] for _ in range(2 * len(PROMPTS))]
+
+    async def consume() -> None:
+        async for token in wrapped().llm42.stream(**given, **arguments):
+            rows[token.row].append(token)
+
+    asyncio.run(consume())
+    found = [
+        ([t.token_id for t in row], bits(torch.tensor([t.logprob for t in row])).tolist()) for row in rows
+    ]
+    assert found == solo(wrapped(), PROMPTS, **arguments)
+
+
+def test_bad_streams() -> None:
+    async def consume(*inputs: Any, **arguments: Any) -> None:
+        async for _ in wrapped().llm42.stream(*inputs, max_new_tokens=2, **arguments):
             pass
 
-    with pytest.raises(RequestError, match="one prompt"):
-        asyncio.run(two_rows())
+    with pytest.raises(RequestError, match=r"inputs\[0\] must be"):
+        asyncio.run(consume([]))
+    with pytest.raises(RequestError, match="attention_mask"):
+        asyncio.run(consume([3, 4], attention_mask=torch.ones(1, 2)))
+    with pytest.raises(RequestError, match="streamer"):
+        asyncio.run(consume([3, 4], streamer=object()))
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        asyncio.run(consume([[3, 4], [3, 400]]))
+    assert not wrapped().llm42._pump.engine.has_unfinished()
 
 
 def test_tokens_are_those_of_eager() -> None:

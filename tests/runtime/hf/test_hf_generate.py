@@ -123,6 +123,13 @@ def test_greedy_tokens_are_those_of_eager(name: str) -> None:
         assert_like_eager(ours, plain(), inputs, arguments)
 
 
+def test_forced_bos_token_after_a_prompt_of_one() -> None:
+    inputs, arguments = padded([[9]]), {"forced_bos_token_id": 77, "max_new_tokens": 4}
+    ours = wrapped().generate(**inputs, **arguments, do_sample=False)
+    assert ours[0, 1] == 77
+    assert_like_eager(ours, plain(), inputs, arguments)
+
+
 def test_every_greedy_argument_does_something() -> None:
     """Otherwise the test above shows nothing about it."""
     idle = {"plain", "no eos", "renormalize_logits", "remove_invalid_values", "warper under greedy"}

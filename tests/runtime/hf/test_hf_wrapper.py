@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import ENGINE, VOCAB, make, padded, plain, prompt, wrapped
+from tiny_models import ENGINE, VOCAB, bits, make, padded, plain, prompt, wrapped
 from transformers import GenerationMixin, LlamaForCausalLM
 
 import llm42c
-from llm42c.errors import OptionsError, UnsupportedModelError
+from llm42c.errors import OptionsError
 
 INPUTS = padded([prompt(5, 1), prompt(9, 2)])
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -51,6 +52,9 @@ def test_the_model_stays_itself_and_undo_leaves_no_trace() -> None:
     ours = model.generate(**INPUTS, **GREEDY)
     assert sum(p.untyped_storage().nbytes() for p in model.parameters()) < sum(storage.values()) / 2
     assert _equal(_state(model), state)
+    assert model.num_parameters() == make("llama").num_parameters()
+    assert model.lm_head.weight.numel() == 0
+    assert model.llm42.contract.hash[:16] in repr(model.llm42)
     assert llm42c.deterministic.undo(model) is model
     assert model.__dict__.keys() == attributes.keys()
     assert all(model.__dict__[k] is v for k, v in attributes.items() if k != "_modules")
@@ -100,8 +104,12 @@ def test_a_forward_pass_gets_its_weights() -> None:
     assert torch.equal(model(**INPUTS).logits, expected)
     assert torch.equal(model.lm_head.weight, make("llama", tie_word_embeddings=False).lm_head.weight)
     before = model.generate(**INPUTS, **GREEDY)
+    for part in (model.lm_head, model.model.layers[1].mlp.up_proj):
+        model.llm42.release()
+        assert model.lm_head.weight.numel() == 0
+        assert part(torch.ones(1, 64)).shape == (1, part.out_features)
+        assert model.lm_head.weight.numel()
     model.llm42.release()
-    assert model.lm_head.weight.numel() == 0
     assert torch.equal(model.generate(**INPUTS, **GREEDY), before)
     assert model.llm42.compilations == 1
 
@@ -169,6 +177,30 @@ def test_training_mode_has_no_dropout() -> None:
     assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("mode", ["autocast", "inference_mode", "grad", "default_dtype"])
+def test_modes_of_the_caller_change_nothing(mode: str) -> None:
+    arguments = GREEDY | {"return_dict_in_generate": True}
+    expected = wrapped().generate(**INPUTS, **arguments)
+    default = torch.get_default_dtype()
+    around: dict[str, Any] = {
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "inference_mode": torch.inference_mode(),
+        "grad": torch.enable_grad(),
+        "default_dtype": contextlib.nullcontext(),
+    }
+    try:
+        torch.set_default_dtype(torch.float64 if mode == "default_dtype" else default)
+        with around[mode]:
+            there = wrapped().generate(**INPUTS, **arguments)
+            fresh: Any = _new() if mode in ("autocast", "inference_mode") else wrapped()
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(there.sequences, expected.sequences)
+    assert there.logprobs.dtype == torch.float32
+    assert torch.equal(bits(there.logprobs), bits(expected.logprobs))
+    assert torch.equal(fresh.generate(**INPUTS, **GREEDY), expected.sequences)  # also when it was made there
+
+
 # -- decorators ----------------------------------------------------------------------------------------
 
 
@@ -188,14 +220,33 @@ def test_decorated_class(tmp_path: Any) -> None:
     assert torch.equal(model.generate(**INPUTS, **GREEDY), wrapped().generate(**INPUTS, **GREEDY))
     assert model.llm42.compilations == 1
     assert list(model.generate_batch([[5, 6]], max_new_tokens=3)) == ["req_0"]
+    expected, attributes = model.generate(**INPUTS, **GREEDY), set(model.__dict__)
     with llm42c.deterministic.off(model):
-        assert model.generate.__func__ is LlamaForCausalLM.generate
+        assert not hasattr(model, "llm42")
+        assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+        assert not hasattr(model, "llm42")
         assert model.lm_head.weight.numel()
+        with pytest.raises(ValueError, match="is not deterministic"):
+            llm42c.deterministic.undo(model)
+    assert set(model.__dict__) == attributes
     model.generate(**INPUTS, **GREEDY)
     assert model.llm42.compilations == 1
     llm42c.deterministic.undo(model)
-    assert model.generate.__func__ is LlamaForCausalLM.generate
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
+    assert not hasattr(model, "llm42")
+    llm42c.deterministic(model, **ENGINE)
+    assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
     assert LlamaForCausalLM.generate is GenerationMixin.generate  # the class itself is untouched
+
+
+def test_an_instance_of_a_decorated_class_is_ordinary_until_its_first_use() -> None:
+    decorated = llm42c.deterministic(**ENGINE)(LlamaForCausalLM)
+    model = decorated(plain().config)
+    assert "llm42" not in model.__dict__
+    assert copy.deepcopy(model).lm_head.weight.shape == (VOCAB, 64)
+    assert model.llm42.compilations == 0
+    with pytest.raises(TypeError, match="use save_pretrained"):
+        copy.deepcopy(model)
 
 
 def test_decorated_function() -> None:
@@ -344,17 +395,3 @@ def test_refused_models(name: str) -> None:
     assert isinstance(caught.value, llm42c.errors.Llm42Error)
     assert "\n" not in str(caught.value)
     assert set(model.__dict__) == attributes
-
-
-def test_quantised_weights_are_refused() -> None:
-    class Int8(torch.Tensor):
-        pass
-
-    model = make("llama")
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.as_subclass(Int8))
-    with pytest.raises(UnsupportedModelError, match="Int8; load the model dequantised"):
-        llm42c.deterministic(model)
-    model = make("llama")
-    model.config.quantization_config = {"quant_method": "torchao"}
-    with pytest.raises(UnsupportedModelError, match=r"quantised \(torchao\)"):
-        llm42c.deterministic(model)
