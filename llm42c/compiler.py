@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
+from llm42c.capture import CapturedGraph, KVSpec, capture_packed, graph_digest, new_kv_cache
 from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
 from llm42c.digest import require_finite, weights_digest
@@ -23,6 +23,8 @@ from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
 from llm42c.piecewise import PiecewiseProgram, compile_piecewise
+from llm42c.ranks import ALONE, Ranks
+from llm42c.tensor_parallel import divide
 from llm42c.weights import WeightStore
 
 Form = Literal["pinned", "stock"]
@@ -80,20 +82,33 @@ class CompiledModel:
 class ModelCompiler:
     """Captures ``model`` once and compiles forms of it on request.
 
-    ``keep_originals=True`` leaves the model's own parameters in memory beside the packed ones.
-    Raises UnsupportedModelError, WeightsError (NaN or infinity) or BuildError (no C++ compiler).
+    ``keep_originals=True`` leaves the model's own parameters in memory beside the packed ones. With
+    ``ranks`` the model is divided in place; ``digest`` is that of the whole weights, and ranks whose weights
+    or graphs are not the same are named in a RanksDifferError. Raises UnsupportedModelError, WeightsError
+    (NaN or infinity) or BuildError (no C++ compiler).
     """
 
-    def __init__(self, model: nn.Module, *, keep_originals: bool = False, strict: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        keep_originals: bool = False,
+        strict: bool = True,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.model = model
         self.strict = strict
+        self.ranks = ranks
         require_finite(model)
         self.digest = weights_digest(model)
+        ranks.require_same("the weights", self.digest)
+        self.division = divide(model, ranks)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
             kernels = pool.submit(build.build)
             self.captured: CapturedGraph = capture_packed(model)
             kernels.result()
         registry.load()
+        ranks.meet("the captured model")
         self.weights = WeightStore(model, keep_originals=keep_originals)
         self._compiled: dict[Form, CompiledModel] = {}
         self._graphs: list[fx.GraphModule] = []
@@ -127,6 +142,7 @@ class ModelCompiler:
         if self.strict and report.unplaced:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
+        self.ranks.require_same(f"the {form} graph", graph_digest(gm))
         self.weights.materialise(gm)
         program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
         self._graphs.append(gm)

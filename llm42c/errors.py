@@ -33,3 +33,11 @@ class WeightsError(Llm42Error, ValueError):
 
 class ModelNotFoundError(Llm42Error, ValueError):
     """MODEL names no folder, no reachable hub id and no installed packaged model."""
+
+
+class RanksDifferError(Llm42Error, RuntimeError):
+    """Ranks of one job do not do the same: another graph, contract, or batch. The message names them."""
+
+
+class RankFailureError(Llm42Error, RuntimeError):
+    """A rank died or did not answer in time. The message names it."""

@@ -97,7 +97,7 @@ def _replayed(steps: list[fx.Node], x: fx.Node, before: fx.Node) -> fx.Node:
     """The views of ``steps`` applied to ``x`` instead; copies and casts are the operator's."""
     for step in steps:
         if g.name(step) not in _COPIES:
-            x = g.insert(before, step.target, (x, *step.args[1:]), dict(step.kwargs), like=step)  # type: ignore[arg-type]
+            x = g.insert(before, step.target, (x, *step.args[1:]), dict(step.kwargs), like=step)
     return x
 
 
@@ -123,12 +123,12 @@ def allreduce_rmsnorm(graph: fx.Graph, ctx: Context, report: PassReport) -> None
         residual = norm.args[1] if norm.args[0] is end else norm.args[0]
         x, group = node.args
         reason = _cast_refusal(node, steps, residual)  # type: ignore[arg-type]
-        if reason is None and not effects.unchanged([x], node, norm):  # type: ignore[list-item]
+        if reason is None and not effects.unchanged(node.all_input_nodes, node, norm):
             reason = "the partial sum is written to in between"
         if reason is not None:
             report.miss(node, reason)
             continue
-        x = _replayed(steps, x, norm)  # type: ignore[arg-type]
+        x = _replayed(steps, x, norm)
         args = (x, residual, *norm.args[2:], group)
         fused = g.insert(norm, torch.ops.llm42.all_reduce_add_rms_norm.default, args, like=norm)
         report.match(node)

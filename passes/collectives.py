@@ -110,9 +110,40 @@ def _fixed(node: fx.Node) -> fx.Node:
     return total
 
 
+def _summands(whole: fx.Node) -> tuple[fx.Node, str] | None:
+    """Case 3: (this rank's part, the group's name) where ``whole`` is the ``to_local`` of a DTensor's sum."""
+    from torch.distributed.tensor import DTensor, Partial  # slow to import, and here only if it is in use
+
+    made = g.arg(whole)
+    parts = g.arg(made) if getattr(made, "target", None) == "redistribute" else None
+    local: Any = g.arg(parts) if getattr(parts, "target", None) is DTensor.from_local else None
+    before, after = g.value(parts), g.value(made)
+    if g.tensor(local) is None or isinstance(g.fake(local), DTensor) or before.device_mesh.ndim != 1:
+        return None
+    placement = before.placements[0]
+    if type(placement) is not Partial or placement.reduce_op != "sum":
+        return None
+    return (local, before.device_mesh.get_group().group_name) if after.placements[0].is_replicate() else None
+
+
+def _make_whole(whole: fx.Node, ctx: Context, report: PassReport) -> None:
+    found = _summands(whole)
+    if found is None:
+        return
+    if (reason := usable(ctx, "all_reduce")) is not None:
+        report.miss(whole, reason)
+        return
+    report.match(whole)
+    made = whole.args[0]
+    g.replace(whole, g.insert(whole, torch.ops.llm42.all_reduce.default, found))
+    g.erase_dead([made.args[0], made])  # type: ignore[union-attr,list-item]
+
+
 def collectives(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every all-reduce that sums, and what is written back from it."""
     for node in list(graph.nodes):
+        if node.target == "to_local":
+            _make_whole(node, ctx, report)
         if functional(node) == "all_reduce":
             reason = _refusal(node, ctx)
             if reason is not None:

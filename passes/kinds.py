@@ -38,6 +38,7 @@ _MOVE = _names(
     "roll flip repeat_interleave index_copy_ copy_ scatter scatter_ zeros ones full arange empty tensor "
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor pad "
     "one_hot take_along_dim setitem masked_fill_ index_put_ fill_ zero_ hstack vstack scalar_tensor eye "
+    "_c10d_functional.wait_tensor _c10d_functional.all_gather_into_tensor from_local to_local "
     "meshgrid broadcast_to broadcast_tensors masked_scatter masked_scatter_ index_add_ nonzero to_dense"
 )
 _EXACT = _names(
@@ -89,6 +90,17 @@ def _integral(node: fx.Node) -> bool:
     return all(not t.is_floating_point() and not t.is_complex() for t in values if t is not None)
 
 
+def _redistribution(node: fx.Node) -> Kind:
+    """Of a DTensor: moves its parts, unless they are summands.
+
+    A looked-up row of a divided embedding is one rank's row plus the others' zeros: an exact sum.
+    """
+    placements = getattr(g.value(node.args[0]), "placements", None)
+    if placements is None:
+        return Kind.UNKNOWN
+    return Kind.REDUCTION if any(type(p).__name__ == "Partial" for p in placements) else Kind.MOVE
+
+
 def kind(node: fx.Node) -> Kind:
     """The kind of a call node."""
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and str(
@@ -104,6 +116,8 @@ def kind(node: fx.Node) -> Kind:
         return Kind.MOVE if _has_tensor_index(node) else Kind.VIEW
     if name == "getattr":
         return Kind.VIEW if isinstance(value, Tensor) else Kind.SIZE
+    if name == "redistribute":
+        return _redistribution(node)
     if name in _VIEW:
         return Kind.VIEW
     if name in _MOVE:

@@ -25,9 +25,9 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.distributed as dist
 from torch import fx
 
+from llm42c.codegen.dist.collectives import group_of
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
 
@@ -87,7 +87,7 @@ def residual_shards(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         for node in chain:
             report.match(node)
         group = chain[0].args[-1]
-        _shard(chain, dist.distributed_c10d._resolve_process_group(group).size())  # type: ignore[arg-type]
+        _shard(chain, group_of(str(group)).size())
         for node in reversed(chain):
             for access in list(node.users):
                 if not access.users:

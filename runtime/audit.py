@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm42c.errors import ConfigError
 from llm42c.packed import KVCache
+from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
@@ -48,8 +49,10 @@ class Auditor:
         scheduler: Scheduler,
         certificates: Certificates,
         stats: Stats,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._config = config
+        self._ranks = ranks
         self._cache = cache
         self._pool = pool
         self._scheduler = scheduler
@@ -140,7 +143,7 @@ class Auditor:
     def _first_difference(self, replay: Replay, sampled: Sampled, first: int) -> tuple[int, set[int]] | None:
         """Position of the first KV entry or output that differs, and the origins that may have caused it."""
         chunk, request, size = replay.chunk, replay.chunk.request, self._config.page_size
-        same = kv_rows_equal(replay.before, read_kv(self._cache, replay.slots, size))
+        same = self._ranks.agree(kv_rows_equal(replay.before, read_kv(self._cache, replay.slots, size)))
         differing = torch.nonzero(~same)
         found: tuple[int, set[int]] | None = None
         if len(differing):

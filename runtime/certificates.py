@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm42c.errors import ConfigError
+from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.probe import Probe
@@ -30,14 +31,22 @@ class Certificates:
     """States of shapes; unknown ones count as speculative and wait in a queue to be probed.
 
     `probe` makes a `Probe` when one is needed. Files that cannot be read are ignored: probing is always
-    possible.
+    possible. Of several ranks the first reads and writes them.
     """
 
-    def __init__(self, config: EngineConfig, contract: Contract, probe: Probe, stats: Stats) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        contract: Contract,
+        probe: Probe,
+        stats: Stats,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.enabled = config.verify == "auto"
         self.verifier_checked = False
         self.status: dict[Shape, Status] = {}
         self._config = config
+        self._ranks = ranks
         self._contract = contract
         self._probe = probe
         self._stats = stats
@@ -146,16 +155,16 @@ class Certificates:
         if self._path is None:
             return
         try:
-            data = json.loads(self._path.read_text())
+            data = json.loads(self._ranks.share(_text(self._path)))
             status = {_parse(k): v for k, v in data["shapes"].items()}
             checked = bool(data["verifier_checked"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return
         if all(v in ("certified", "speculative", "revoked") for v in status.values()):
             self.status, self.verifier_checked = status, checked
 
     def _save(self) -> None:
-        if self._path is None:
+        if self._path is None or self._ranks.rank:
             return
         shapes = {f"{t}x{r}": s for (t, r), s in sorted(self.status.items())}
         data = {
@@ -168,6 +177,14 @@ class Certificates:
         with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as file:
             json.dump(data, file, indent=1)
         os.replace(file.name, self._path)
+
+
+def _text(path: Path) -> str:
+    """The file's text, "" where there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _parse(key: str) -> Shape:

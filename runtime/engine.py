@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm42c.errors import ConfigError, RequestError
 from llm42c.packed import PackedModel
+from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime import verifier as verification
 from llm42c.runtime.audit import Auditor
 from llm42c.runtime.block_pool import BlockPool, kv_digest
@@ -39,7 +40,7 @@ class Engine:
     `fast` runs at bucketed shapes, `verifier` always at (verify_tokens, verify_seqs, verify_rows); both read
     and write the same cache. `sampler` defaults to the llm42 operators; `decode` turns token ids
     into text and is needed for stop strings; `contract` defaults to what can be known from the arguments. Not
-    thread-safe.
+    thread-safe. With `ranks`, every rank makes the same engine and calls it in the same way.
 
     Raises ConfigError when the configuration cannot work or the verifier graph is not row independent.
     """
@@ -53,11 +54,14 @@ class Engine:
         sampler: Sampler | None = None,
         decode: Decode | None = None,
         contract: Contract | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if (fast.vocab_size, fast.dtype) != (verifier.vocab_size, verifier.dtype):
             raise ConfigError("the fast and the verifier graph have different vocabularies or dtypes")
         self.config = config
-        self.contract = contract or engine_contract(verifier, config)
+        self.contract = contract or engine_contract(verifier, config, tp_size=ranks.size)
+        self._ranks = ranks
+        ranks.require_same("the contract", self.contract.to_json())
         context = min(config.max_model_len or 1 << 62, verifier.max_position_embeddings)
         num_pages = config.num_pages or config.kv_cache_bytes // verifier.kv_bytes_per_page(config.page_size)
         if num_pages < 1:
@@ -69,11 +73,11 @@ class Engine:
         self._stats = Stats()
         self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
         self.certificates = Certificates(
-            config, self.contract, Probe(fast, verifier, config, context), self._stats
+            config, self.contract, Probe(fast, verifier, config, context, ranks), self._stats, ranks
         )
         self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats)
         self._auditor = Auditor(
-            config, self._cache, self._pool, self._scheduler, self.certificates, self._stats
+            config, self._cache, self._pool, self._scheduler, self.certificates, self._stats, ranks
         )
         self._max_pages = -(-context // config.page_size)
         top, size = config.token_buckets[-1], config.page_size
@@ -126,7 +130,7 @@ class Engine:
             text = TextState(self._decode, params.stop)
         seed = params.seed
         if seed is None:
-            seed = params.derived_seed(prompt) if deterministic else secrets.randbelow(MAX_SEED + 1)
+            seed = params.derived_seed(prompt) if deterministic else self._random_seed()
         request = Request(
             request_id,
             arrival,
@@ -143,6 +147,10 @@ class Engine:
         self._requests[request_id] = request
         self._scheduler.add(request)
         return request_id
+
+    def _random_seed(self) -> int:
+        seed: int = self._ranks.share(secrets.randbelow(MAX_SEED + 1))
+        return seed
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its pages; nothing more is delivered for it. False if it is not running."""

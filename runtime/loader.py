@@ -13,9 +13,12 @@ from llm42c import models
 from llm42c.codegen.cpu import build
 from llm42c.compiler import Form, ModelCompiler
 from llm42c.errors import ConfigError
+from llm42c.packed import PackedModel
+from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import engine_contract
 from llm42c.runtime.engine import Engine
+from llm42c.runtime.lockstep import LockstepModel
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class BuiltEngine:
         known = self.engine.contract
         return _engine(self.compiler, self.fast, config, self.tokenizer, known.weights, known.kernels)
 
+    @property
+    def ranks(self) -> Ranks:
+        return self.compiler.ranks
+
     def close(self) -> None:
         """Give the model its own parameters back; the engine must not be used afterwards."""
         self.compiler.restore()
@@ -51,13 +58,15 @@ def build_engine(
     keep_originals: bool = False,
     compiler: ModelCompiler | None = None,
     persist_certificates: bool = True,
+    ranks: Ranks = ALONE,
     **config: Any,
 ) -> BuiltEngine:
     """Compile ``model`` (a Hugging Face decoder, or MODEL as the command line takes it) into an engine.
 
     ``fast`` is the form that decodes: ``"pinned"`` has the verifier's own kernels and is certified;
-    ``"stock"`` is unpinned Inductor and MKL, whose tokens are verified and may roll back. Further keywords
-    are fields of EngineConfig. Raises ConfigError for an unknown one, naming the nearest.
+    ``"stock"`` is unpinned Inductor and MKL, whose tokens are verified and may roll back. ``ranks`` run the
+    model together, and the engine; see docs/tensor_parallel.md. Further keywords are fields of EngineConfig.
+    Raises ConfigError for an unknown one, naming the nearest.
     """
     if isinstance(model, (str, Path)):
         module, loaded = models.load_model(model)
@@ -70,9 +79,11 @@ def build_engine(
         config.setdefault("certificates_path", str(build.cache_dir() / "certificates"))
     engine_config = EngineConfig(**config)
     if compiler is None:
-        compiler = ModelCompiler(module, keep_originals=keep_originals)
+        ranks.meet("the loaded model")
+        compiler = ModelCompiler(module, keep_originals=keep_originals, ranks=ranks)
     compiler.compile("pinned")
     compiler.compile(fast)
+    compiler.ranks.meet("the compiled model")
     compiler.release_originals()
     # The fast form is not part of the contract: committed bits are the verifier's.
     kernels = {"cpu": build.build_key()}
@@ -88,13 +99,18 @@ def _engine(
     weights: str,
     kernels: dict[str, str],
 ) -> Engine:
-    verifier = compiler.compile("pinned")
+    ranks = compiler.ranks
+    decoder: PackedModel = compiler.compile(fast)
+    verifier: PackedModel = compiler.compile("pinned")
+    if ranks.size > 1:
+        decoder, verifier = LockstepModel(decoder, ranks), LockstepModel(verifier, ranks)
     return Engine(
-        compiler.compile(fast),
+        decoder,
         verifier,
         config,
         decode=None if tokenizer is None else _decoder(tokenizer),
-        contract=engine_contract(verifier, config, weights=weights, kernels=kernels),
+        contract=engine_contract(verifier, config, weights=weights, kernels=kernels, tp_size=ranks.size),
+        ranks=ranks,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm42c.packed import KVCache, PackedModel
+from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import as_bits, kv_rows_equal, read_kv
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Packer, Span, slots_of
@@ -46,8 +47,16 @@ class Piece:
 class Probe:
     """Compares in KV caches of its own: the reference's is kept (some 30 pages), a composition's is not."""
 
-    def __init__(self, fast: PackedModel, verifier: PackedModel, config: EngineConfig, max_len: int) -> None:
+    def __init__(
+        self,
+        fast: PackedModel,
+        verifier: PackedModel,
+        config: EngineConfig,
+        max_len: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.fast = fast
+        self._ranks = ranks
         self.max_pages = -(-max_len // config.page_size)
         self._verifier = verifier
         self._config = config
@@ -80,9 +89,10 @@ class Probe:
         yield from self._reference.build()
         rng = np.random.default_rng([*shape, num_seqs])
         for kind in range(self._config.probe_compositions):
-            yield self._reference.agrees(
-                model, shape, num_seqs, compose(rng, kind, shape, num_seqs, self._max_len)
-            )
+            cuts = compose(rng, kind, shape, num_seqs, self._max_len)
+            mine = self._reference.agrees(model, shape, num_seqs, cuts)
+            # A rank sees the keys and values of its own heads only.
+            yield bool(self._ranks.agree(torch.tensor(mine)))
 
 
 class Reference:

@@ -8,6 +8,8 @@ sizes alone, so that all ranks agree.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,12 +22,14 @@ _PAIR = 2
 
 def group_of(group_name: str) -> dist.ProcessGroup:
     """The process group of that name. Raises LookupError where this process has none."""
+    names: Any = dist.distributed_c10d
     try:
-        return dist.distributed_c10d._resolve_process_group(group_name)
+        group: dist.ProcessGroup = names._resolve_process_group(group_name)
     except (RuntimeError, ValueError) as error:
         raise LookupError(
             f"no process group {group_name!r} in this process: torch.distributed must be initialised first"
         ) from error
+    return group
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
@@ -97,6 +101,12 @@ def gather_rows(shard: Tensor, like: Tensor, group_size: int, group_name: str) -
     return _gather_chunks(shard, rows, _sized(group_name, group_size)).view(like.shape)
 
 
+def gather_into(parts: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    """parts: [n * N] ← the ranks' x: [N], ascending."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch < 2.13
+    gather(parts, x, group=group)
+
+
 def ordered_sum(parts: Tensor) -> Tensor:
     """The sum over the first dimension in ascending order, in fp32, rounded once. Destroys ``parts``."""
     if len(parts) == 1:
@@ -135,7 +145,7 @@ def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n, *x.shape]: every rank's tensor. Empty tensors do not travel."""
     parts = x.new_empty((group.size(), *x.shape))
     if x.numel() and group.size() > 1:
-        dist.all_gather_into_tensor(parts.view(-1), x.contiguous().view(-1), group=group)
+        gather_into(parts.view(-1), x.contiguous().view(-1), group)
     elif x.numel():
         parts[0] = x
     return parts

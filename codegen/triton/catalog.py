@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from llm42c.codegen.target import Target
 from llm42c.codegen.triton import (
+    all_reduce_norm,
     attention_combine,
     attention_plan,
     dense_attention,
@@ -110,3 +111,12 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
     source = dense_attention.emit(dense)
     yield Kernel("dense_attention", "dense_attention", source, dtype, dense.warps, dense.stages, floats)
     yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE)
+    tables = {"buffers": "i64", "signals": "i64", "multicast": "i64", "eps": "fp32", "offset": "fp32"}
+    for form in all_reduce_norm.FORMS:
+        fused = all_reduce_norm.FusedSpec(4096, dtype, 8, form)
+        source = all_reduce_norm.emit(fused)
+        label = f"all_reduce_norm/{form}"
+        yield Kernel(label, "all_reduce_norm", source, dtype, fused.warps, types=tables)
+    if target.kind == "cuda" and target.capability >= 90:
+        source = all_reduce_norm.emit_multimem(4096, 8)
+        yield Kernel("multimem_sum", "multimem_sum", source, dtype, types=tables)

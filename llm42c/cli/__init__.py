@@ -1,7 +1,7 @@
 """The ``llm42`` command: :func:`main` is its entry point; each command has a file of its own.
 
 Mistakes of the user (``llm42c.errors``, unknown options) end in one line on stderr and exit code 2. With
-``llm42 --debug COMMAND`` they end in a traceback.
+``llm42 --debug COMMAND`` they end in a traceback. Under ``torchrun`` all ranks run the command.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llm42c.cli import exits
+from llm42c.cli import exits, parallel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return app(args, prog_name="llm42", standalone_mode=False) or 0
+        with parallel.session():
+            return app(args, prog_name="llm42", standalone_mode=False) or 0
     except Exception as error:
         if args[:1] == ["--debug"]:
             raise
@@ -46,4 +47,4 @@ def _explain(error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    print("llm42: " + " ".join(text.split()), file=sys.stderr)
+    print(parallel.prefix() + " ".join(text.split()), file=sys.stderr)

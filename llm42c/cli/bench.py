@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llm42c.cli import exits
+from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
     DtypeOption,
@@ -91,6 +91,8 @@ def startup(model: ModelOption = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvO
     from llm42c import models, prompts
     from llm42c.runtime.bench.startup import measure_starts
 
+    if parallel.announced():
+        raise ConfigError("bench startup starts processes of its own: run it without torchrun")
     if model not in models.ALIASES:
         models.resolve(model)
     files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
@@ -161,7 +163,7 @@ def _contenders(
         for mode in modes:
             engine = built.variant(verify=mode)
             ours += [Llm42(f"llm42 {fast} {mode} {percent} %", engine, percent) for percent in percents]
-        if hf:
+        if hf and not parallel.announced():  # every rank would run the whole model beside the others
             report("loading for generate", 0, 0)
             others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0]))
         yield [*ours, *others]
@@ -192,7 +194,7 @@ def _show(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
 
 def _save(rows: list[dict[str, Any]], csv: Path | None) -> None:
     """Write the CSV, if one is wanted, with the command and the machine in every row."""
-    if csv is not None:
+    if csv is not None and not parallel.silent():
         from llm42c.runtime.bench import machine
         from llm42c.runtime.bench.harness import write_csv
 

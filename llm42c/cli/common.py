@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from llm42c.cli.parallel import silent
 from llm42c.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ def open_engine(
     kv_mb: int = 256,
     **config: Any,
 ) -> BuiltEngine:
-    """Load MODEL and build an engine. Raises the errors of both, and ConfigError for a bad choice."""
+    """Load MODEL and build an engine, under `torchrun` divided among the ranks.
+
+    Raises the errors of both, and ConfigError for a bad choice.
+    """
     form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
     choice("--verify", verify, ("auto", "always"))
     wanted = parse_dtype(dtype)
@@ -90,10 +94,11 @@ def open_engine(
 
     loaded, tokenizer = models.load_model(model, wanted)
     report("compiling", 0, 0)
+    from llm42c import ranks
     from llm42c.runtime.loader import build_engine
 
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
-    return build_engine(loaded, tokenizer, fast=form, **config)
+    return build_engine(loaded, tokenizer, fast=form, ranks=ranks.world(), **config)
 
 
 @contextlib.contextmanager
@@ -109,7 +114,7 @@ def progress_bars() -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    bars = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    bars = Progress(*columns, console=err, transient=True, disable=silent() or not err.is_terminal)
     tasks: dict[str, Any] = {}
 
     def report(name: str, done: int, total: int) -> None:
@@ -125,7 +130,9 @@ def progress_bars() -> Iterator[Report]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Raises ConfigError where the file cannot be written."""
+    """Raises ConfigError where the file cannot be written. Under `torchrun` rank 0 writes."""
+    if silent():
+        return
     try:
         path.write_text(json.dumps(data, indent=2) + "\n")
     except OSError as error:

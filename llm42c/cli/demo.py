@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from llm42c.cli import exits
+from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
     FastOption,
@@ -73,7 +73,7 @@ def demo(
         named = [(p.name, p.token_ids(built.tokenizer)) for p in texts]
         jobs = job.make_jobs(named, tokens)
         result = job.run_demo(built, jobs, report, seed=seed)
-        if backend != "off":
+        if backend != "off" and not parallel.silent():
             built.close()
             del built
             result.control = _control(model, named, control_tokens, backend, report)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm42c.cli import exits
+from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
     DtypeOption,
@@ -102,10 +102,10 @@ def generate(
 def _texts(prompts: list[str], files: list[Path]) -> list[str]:
     """Prompts from arguments, then files; stdin for '-' or when nothing else is given."""
     if not prompts and not files:
-        if sys.stdin is None or sys.stdin.isatty():
+        if not parallel.silent() and (sys.stdin is None or sys.stdin.isatty()):
             raise RequestError("no prompt: give one as an argument, with --file, or on stdin")
         prompts = ["-"]
-    texts = [sys.stdin.read().removesuffix("\n") if p == "-" else p for p in prompts]
+    texts = [parallel.read_stdin().removesuffix("\n") if p == "-" else p for p in prompts]
     for path in files:
         try:
             texts.append(path.read_text(encoding="utf-8").removesuffix("\n"))

@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm42c.passes import graph as g
@@ -19,12 +21,15 @@ from llm42c.passes import pipeline
 from llm42c.passes.base import Context, Report
 
 B, S, K, H = 2, 3, 8, 16
+MESH: list[DeviceMesh] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    MESH.append(init_device_mesh("cpu", (2,)))
     yield
+    MESH.clear()
     dist.destroy_process_group()
 
 
@@ -90,8 +95,15 @@ def only_normed(x: Tensor, w_o: Tensor, r: Tensor, w: Tensor) -> Any:
     return rms(r + summed(x, w_o), w)
 
 
+def a_dtensor(x: Tensor, w_o: Tensor, r: Tensor, w: Tensor) -> Any:
+    part = DTensor.from_local(F.linear(x, w_o), MESH[0], [Partial()], run_check=False)
+    h = r + part.redistribute(placements=[Replicate()]).to_local()
+    return rms(h, w), h
+
+
 MATCHES = (
     plain, swapped, through_views, a_view_is_reduced, functional, several_readers, a_cast, only_normed,
+    a_dtensor,
 )  # fmt: skip
 
 

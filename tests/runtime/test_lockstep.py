@@ -1,0 +1,158 @@
+"""Ranks that run one engine in lockstep: what is shared and compared, and who is named when one fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from toy import ToyModel, ToySampler, small_config, toy_decode
+
+from llm42c import ranks as ranking
+from llm42c.errors import RankFailureError, RanksDifferError
+from llm42c.runtime.engine import Engine
+from llm42c.runtime.lockstep import LockstepModel, batch_digest
+from llm42c.runtime.packing import Packer
+from llm42c.runtime.sampling import SamplingParams
+
+sys.path.append(str(Path(__file__).parents[1] / "codegen"))
+import rank_world
+
+
+def toy_engine(**changes: object) -> Engine:
+    """An engine on a toy model, which needs no collective of its own."""
+    config, ranks = small_config(**changes), ranking.world()
+    verifier = ToyModel(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
+    models = [LockstepModel(model, ranks) for model in (ToyModel(), verifier)]
+    return Engine(*models, config, sampler=ToySampler(), decode=toy_decode, ranks=ranks)
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except (RankFailureError, RanksDifferError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def in_step(rank: int, folder: str) -> dict[str, Any]:
+    """Deterministic and random requests together, certificates on disk, and the comparisons."""
+    ranks, out = ranking.world(), {}
+    engine = toy_engine(certificates_path=folder)
+    params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
+    for i in range(4):
+        engine.submit([i, 5, 9], params, deterministic=i % 2 == 0, request_id=str(i))
+    answers: dict[str, Any] = {}
+    while engine.has_unfinished():
+        answers |= {o.request_id: (o.token_ids, o.logprobs) for o in engine.step() if o.finished}
+    out["answers"], out["contract"] = answers, engine.contract
+    while engine.certificates.advance():
+        pass
+    out["files"] = len(os.listdir(folder)) if rank == 0 else 0
+    ranks.share(None)  # rank 1 must not list the folder before rank 0 wrote
+    out["reloaded"] = dict(toy_engine(certificates_path=folder).certificates.status)
+    out["status"] = dict(engine.certificates.status)
+    out["shared"] = ranks.share({"of": rank})
+    out["agreed"] = ranks.agree(torch.tensor([True, rank == 0, False])).tolist()
+    out["differ"] = message(lambda: ranks.require_same("the colour", "red" if rank else "blue"))
+    out["same"] = message(lambda: ranks.require_same("the colour", "red"))
+    ranks.meet("the end")
+    return out
+
+
+def test_ranks_in_step(tmp_path: Path):
+    first, second = rank_world.run(2, in_step, str(tmp_path))
+    assert first["answers"] == second["answers"]
+    assert len(first["answers"]) == 4
+    assert first["contract"] == second["contract"]
+    assert first["contract"].tp_size == 2
+    assert first["status"] == second["status"] == first["reloaded"] == second["reloaded"]
+    assert first["status"]
+    assert first["files"] == 1
+    for out in (first, second):
+        assert out["shared"] == {"of": 0}
+        assert out["agreed"] == [True, False, False]
+        assert out["differ"] == "RanksDifferError: rank 1 and rank 0 differ in the colour: red and blue"
+        assert out["same"] == ""
+
+
+def misbehave(rank: int, how: str) -> str:
+    """Rank 1 of 3 does something else in the middle of a generation; what the others say."""
+    engine = toy_engine()
+    engine.certificates.verifier_checked = True
+    prompt = [3, 1, 4] if not (how == "diverge" and rank == 1) else [3, 1, 5]
+    engine.submit(prompt, SamplingParams(max_tokens=40, ignore_eos=True))
+    for step in range(100):
+        if rank == 1 and step == 3 and how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and step == 3 and how == "hang":
+            time.sleep(600)
+        if found := message(engine.step):
+            return found
+        if not engine.has_unfinished():
+            break
+    return ""
+
+
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_a_rank_that_fails_is_named_by_the_others_in_time(how: str, tmp_path: Path):
+    start = time.monotonic()
+    codes = rank_world.start(
+        3, tmp_path, report, str(tmp_path), how, timeout=90, collective_s=4, wait_for=(0, 2)
+    )
+    assert time.monotonic() - start < 90
+    assert codes[0] == codes[2] == 7
+    assert codes[1] == (-signal.SIGKILL if how == "die" else None)
+    words = "failed" if how == "die" else "failed to answer"
+    for rank in (0, 2):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert said.startswith(f"RankFailureError: rank 1 {words} during"), said
+
+
+def report(rank: int, folder: str, how: str) -> None:
+    """Write what this rank says, and end at once, as the command line does."""
+    with ranking.heart(ranking.world()):
+        (Path(folder) / f"{rank}.txt").write_text(misbehave(rank, how))
+        os._exit(7)
+
+
+def test_a_rank_that_computes_another_batch_is_named():
+    for said in rank_world.run(3, misbehave, "diverge"):
+        assert said.startswith("RanksDifferError: rank 1 and rank 0 differ in the batch")
+
+
+def test_alone_nothing_is_exchanged():
+    assert not dist.is_initialized()
+    alone = ranking.world()
+    assert alone is ranking.ALONE
+    assert alone.share(3) == 3
+    assert alone.agree(torch.tensor([True, False])).tolist() == [True, False]
+    alone.require_same("anything", "x")
+    alone.meet("anywhere")
+    with pytest.raises(RuntimeError, match="gloo"), alone.watch("work"):
+        raise RuntimeError("gloo: not ours to explain")
+
+
+def test_errors_of_the_program_are_not_taken_for_failed_ranks():
+    with pytest.raises(RuntimeError, match="shapes"), ranking.Ranks(0, 2, "0").watch("work"):
+        raise RuntimeError("shapes do not match")
+
+
+def test_the_digest_of_a_batch_sees_every_field():
+    packer = Packer(8, 2, 8, 4, 4)
+    inputs = packer.pack([], 4, 2)
+    before = batch_digest("graph", inputs)
+    assert before == batch_digest("graph", inputs)
+    assert before != batch_digest("other graph", inputs)
+    for name in vars(inputs):
+        tensor = getattr(inputs, name)
+        tensor.view(-1)[-1] += 1
+        assert batch_digest("graph", inputs) != before, name
+        tensor.view(-1)[-1] -= 1
+    assert 0 <= before < 2**63
