@@ -267,6 +267,22 @@ def measure(target: Target, device: str, *, again: bool = False, path: Path | No
     return measured
 
 
+def decode_workers(target: Target) -> int:
+    """How many cores fill a CPU's memory: its bandwidth over that of one core, rounded down, at least 1.
+
+    Raises TargetError if the bandwidths are not known (:func:`measure`).
+    """
+    return max(1, int(target.get("memory_bandwidth") / target.get("bandwidth_per_core")))
+
+
+def local_decode_workers() -> int:
+    """:func:`decode_workers` of this machine, measured once; 1 where there is no place to keep that."""
+    try:
+        return decode_workers(measure(detect("cpu"), "cpu"))
+    except OSError:
+        return 1
+
+
 def _measure_cpu() -> dict[str, Value]:
     import time
 

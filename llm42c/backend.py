@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from llm42c import inductor
 from llm42c.codegen.ops import registry
+from llm42c.codegen.target import local_decode_workers
 from llm42c.dump import Dump
 from llm42c.errors import UnsupportedModelError
 from llm42c.options import Options
@@ -47,7 +48,8 @@ def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Option
     """The part of :func:`llm42` before Inductor: rewrite ``gm`` in place and check the result."""
     _require_cpu(example_inputs)
     registry.load()
-    report = pipeline.run(gm, Context(target=PLAIN, grad=needs_grad(example_inputs)), dump.graph)
+    context = Context(target=PLAIN, grad=needs_grad(example_inputs), decode_workers=local_decode_workers())
+    report = pipeline.run(gm, context, dump.graph)
     dump.report(report)
     require_placed(report, strict=options.strict)
     return report

@@ -19,10 +19,12 @@ from torch import nn
 from llm42c import hf_interface
 from llm42c.codegen.ops import registry
 from llm42c.errors import UnsupportedModelError
+from llm42c.memory import zeros
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.support import require_supported
 
 _BATCH_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table")
+_SCHEDULE = frozenset({"decode_workers"})  # arguments of operators that choose who computes what
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def kv_spec(model: nn.Module) -> list[KVSpec]:
 def new_kv_cache(spec: list[KVSpec], num_pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
     """Zeroed pages for every layer; separate storages, so that no cache is ever copied as a view."""
     return KVCache(
-        k=[torch.zeros(num_pages, s.num_kv_heads, s.head_dim, page_size, dtype=dtype) for s in spec],
-        v=[torch.zeros(num_pages, s.num_kv_heads, page_size, s.head_dim, dtype=dtype) for s in spec],
+        k=[zeros((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype) for s in spec],
+        v=[zeros((num_pages, s.num_kv_heads, page_size, s.head_dim), dtype) for s in spec],
     )
 
 
@@ -126,16 +128,24 @@ def _describe_inputs(batch: PackedInputs, cache: KVCache) -> dict[int, str]:
 
 
 def graph_digest(gm: torch.fx.GraphModule) -> str:
-    """Hash of what the graph computes: operators, constants and dataflow, not names or metadata."""
+    """Hash of what the graph computes: operators, constants and dataflow; not names or schedules."""
     number = {node: i for i, node in enumerate(gm.graph.nodes)}
     text = []
     for node in gm.graph.nodes:
-        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        args = torch.fx.node.map_arg((_deciding(node), node.kwargs), lambda n: f"%{number[n]}")
         target = (
             node.target if isinstance(node.target, str) else torch.fx.node._get_qualified_name(node.target)
         )
         text.append(f"{node.op} {target if node.op != 'placeholder' else ''} {args}")
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+
+
+def _deciding(node: torch.fx.Node) -> tuple[Any, ...]:
+    """The arguments that what is computed depends on: not those that only choose who computes it."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    names = [argument.name for argument in node.target._schema.arguments]
+    return tuple(a for a, name in zip(node.args, names, strict=False) if name not in _SCHEDULE)
 
 
 def _input_name(example: Any, batch: PackedInputs, known: dict[int, str]) -> str | None:

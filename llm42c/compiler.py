@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, graph_digest, new_kv_cache
 from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
+from llm42c.codegen.target import local_decode_workers
 from llm42c.digest import require_finite, weights_digest
 from llm42c.errors import UnsupportedModelError
 from llm42c.packed import KVCache, PackedInputs
@@ -138,7 +139,7 @@ class ModelCompiler:
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         positions = PositionInput(self._placeholder("positions"), config.max_position_embeddings)
         target = PACKED if form == "pinned" else STOCK
-        report = pipeline.run(gm, Context(target=target, positions=positions))
+        report = pipeline.run(gm, _context(target, positions))
         if self.strict and report.unplaced:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
@@ -157,6 +158,10 @@ class ModelCompiler:
             _inputs=self.captured.inputs,
             _kv_spec=self.captured.kv_spec,
         )
+
+
+def _context(target: str, positions: PositionInput) -> Context:
+    return Context(target=target, positions=positions, decode_workers=local_decode_workers())
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

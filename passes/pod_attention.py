@@ -1,90 +1,92 @@
-"""Hybrid attention becomes ``llm42::pod_attention``.
+"""Hybrid attention becomes one of the ``llm42::pod_...`` operators.
 
-Whether a batch is hybrid is known at run time only; the operator dispatches inside.
+Whether a batch is hybrid is known at run time only; the operators dispatch inside.
 
 Cases:
 
 1. ``llm42::paged_attention`` (packed graphs)
-2. ``torch_attn::_varlen_attn`` over its own tokens: causal, the same ``cu_seqlens`` for queries and keys,
-   no block table; the keys go through pages made for the call
-3. a prefill SDPA call [1, H, S, D] (causal) and a decode SDPA call [B, H, 1, D] (no mask) that do not
-   depend on each other, of one shape of heads, known sizes and one scale
+2. ``torch_attn::_varlen_attn``, causal, with or without a sliding window
+   a. over its own tokens (the same ``cu_seq`` for queries and keys)
+   b. over other keys (``cu_seq_k``, ``seqused_k``)
+   c. over a pool of pages [pages, page, Hkv, D] (``block_table`` and ``seqused_k``)
+3. two calls of ``llm42::dense_attention``, which is what SDPA and eager attention have become by then: a
+   prefill [B, Hq, S, D] with S > 1 and a decode [B', Hq', 1, D'] that do not depend on each other
 
-Case 1 is rewritten for GPUs; a CPU's ``paged_attention`` schedules both kinds of work itself. Cases 2 and 3
-copy keys and values into pages, which the pass does only where it is asked for (``ctx`` of a packed graph
-never holds them). Not rewritten: paged ``_varlen_attn``, whose cache is [pages, page, H, D]; windows to the
-right; users of the log-sum-exp; SDPA with a mask, since raggedness sits in its values.
+On a GPU there is one operator, over pages whose keys are transposed: case 2a goes through pages made for the
+call, 2b, 2c and 3 would copy whole caches and are left alone. On a CPU all three read what is there.
+
+Not rewritten: windows to the right; users of the log-sum-exp; pages of a size that is unknown or no multiple
+of 16; calls of which one's result is needed before the other can run; caches that are written between the
+two calls; graphs that will be differentiated. Case 3 needs no proof about masks: each call keeps its own.
 
 Before and after, case 1::
 
     y = llm42.paged_attention(q, k, v, kc, vc, slots, cu, lens, table, s, w, c, sinks)      # [T, Hq, D]
                                      ↓
-    y = llm42.pod_attention(q, k, v, kc, vc, slots, cu, lens, table, s, w, c, sinks, False)
+    y = llm42.pod_attention(q, k, v, kc, vc, slots, cu, lens, table, s, w, c, sinks, False, workers)
 
-Case 3 (q_p: [1, Hq, S, D], k_p, v_p: [1, Hkv, L, D], q_d: [B, Hq, 1, D], k_d, v_d: [B, Hkv, M, D])::
+Case 2c (q: [T, Hq, D], pool_k, pool_v: [pages, page, Hkv, D])::
 
-    y_p = sdpa(q_p, k_p, v_p, is_causal=True)           kc = cat(pages of k_p, pages of k_d)
-    y_d = sdpa(q_d, k_d, v_d)                      →    q  = cat(q_p, q_d)                 # [S + B, Hq, D]
-                                                        y  = llm42.pod_attention(q, ..., kc, vc, ...)
-                                                        y_p, y_d = y[:S], y[S:]
+    y, lse, rng = torch_attn._varlen_attn(q, pool_k, pool_v, cu, cu_k, max_q, max_k, True, s,
+                                          seqused_k=lens, block_table=table)
+                                     ↓
+    y = llm42.pod_varlen_attention(q, pool_k, pool_v, cu, lens, None, table, s, 0, 0.0, None, workers)
+
+Case 3 (q_p: [B, Hq, S, D], k_p, v_p: [B, Hkv, L, D], q_d: [B', Hq, 1, D], k_d, v_d: [B', Hkv, M, D])::
+
+    y_p = llm42.dense_attention(q_p, k_p, v_p, None, s, True, 0, 0.0)
+    y_d = llm42.dense_attention(q_d, k_d, v_d, mask, s, False, 0, 0.0)
+                                     ↓
+    y_p, y_d = llm42.pod_dense_attention(q_p, k_p, v_p, None, s, True, 0, 0.0,
+                                         q_d, k_d, v_d, mask, s, False, 0, 0.0, workers)
+
+``workers``: ``Context.decode_workers``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from llm42c.passes import graph as g
-from llm42c.passes.attention_sdpa import unrepeated
-from llm42c.passes.base import Context, PassReport
+from llm42c.passes.base import Context, PassReport, usable
 
-PAGE = 16
+PAGE = 16  # tokens that must not lie in different pages
 
 
 def pod_attention(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
-    """Case 1 on GPUs."""
-    rewrite(graph, ctx, report, devices=("cuda",), copies=False)
-
-
-def rewrite(
-    graph: fx.Graph, ctx: Context, report: PassReport, devices: tuple[str, ...], copies: bool
-) -> None:
-    """All cases on ``devices``; cases 2 and 3 if ``copies`` of keys and values are allowed."""
+    """Rewrite all cases, on the device of the tensors."""
     for node in list(graph.nodes):
         if node.target is torch.ops.llm42.paged_attention.default:
-            _paged(node, report, devices)
+            _paged(node, ctx, report)
         elif "_varlen_attn" in str(node.target) and node.op == "call_function":
-            _varlen(node, ctx, report, devices, copies)
-    _pairs(graph, ctx, report, devices, copies)
+            _varlen(node, ctx, report)
+    _pairs(graph, ctx, report)
 
 
-def _paged(node: fx.Node, report: PassReport, devices: tuple[str, ...]) -> None:
-    if g.fake(node).device.type not in devices:
-        report.miss(node, "a CPU's paged_attention schedules prefills and decodes itself")
-        return
+# Case 1.
+
+
+def _paged(node: fx.Node, ctx: Context, report: PassReport) -> None:
     report.match(node)
-    new = g.insert(
-        node, torch.ops.llm42.pod_attention.default, (*node.args, False), dict(node.kwargs), like=node
-    )
+    workers = (ctx.decode_workers,) if _on_cpu(node) else ()
+    args = (*node.args, False, *workers)
+    new = g.insert(node, torch.ops.llm42.pod_attention.default, args, dict(node.kwargs), like=node)
     g.replace(node, new)
 
 
-def _allowed(node: fx.Node, ctx: Context, devices: tuple[str, ...], copies: bool) -> str | None:
-    if g.fake(node.all_input_nodes[0]).device.type not in devices:
-        return "not on a GPU"
-    if not copies:
-        return "keys and values would have to be copied into pages"
-    return "pod_attention has no autograd formula" if ctx.grad else None
+def _on_cpu(node: fx.Node) -> bool:
+    return g.fake(node.all_input_nodes[0]).device.type == "cpu"
 
 
 # Case 2.
 
 
-def _varlen(node: fx.Node, ctx: Context, report: PassReport, devices: tuple[str, ...], copies: bool) -> None:
+def _varlen(node: fx.Node, ctx: Context, report: PassReport) -> None:
     names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "is_causal", "scale",
              "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits")  # fmt: skip
     bound: dict[str, Any] = {
@@ -92,19 +94,19 @@ def _varlen(node: fx.Node, ctx: Context, report: PassReport, devices: tuple[str,
         **dict(zip(names, node.args, strict=False)),
         **node.kwargs,
     }
-    reason = _varlen_refusal(node, bound) or _allowed(node, ctx, devices, copies)
+    reason = _varlen_refusal(node, bound) or (None if _on_cpu(node) else _gpu_refusal(bound))
+    reason = reason or usable(ctx, "pod_varlen_attention")
     if reason is not None:
         report.miss(node, reason)
         return
     report.match(node)
-    q, k, v, cu = bound["query"], bound["key"], bound["value"], bound["cu_seq_q"]
     left = (bound["window_size"] or (-1, 0))[0]
     scale = g.number(bound["scale"])
-    scale = 1 / math.sqrt(int(g.fake(q).shape[-1])) if scale is None else scale
-    args = (q, k, v, cu, int(bound["max_k"]), scale, left + 1 if left >= 0 else 0)
-    new = g.insert(node, varlen_through_pages, args, like=node)
+    scale = 1 / math.sqrt(int(g.fake(bound["query"]).shape[-1])) if scale is None else scale
+    options = (scale, left + 1 if left >= 0 else 0)
+    new = _varlen_on_cpu(node, bound, options, ctx) if _on_cpu(node) else _varlen_on_gpu(node, bound, options)
     for user in list(node.users):
-        g.replace(user, new) if len(node.users) == 1 else user.replace_all_uses_with(new)
+        g.replace(user, new)
     if not node.users:
         node.graph.erase_node(node)
 
@@ -112,14 +114,45 @@ def _varlen(node: fx.Node, ctx: Context, report: PassReport, devices: tuple[str,
 def _varlen_refusal(node: fx.Node, bound: dict[str, Any]) -> str | None:
     if any(g.name(u) != "getitem" or u.args[1] != 0 for u in node.users) or len(node.users) != 1:
         return "the log-sum-exp is used"
+    if not bound["is_causal"] and (bound["window_size"] or (-1, -1))[1] != 0:
+        return "not causal"
+    if g.fake(bound["query"]).shape[-1] % 8 != 0:
+        return f"head_dim {g.fake(bound['query']).shape[-1]} is no multiple of 8"
+    if bound["block_table"] is None:
+        return None if bound["cu_seq_k"] is not None else "where the keys of a sequence begin is not given"
+    if bound["seqused_k"] is None:
+        return "how many keys of its pages a sequence has is not given"
+    page = g.fake(bound["key"]).shape[1]
+    return None if isinstance(page, int) and page % PAGE == 0 else f"pages of {page} tokens"
+
+
+def _gpu_refusal(bound: dict[str, Any]) -> str | None:
     if bound["block_table"] is not None:
-        return "the cache is laid out [pages, page, H, D]"
+        return "the cache is laid out [pages, page, H, D]: on a GPU it would have to be copied"
     if bound["cu_seq_k"] is not bound["cu_seq_q"] or bound["seqused_k"] is not None:
         return "queries and keys are of different tokens"
-    window = bound["window_size"]
-    if not bound["is_causal"] and (window is None or window[1] != 0):
-        return "not causal"
     return None if isinstance(bound["max_k"], int) else "max_k is not known at compile time"
+
+
+def _varlen_on_cpu(node: fx.Node, bound: dict[str, Any], options: tuple[float, int], ctx: Context) -> fx.Node:
+    cu_k, lens, table = bound["cu_seq_k"], bound["seqused_k"], bound["block_table"]
+    if lens is None:
+        ends = g.insert(node, g.FUNCTIONS["narrow"], (cu_k, 0, 1, _length(cu_k)))
+        begins = g.insert(node, g.FUNCTIONS["narrow"], (cu_k, 0, 0, _length(cu_k)))
+        lens = g.insert(node, g.FUNCTIONS["sub"], (ends, begins))
+    args = (bound["query"], bound["key"], bound["value"], bound["cu_seq_q"], lens)
+    place = (None, table) if table is not None else (cu_k, None)
+    args = (*args, *place, *options, 0.0, None, ctx.decode_workers)
+    return g.insert(node, torch.ops.llm42.pod_varlen_attention.default, args, like=node)
+
+
+def _length(cu_seqlens: fx.Node) -> int:
+    return int(g.fake(cu_seqlens).shape[0]) - 1
+
+
+def _varlen_on_gpu(node: fx.Node, bound: dict[str, Any], options: tuple[float, int]) -> fx.Node:
+    args = (bound["query"], bound["key"], bound["value"], bound["cu_seq_q"], int(bound["max_k"]), *options)
+    return g.insert(node, varlen_through_pages, args, like=node)
 
 
 def varlen_through_pages(
@@ -146,126 +179,77 @@ def varlen_through_pages(
 # Case 3.
 
 
-@dataclass
-class _Call:
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    scale: float
-    causal: bool
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(s) for s in g.fake(getattr(self, name)).shape)
-
-
-def _call(node: fx.Node) -> _Call | None:
-    """An SDPA call of known sizes without mask or dropout."""
-    bound = g.bind(node)
-    if bound["attn_mask"] is not None or g.number(bound["dropout_p"]) != 0.0:
-        return None
-    q, k, v = bound["query"], unrepeated(bound["key"]), unrepeated(bound["value"])
-    tensors = [g.fake(x) for x in (q, k, v)]
-    if any(t.dim() != 4 or any(not isinstance(s, int) for s in t.shape) for t in tensors):
-        return None
-    scale = g.number(bound["scale"])
-    scale = 1 / math.sqrt(tensors[0].shape[-1]) if scale is None else scale
-    return _Call(node, q, k, v, scale, bound["is_causal"] is True)
+def _pairs(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
+    calls = [n for n in graph.nodes if n.target is torch.ops.llm42.dense_attention.default]
+    prefills = [n for n in calls if statically_known_true(_rows(n) > 1)]
+    decodes = [n for n in calls if g.same(_rows(n), 1)]
+    if not prefills or not decodes:
+        return
+    effects = g.Effects(graph)
+    for a in prefills:
+        where = g.order(graph)
+        nearest = sorted(decodes, key=lambda d: abs(where[d] - where[a]))
+        reasons = []
+        for b in nearest:
+            reason = _pair_refusal(a, b, where, effects) or usable(ctx, "pod_dense_attention")
+            if reason is None:
+                report.match(a)
+                _merge(a, b, where, ctx.decode_workers)
+                decodes.remove(b)
+                break
+            reasons.append(reason)
+        else:
+            if reasons:
+                report.miss(a, reasons[0])
 
 
-def _depends(node: fx.Node, on: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        at = queue.pop()
-        if at is on:
-            return True
-        if at not in seen:
-            seen.add(at)
-            queue += at.all_input_nodes
-    return False
+def _rows(node: fx.Node) -> Any:
+    return g.fake(node.args[0]).shape[2]
 
 
-def _mismatch(a: _Call, b: _Call) -> str | None:
-    """Why a prefill and a decode call do not make one batch."""
-    same_heads = a.shape("q")[1] == b.shape("q")[1] and a.shape("k")[1] == b.shape("k")[1]
-    if not same_heads or a.shape("q")[3] != b.shape("q")[3] or a.scale != b.scale:
-        return "the prefill and the decode call have different heads or scales"
-    if a.shape("q")[2] != a.shape("k")[2]:
-        return "the prefill call does not begin at its first key"
-    if _depends(a.node, b.node) or _depends(b.node, a.node):
+def _pair_refusal(a: fx.Node, b: fx.Node, where: dict[fx.Node, int], effects: g.Effects) -> str | None:
+    """Why a prefill and a decode call do not make one call."""
+    if not _on_cpu(a):
+        return "on a GPU, keys and values would have to be copied into pages"
+    if g.fake(a).dtype != g.fake(b).dtype:
+        return "the prefill and the decode call have different dtypes"
+    first, second = sorted((a, b), key=where.__getitem__)
+    if _depends(second, first, where):
         return "the prefill and the decode call depend on each other"
+    if _anchor(first, second, where) is None:
+        return "the result of one call is used before the other's operands exist"
+    if not effects.unchanged([*first.all_input_nodes, *second.all_input_nodes], first, second):
+        return "what one call reads is written before the other call"
     return None
 
 
-def _pairs(graph: fx.Graph, ctx: Context, report: PassReport, devices: tuple[str, ...], copies: bool) -> None:
-    calls = [c for n in graph.nodes if g.name(n) == "sdpa" and (c := _call(n)) is not None]
-    prefills = [c for c in calls if c.causal and c.shape("q")[0] == 1 and c.shape("q")[2] > 1]
-    decodes = [c for c in calls if c.shape("q")[2] == 1 and not c.causal]
-    for a in prefills:
-        b = next((d for d in decodes if _mismatch(a, d) is None), None)
-        if b is None:
-            if decodes:
-                report.miss(a.node, _mismatch(a, decodes[0]) or "")
-            continue
-        if (reason := _allowed(a.node, ctx, devices, copies)) is not None:
-            report.miss(a.node, reason)
-            continue
-        decodes.remove(b)
-        _merge(graph, a, b, report)
+def _depends(later: fx.Node, earlier: fx.Node, where: dict[fx.Node, int]) -> bool:
+    seen: set[fx.Node] = set()
+    queue = [later]
+    while queue:
+        node = queue.pop()
+        if node is earlier:
+            return True
+        if node not in seen and where[node] > where[earlier]:
+            seen.add(node)
+            queue += node.all_input_nodes
+    return False
 
 
-def _merge(graph: fx.Graph, a: _Call, b: _Call, report: PassReport) -> None:
-    """One call behind the operands of both, in front of the users of both."""
-    where = g.order(graph)
-    last = max((a.q, a.k, a.v, b.q, b.k, b.v), key=where.__getitem__)
-    first, second = sorted((a.node, b.node), key=where.__getitem__)
-    if where[last] > where[first]:
-        early = [u for u in first.users if where[u] < where[last]]
-        if early:
-            report.miss(a.node, "the result of one call is used before the other's operands exist")
-            return
-    anchor = second if where[last] > where[first] else first
-    report.match(a.node)
-    args = (a.q, a.k, a.v, b.q, b.k, b.v, a.scale)
-    both = g.insert(anchor, pair_through_pages, args, like=a.node)
-    y_a = g.insert(anchor, g.FUNCTIONS["getitem"], (both, 0), like=a.node)
-    y_b = g.insert(anchor, g.FUNCTIONS["getitem"], (both, 1), like=b.node)
-    g.replace(a.node, y_a)
-    g.replace(b.node, y_b)
+def _anchor(first: fx.Node, second: fx.Node, where: dict[fx.Node, int]) -> fx.Node | None:
+    """The call in whose place both can run, or None."""
+    if all(where[n] < where[first] for n in second.all_input_nodes):
+        return first
+    return second if all(where[u] > where[second] for u in first.users) else None
 
 
-def _pages(x: Tensor) -> Tensor:
-    """[B, Hkv, L, D] → [B · ceil(L / PAGE), Hkv, PAGE, D]."""
-    batch, heads, length, dim = x.shape
-    width = -(-length // PAGE)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, width * PAGE - length))
-    return (
-        padded.view(batch, heads, width, PAGE, dim).transpose(1, 2).reshape(batch * width, heads, PAGE, dim)
-    )
-
-
-def pair_through_pages(
-    q_p: Tensor, k_p: Tensor, v_p: Tensor, q_d: Tensor, k_d: Tensor, v_d: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of a prefill [1, Hq, S, D] and of a decode batch [B, Hq, 1, D] in one call."""
-    rows, batch, device = q_p.shape[2], q_d.shape[0], q_p.device
-    lengths = [k_p.shape[2], k_d.shape[2]]
-    widths = [-(-n // PAGE) for n in lengths]
-    q = torch.cat((q_p[0].transpose(0, 1), q_d[:, :, 0]))  # [S + B, Hq, D]
-    v_cache = torch.cat((_pages(v_p), _pages(v_d)))
-    k_cache = torch.cat((_pages(k_p), _pages(k_d))).transpose(2, 3).contiguous()
-    i = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    cu = torch.where(i == 0, 0, i + rows - 1).int()
-    cu = torch.cat((cu, cu[-1:] + 1))  # 0, S, S + 1, ..., S + B
-    lens = torch.where(i == 0, lengths[0], lengths[1]).int()
-    column = torch.arange(max(widths), dtype=torch.int32, device=device)
-    start = torch.where(i == 0, 0, widths[0] + (i - 1) * widths[1])[:, None]
-    width = torch.where(i == 0, widths[0], widths[1])[:, None]
-    table = torch.where(column < width, start + column, 0).int()
-    slots = torch.full((rows + batch,), -1, dtype=torch.int64, device=device)
-    unused = q.new_zeros(rows + batch, k_p.shape[1], q.shape[2])  # keys are in the pages already
-    out = torch.ops.llm42.pod_attention(
-        q, unused, unused, k_cache, v_cache, slots, cu, lens, table, scale, 0, 0.0, None, False
-    )
-    return out[:rows].transpose(0, 1)[None].contiguous(), out[rows:, :, None].contiguous()
+def _merge(a: fx.Node, b: fx.Node, where: dict[fx.Node, int], workers: int) -> None:
+    anchor = _anchor(*sorted((a, b), key=where.__getitem__), where)
+    if anchor is None:
+        raise g.IllegalRewriteError(f"{a} and {b} cannot run in one place")
+    args = (*a.args, *b.args, workers)
+    both = g.insert(anchor, torch.ops.llm42.pod_dense_attention.default, args, like=a)
+    y_a = g.insert(anchor, g.FUNCTIONS["getitem"], (both, 0), like=a)
+    y_b = g.insert(anchor, g.FUNCTIONS["getitem"], (both, 1), like=b)
+    g.replace(a, y_a)
+    g.replace(b, y_b)

@@ -22,9 +22,8 @@ inline at::Tensor attention_sinks(const std::optional<at::Tensor>& sinks, int64_
   return sinks->to(at::kFloat).contiguous();
 }
 
-inline void check_paged_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+inline void check_paged_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const at::Tensor& k_cache, const at::Tensor& v_cache) {
-  const char* op = "paged_attention";
   TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
                   k.size(2) == q.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
               op, ": expected q [T, Hq, D], k and v [T, Hkv, D] with Hkv dividing Hq, got ", q.sizes(), ", ", k.sizes(),
@@ -44,14 +43,19 @@ inline void check_paged_shapes(const at::Tensor& q, const at::Tensor& k, const a
               k_cache.size(3));
 }
 
-inline void check_paged_metadata(const attention::Paged& p, int64_t pages) {
-  const char* op = "paged_attention";
+// `pages`: of the cache, or -1 where keys stand without pages in `rows_of_keys` rows.
+inline void check_paged_metadata(const char* op, const attention::Paged& p, int64_t pages, int64_t rows_of_keys = 0) {
   TORCH_CHECK_VALUE(p.cu_seqlens_q[0] == 0, op, ": cu_seqlens_q must begin with 0, got ", p.cu_seqlens_q[0]);
   for (int64_t s = 0; s < p.sequences; s++) {
     const int64_t rows = int64_t(p.cu_seqlens_q[s + 1]) - p.cu_seqlens_q[s], keys = p.kv_lens[s];
     TORCH_CHECK_VALUE(rows >= 0, op, ": cu_seqlens_q must not decrease, but sequence ", s, " has ", rows, " rows");
     if (rows == 0) continue;
     TORCH_CHECK_VALUE(keys >= rows, op, ": kv_lens[", s, "] = ", keys, " is less than the ", rows, " rows of the sequence");
+    if (!p.block_table) {
+      TORCH_CHECK_VALUE(p.first_key[s] >= 0 && p.first_key[s] + keys <= rows_of_keys, op, ": sequence ", s, " has keys ",
+                        p.first_key[s], " to ", p.first_key[s] + keys, ", but there are ", rows_of_keys);
+      continue;
+    }
     TORCH_CHECK_VALUE(keys <= p.table_width * p.page, op, ": kv_lens[", s, "] = ", keys, " is more than ", p.table_width,
                 " pages of ", p.page, " hold");
     const int32_t* table = p.block_table + s * p.table_width;
@@ -61,55 +65,129 @@ inline void check_paged_metadata(const attention::Paged& p, int64_t pages) {
   }
   TORCH_CHECK_VALUE(p.cu_seqlens_q[p.sequences] <= p.tokens, op, ": cu_seqlens_q ends at ", p.cu_seqlens_q[p.sequences],
               " but there are ", p.tokens, " rows");
-  for (int64_t t = 0; t < p.tokens; t++)
+  for (int64_t t = 0; p.slot_mapping && t < p.tokens; t++)
     TORCH_CHECK_VALUE(p.slot_mapping[t] >= -1 && p.slot_mapping[t] < pages * p.page, op, ": slot_mapping[", t, "] = ",
                 p.slot_mapping[t], " is neither -1 nor a slot of a cache of ", pages, " pages of ", p.page);
 }
 
-inline at::Tensor paged_attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-                                  const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots_,
-                                  const at::Tensor& cu_seqlens_q_, const at::Tensor& kv_lens_,
-                                  const at::Tensor& block_table_, double scale, int64_t window, double softcap,
-                                  const std::optional<at::Tensor>& sinks_) {
-  const char* op = "paged_attention";
-  check_paged_shapes(q_, k_, v_, k_cache, v_cache);
-  TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
-  TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+// What the packed calls share. The tensors own what `call` points to.
+struct PackedCall {
+  const char* op;
+  at::Tensor q, cu_seqlens_q, kv_lens, sinks, out;
+  attention::Paged call{};
+  attention::Schedule how;
+
+  PackedCall(const char* op_, const at::Tensor& q_, const at::Tensor& cu_seqlens_q_, const at::Tensor& kv_lens_,
+             double scale, int64_t window, double softcap, const std::optional<at::Tensor>& sinks_,
+             int64_t decode_workers)
+      : op(op_), q(with_contiguous_rows(q_)), cu_seqlens_q(metadata(cu_seqlens_q_, at::kInt, 1, op_, "cu_seqlens_q")),
+        kv_lens(metadata(kv_lens_, at::kInt, 1, op_, "kv_lens")), sinks(attention_sinks(sinks_, q_.size(1), op_)),
+        out(at::empty(q_.sizes(), q_.options().memory_format(at::MemoryFormat::Contiguous))) {
+    TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
+    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+    TORCH_CHECK_VALUE(decode_workers >= 0, op, ": decode_workers must not be negative, got ", decode_workers);
+    how = {at::get_num_threads(), int(std::min<int64_t>(decode_workers, at::get_num_threads()))};
+    call.dtype = dtype_of(q, op);
+    call.q = q.const_data_ptr(), call.q_token = q.stride(0), call.q_head = q.stride(1);
+    call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
+    call.kv_lens = kv_lens.const_data_ptr<int32_t>();
+    call.sinks = sinks.defined() ? sinks.const_data_ptr<float>() : nullptr;
+    call.out = out.mutable_data_ptr();
+    call.tokens = q.size(0), call.sequences = kv_lens.size(0);
+    call.q_heads = q.size(1), call.head_dim = q.size(2);
+    call.scale = float(scale), call.softcap = float(softcap), call.window = window;
+  }
+};
+
+inline at::Tensor packed_attention(const char* op, const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
+                                   const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots_,
+                                   const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
+                                   const at::Tensor& block_table_, double scale, int64_t window, double softcap,
+                                   const std::optional<at::Tensor>& sinks, int64_t decode_workers) {
+  check_paged_shapes(op, q, k_, v_, k_cache, v_cache);
   const at::Tensor slots = metadata(slots_, at::kLong, 1, op, "slot_mapping");
-  const at::Tensor cu_seqlens_q = metadata(cu_seqlens_q_, at::kInt, 1, op, "cu_seqlens_q");
-  const at::Tensor kv_lens = metadata(kv_lens_, at::kInt, 1, op, "kv_lens");
   const at::Tensor block_table = metadata(block_table_, at::kInt, 2, op, "block_table");
-  const int64_t sequences = kv_lens.size(0);
-  TORCH_CHECK_VALUE(slots.size(0) == q_.size(0), op, ": expected slot_mapping [", q_.size(0), "], got ", slots.sizes());
-  TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == sequences + 1 && block_table.size(0) == sequences, op,
+  PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks, decode_workers);
+  attention::Paged& p = packed.call;
+  TORCH_CHECK_VALUE(slots.size(0) == q.size(0), op, ": expected slot_mapping [", q.size(0), "], got ", slots.sizes());
+  TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && block_table.size(0) == p.sequences, op,
               ": expected cu_seqlens_q [S + 1], kv_lens [S], block_table [S, P], got ", cu_seqlens_q.sizes(), ", ",
               kv_lens.sizes(), ", ", block_table.sizes());
-  const at::Tensor sinks = attention_sinks(sinks_, q_.size(1), op);
-  const at::Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
-  const at::Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
-
-  attention::Paged p{};
-  p.dtype = dtype_of(q, op);
-  p.q = q.const_data_ptr(), p.q_token = q.stride(0), p.q_head = q.stride(1);
+  const at::Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
   p.k = k.const_data_ptr(), p.k_token = k.stride(0), p.k_head = k.stride(1);
   p.v = v.const_data_ptr(), p.v_token = v.stride(0), p.v_head = v.stride(1);
   p.k_cache = k_cache.mutable_data_ptr(), p.v_cache = v_cache.mutable_data_ptr();
   p.slot_mapping = slots.const_data_ptr<int64_t>();
-  p.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
-  p.kv_lens = kv_lens.const_data_ptr<int32_t>();
   p.block_table = block_table.const_data_ptr<int32_t>();
-  p.sinks = sinks.defined() ? sinks.const_data_ptr<float>() : nullptr;
-  p.out = out.mutable_data_ptr();
-  p.tokens = q.size(0), p.sequences = sequences, p.table_width = block_table.size(1), p.page = k_cache.size(3);
-  p.q_heads = q.size(1), p.kv_heads = k.size(1), p.head_dim = q.size(2);
-  p.scale = float(scale), p.softcap = float(softcap), p.window = window;
-  check_paged_metadata(p, k_cache.size(0));
-  attention::paged(p, at::get_num_threads());
-  return out;
+  p.table_width = block_table.size(1), p.page = k_cache.size(3), p.kv_heads = k.size(1);
+  check_paged_metadata(op, p, k_cache.size(0));
+  attention::paged(p, packed.how);
+  return packed.out;
 }
 
-inline void check_dense_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  const char* op = "dense_attention";
+inline at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                  const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots,
+                                  const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
+                                  const at::Tensor& block_table, double scale, int64_t window, double softcap,
+                                  const std::optional<at::Tensor>& sinks) {
+  return packed_attention("paged_attention", q, k, v, k_cache, v_cache, slots, cu_seqlens_q, kv_lens, block_table,
+                          scale, window, softcap, sinks, 0);
+}
+
+// Metadata is always checked: on a CPU that costs nothing next to the call.
+inline at::Tensor pod_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots,
+                                const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
+                                const at::Tensor& block_table, double scale, int64_t window, double softcap,
+                                const std::optional<at::Tensor>& sinks, bool, int64_t decode_workers) {
+  return packed_attention("pod_attention", q, k, v, k_cache, v_cache, slots, cu_seqlens_q, kv_lens, block_table,
+                          scale, window, softcap, sinks, decode_workers);
+}
+
+inline void check_varlen_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                bool paged) {
+  const int64_t dims = paged ? 4 : 3;
+  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == dims && v.sizes() == k.sizes() && k.size(-1) == q.size(2) &&
+                        k.size(-2) > 0 && q.size(1) % k.size(-2) == 0,
+                    op, ": expected q [T, Hq, D], k and v ", paged ? "[pages, page, Hkv, D]" : "[Tk, Hkv, D]",
+                    " with Hkv dividing Hq, got ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
+  TORCH_CHECK_VALUE(q.size(2) > 0 && q.size(2) % 8 == 0, op, ": head_dim must be a multiple of 8, got ", q.size(2));
+  TORCH_CHECK_VALUE(!paged || (k.size(1) > 0 && k.size(1) % 16 == 0), op,
+                    ": page size must be a multiple of 16, got ", k.size(1));
+  for (const at::Tensor* t : {&k, &v})
+    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype, got ",
+                     q.scalar_type(), " and ", t->scalar_type());
+}
+
+inline at::Tensor pod_varlen_attention(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
+                                       const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
+                                       const std::optional<at::Tensor>& cu_seqlens_k_,
+                                       const std::optional<at::Tensor>& block_table_, double scale, int64_t window,
+                                       double softcap, const std::optional<at::Tensor>& sinks, int64_t decode_workers) {
+  const char* op = "pod_varlen_attention";
+  const bool paged = block_table_.has_value();
+  TORCH_CHECK_VALUE(paged != cu_seqlens_k_.has_value(), op, ": expected either cu_seqlens_k or block_table");
+  check_varlen_shapes(op, q, k_, v_, paged);
+  const at::Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
+  PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks, decode_workers);
+  attention::Paged& p = packed.call;
+  const at::Tensor table =
+      paged ? metadata(*block_table_, at::kInt, 2, op, "block_table") : metadata(*cu_seqlens_k_, at::kInt, 1, op, "cu_seqlens_k");
+  TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && table.size(0) == p.sequences + !paged, op,
+                    ": expected cu_seqlens_q [S + 1], kv_lens [S], cu_seqlens_k [S + 1] or block_table [S, P], got ",
+                    cu_seqlens_q.sizes(), ", ", kv_lens.sizes(), " and ", table.sizes());
+  p.by_token = true;
+  p.k_cache = const_cast<void*>(k.const_data_ptr()), p.v_cache = const_cast<void*>(v.const_data_ptr());  // only read
+  p.key_page = k.stride(0), p.key_token = k.stride(-3), p.key_head = k.stride(-2);
+  p.value_page = v.stride(0), p.value_token = v.stride(-3), p.value_head = v.stride(-2);
+  p.kv_heads = k.size(-2), p.page = paged ? k.size(1) : 0, p.table_width = paged ? table.size(1) : 0;
+  (paged ? p.block_table : p.first_key) = table.const_data_ptr<int32_t>();
+  check_paged_metadata(op, p, paged ? k.size(0) : -1, paged ? 0 : k.size(0));
+  attention::paged(p, packed.how);
+  return packed.out;
+}
+
+inline void check_dense_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
                         k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                     op, ": expected q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] with Hkv dividing Hq, got ", q.sizes(),
@@ -121,9 +199,8 @@ inline void check_dense_shapes(const at::Tensor& q, const at::Tensor& k, const a
 }
 
 // [B, Hq, Sq, Sk] of bool or float32, with stride 0 where it is broadcast.
-inline at::Tensor dense_mask(const std::optional<at::Tensor>& mask, at::IntArrayRef sizes) {
+inline at::Tensor dense_mask(const char* op, const std::optional<at::Tensor>& mask, at::IntArrayRef sizes) {
   if (!mask) return {};
-  const char* op = "dense_attention";
   TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool || mask->is_floating_point(), op,
                    ": expected a mask of bool or float, got ", mask->scalar_type());
   const int64_t dims = mask->dim();
@@ -135,42 +212,71 @@ inline at::Tensor dense_mask(const std::optional<at::Tensor>& mask, at::IntArray
   return supported.expand(sizes);
 }
 
-inline at::Tensor dense_attention(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-                                  const std::optional<at::Tensor>& mask_, double scale, bool causal, int64_t window,
-                                  double softcap) {
-  const char* op = "dense_attention";
-  check_dense_shapes(q_, k_, v_);
-  TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
-  TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
-  const at::Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
-  const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), kv_len = k.size(2), dim = q.size(3);
-  const at::Tensor mask = dense_mask(mask_, {batch, heads, q_len, kv_len});
-  const at::Tensor out = at::empty({batch, q_len, heads, dim}, q.options()).transpose(1, 2);
+// One call on dense tensors, which own what `call` points to.
+struct DenseTensors {
+  at::Tensor q, k, v, mask, out;
+  attention::Dense call{};
 
-  attention::Dense p{};
-  p.dtype = dtype_of(q, op);
-  p.q = q.const_data_ptr(), p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_token = q.stride(2);
-  p.k = k.const_data_ptr(), p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_token = k.stride(2);
-  p.v = v.const_data_ptr(), p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_token = v.stride(2);
-  if (mask.defined()) {
-    if (mask.scalar_type() == at::kBool)
-      p.mask = mask.const_data_ptr<bool>();
-    else
-      p.bias = mask.const_data_ptr<float>();
-    p.mask_batch = mask.stride(0), p.mask_head = mask.stride(1), p.mask_token = mask.stride(2);
-    p.mask_key = mask.stride(3);
+  DenseTensors(const char* op, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
+               const std::optional<at::Tensor>& mask_, double scale, bool causal, int64_t window, double softcap) {
+    check_dense_shapes(op, q_, k_, v_);
+    TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
+    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+    q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
+    const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), kv_len = k.size(2), dim = q.size(3);
+    mask = dense_mask(op, mask_, {batch, heads, q_len, kv_len});
+    out = at::empty({batch, q_len, heads, dim}, q.options()).transpose(1, 2);
+    attention::Dense& p = call;
+    p.dtype = dtype_of(q, op);
+    p.q = q.const_data_ptr(), p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_token = q.stride(2);
+    p.k = k.const_data_ptr(), p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_token = k.stride(2);
+    p.v = v.const_data_ptr(), p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_token = v.stride(2);
+    if (mask.defined()) {
+      if (mask.scalar_type() == at::kBool)
+        p.mask = mask.const_data_ptr<bool>();
+      else
+        p.bias = mask.const_data_ptr<float>();
+      p.mask_batch = mask.stride(0), p.mask_head = mask.stride(1), p.mask_token = mask.stride(2);
+      p.mask_key = mask.stride(3);
+    }
+    p.out = out.mutable_data_ptr(), p.out_batch = out.stride(0), p.out_head = out.stride(1);
+    p.out_token = out.stride(2);
+    p.batch = batch, p.q_heads = heads, p.kv_heads = k.size(1), p.q_len = q_len, p.kv_len = kv_len, p.head_dim = dim;
+    p.scale = float(scale), p.softcap = float(softcap), p.window = window, p.causal = causal;
   }
-  p.out = out.mutable_data_ptr(), p.out_batch = out.stride(0), p.out_head = out.stride(1);
-  p.out_token = out.stride(2);
-  p.batch = batch, p.q_heads = heads, p.kv_heads = k.size(1), p.q_len = q_len, p.kv_len = kv_len, p.head_dim = dim;
-  p.scale = float(scale), p.softcap = float(softcap), p.window = window, p.causal = causal;
-  attention::dense(p, at::get_num_threads());
-  return out;
+};
+
+inline at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                  const std::optional<at::Tensor>& mask, double scale, bool causal, int64_t window,
+                                  double softcap) {
+  const DenseTensors tensors("dense_attention", q, k, v, mask, scale, causal, window, softcap);
+  attention::dense(tensors.call, {at::get_num_threads()});
+  return tensors.out;
+}
+
+inline std::tuple<at::Tensor, at::Tensor> pod_dense_attention(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, double scale,
+    bool causal, int64_t window, double softcap, const at::Tensor& decode_q, const at::Tensor& decode_k,
+    const at::Tensor& decode_v, const std::optional<at::Tensor>& decode_mask, double decode_scale, bool decode_causal,
+    int64_t decode_window, double decode_softcap, int64_t decode_workers) {
+  const char* op = "pod_dense_attention";
+  TORCH_CHECK_TYPE(q.scalar_type() == decode_q.scalar_type(), op, ": both calls must have one dtype, got ",
+                   q.scalar_type(), " and ", decode_q.scalar_type());
+  TORCH_CHECK_VALUE(decode_workers >= 0, op, ": decode_workers must not be negative, got ", decode_workers);
+  const DenseTensors prefill(op, q, k, v, mask, scale, causal, window, softcap);
+  const DenseTensors decode(op, decode_q, decode_k, decode_v, decode_mask, decode_scale, decode_causal, decode_window,
+                            decode_softcap);
+  const int threads = at::get_num_threads();
+  attention::dense_pair(prefill.call, decode.call, {threads, int(std::min<int64_t>(decode_workers, threads))});
+  return {prefill.out, decode.out};
 }
 
 inline void register_attention(torch::Library& m) {
   m.impl("dense_attention", &dense_attention);
   m.impl("paged_attention", &paged_attention);
+  m.impl("pod_attention", &pod_attention);
+  m.impl("pod_dense_attention", &pod_dense_attention);
+  m.impl("pod_varlen_attention", &pod_varlen_attention);
 }
 
 }  // namespace llm42::bind

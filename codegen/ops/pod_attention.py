@@ -1,8 +1,12 @@
 """``llm42::pod_attention``: paged attention of a hybrid batch, prefill and decode in one launch.
 
-It computes what ``paged_attention`` computes, with the same bits on the same target; it may run the work of
+It computes what ``paged_attention`` computes, with the same bits on the same target; it runs the work of
 prefills and decodes side by side (POD-Attention, Kamath et al., ASPLOS 2025). Which batches gain is known at
 run time only, so pure prefill and pure decode batches are dispatched inside.
+
+On a CPU prefill is bound by arithmetic and decode, on many cores, by memory: ``decode_workers`` threads,
+about as many as fill the memory, begin with decodes, while the others begin with prefills; who finds nothing
+left takes over the other kind. Each kind goes longest first. ``decode_workers=0`` is one queue for both.
 """
 
 from __future__ import annotations
@@ -76,6 +80,7 @@ def _fake(
     softcap: float,
     sinks: Tensor | None,
     checked: bool,
+    decode_workers: int = 0,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -95,10 +100,12 @@ def reference(
     softcap: float,
     sinks: Tensor | None,
     checked: bool,
+    decode_workers: int = 0,
 ) -> Tensor:
     """``paged_attention``'s specification. ``checked`` reads metadata back and raises ValueError.
 
-    Without ``checked``, metadata on a GPU is trusted: wrong pages read wrong memory.
+    Without ``checked``, metadata on a GPU is trusted: wrong pages read wrong memory. A CPU always checks.
+    ``decode_workers`` chooses who computes what, on a CPU, and nothing else.
     """
     if checked:
         pages, page = k_cache.shape[0], k_cache.shape[3]
@@ -120,49 +127,13 @@ def reference(
     )
 
 
-def _on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    checked: bool,
-) -> Tensor:
-    """On a CPU reading metadata costs nothing, and ``paged_attention`` always checks it."""
-    out: Tensor = torch.ops.llm42.paged_attention.default(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        cu_seqlens_q,
-        kv_lens,
-        block_table,
-        scale,
-        window,
-        softcap,
-        sinks,
-    )
-    return out
-
-
 OP = Operator(
     schema=(
         "pod_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor slot_mapping, Tensor cu_seqlens_q, Tensor kv_lens, Tensor block_table, float scale, "
-        "int window, float softcap, Tensor? sinks, bool checked) -> Tensor"
+        "int window, float softcap, Tensor? sinks, bool checked, int decode_workers=0) -> Tensor"
     ),
     fake=_fake,
     reference=reference,
     reduction=paged_attention.OP.reduction,
-    composite=_on_cpu,
 )

@@ -82,3 +82,14 @@ def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
     assert path.stat().st_mtime_ns == stamp
     assert first.values["memory_bandwidth"].source.startswith("measured")
     assert first.get("memory_bandwidth") >= first.get("bandwidth_per_core") > 0
+
+
+@pytest.mark.parametrize(("total", "core", "workers"), [(34e9, 20e9, 1), (200e9, 12e9, 16), (10e9, 12e9, 1)])
+def test_decode_workers_are_the_cores_that_fill_the_memory(total: float, core: float, workers: int):
+    values = {"memory_bandwidth": Value(total, "measured"), "bandwidth_per_core": Value(core, "measured")}
+    assert t.decode_workers(Target("cpu", "some", "x86_64", values)) == workers
+
+
+def test_decode_workers_need_bandwidths():
+    with pytest.raises(TargetError, match="memory_bandwidth is not known"):
+        t.decode_workers(Target("cpu", "some", "x86_64"))

@@ -69,7 +69,7 @@ def test_a_graph_as_text() -> None:
     _, captured = tiny.captured_copy("llama")
     pipeline.run(captured.gm, tiny.packed_context(captured))
     page = text(captured.gm.graph)
-    assert "llm42.paged_attention(" in page
+    assert "llm42.pod_attention(" in page
     assert "# f32[1," in page
     assert page.splitlines()[-1].startswith("return")
 

@@ -10,16 +10,29 @@
 
 namespace llm42::attention {
 
+// Who runs what; nothing of it shows in the bits. `decode_workers` threads begin with decodes while the
+// others begin with prefills, and each goes on with the other kind when its own is done; with 0, every
+// thread takes what is longest.
+struct Schedule {
+  int threads;
+  int decode_workers = 0;
+};
+
+// Keys and values stand in pages of `page` tokens: keys transposed, or (`by_token`) both token by token, and
+// then also without pages, the keys of sequence s from row first_key[s] on.
 struct Paged {
   Dtype dtype;
   const void *q, *k, *v;  // [T, Hq, D], [T, Hkv, D] twice; D contiguous
   int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides in elements
-  void* k_cache;  // [pages, Hkv, D, page]
-  void* v_cache;  // [pages, Hkv, page, D]
-  const int64_t* slot_mapping;  // [T]
+  void* k_cache;  // [pages, Hkv, D, page], or by token [pages, page, Hkv, D] or [Tk, Hkv, D]
+  void* v_cache;  // [pages, Hkv, page, D], or as the keys
+  bool by_token;
+  int64_t key_page, key_token, key_head, value_page, value_token, value_head;  // strides of both, by token
+  const int64_t* slot_mapping;  // [T], or null: nothing is written
   const int32_t* cu_seqlens_q;  // [S + 1]
   const int32_t* kv_lens;       // [S]
-  const int32_t* block_table;   // [S, table_width]
+  const int32_t* block_table;   // [S, table_width], or null
+  const int32_t* first_key;     // [S], in place of block_table
   const float* sinks;           // [Hq] or null
   void* out;                    // [T, Hq, D] contiguous
   int64_t tokens, sequences, table_width, page, q_heads, kv_heads, head_dim;
@@ -27,7 +40,7 @@ struct Paged {
   int64_t window;  // 0: unlimited
 };
 
-void paged(const Paged& p, int threads);
+void paged(const Paged& p, const Schedule& how);
 
 struct Dense {
   Dtype dtype;
@@ -44,6 +57,9 @@ struct Dense {
   bool causal;
 };
 
-void dense(const Dense& p, int threads);
+void dense(const Dense& p, const Schedule& how);
+
+// Two calls of one dtype at once; the second is the one that `decode_workers` begin with.
+void dense_pair(const Dense& prefill, const Dense& decode, const Schedule& how);
 
 }  // namespace llm42::attention

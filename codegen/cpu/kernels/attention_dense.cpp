@@ -154,36 +154,72 @@ struct DenseCall {
     for (int r = 0; !tile && r < job.rows; r++) store_row(work, job.row0 + r, {t.m + r, t.l + r, t.o + r * h.width()});
   }
 
-  void operator()(int threads) const {
-    struct Tag {};
-    thread_local Plan plan_of_this_thread;
-    Plan& plan = plan_of_this_thread;
+  void make_plan(Plan& plan, const Schedule& how) const {
     plan.sequences.clear();
     for (int64_t b = 0; b < p.batch; b++) {
       // SDPA's causal mask begins at the upper left corner; a window without it ends at the last key.
       const int64_t first = origin(b), offset = p.causal ? 0 : p.kv_len - p.q_len;
       plan.sequences.push_back({0, p.q_len, {offset - first, p.kv_len - first, p.window, p.causal}});
     }
-    plan.make(group, p.kv_heads, h.width(), threads);
-    if (plan.cost * h.dim < kSerialCost) threads = 1;
-    float* partials = scratch<Tag>(plan.partials * p.kv_heads);
-    Queue queue(plan, p.kv_heads);
-    parallel(threads, [&](int, int) {
-      queue.drain(
-          plan, p.kv_heads, [&](const Work& work, const Work&) { run(plan, work, partials); },
-          [&](const SharedTile& tile, const Work& work) {
-            for (int r = 0; r < work.job->rows; r++)
-              store_row(work, work.job->row0 + r,
-                        fold_shared(tile, work.job->rows, r, h, partials + work.head * plan.partials));
-          });
-    });
+    plan.make(group, p.kv_heads, h.width(), how);
+  }
+
+  void drain(Queue& queue, int team, float* partials) const {
+    const Plan& plan = queue.plan;
+    queue.drain(
+        team, [&](const Work& work, const Work&) { run(plan, work, partials); },
+        [&](const SharedTile& tile, const Work& work) {
+          for (int r = 0; r < work.job->rows; r++)
+            store_row(work, work.job->row0 + r,
+                      fold_shared(tile, work.job->rows, r, h, partials + work.head * plan.partials));
+        });
   }
 };
 
+template <class T>
+void run_one(const Dense& p, Schedule how) {
+  struct Tag {};
+  thread_local Plan plan;
+  const Plan& ours = plan;  // other threads have their own `plan`
+  const DenseCall<T> call{p};
+  how.decode_workers = 0;
+  call.make_plan(plan, how);
+  if (plan.cost * p.head_dim < kSerialCost) how.threads = 1;
+  float* partials = scratch<Tag>(ours.partials * p.kv_heads);
+  Queue queue(ours, p.kv_heads, 0, ours.jobs.size());
+  parallel(how.threads, [&](int, int team) { call.drain(queue, team, partials); });
+}
+
+template <class T>
+void run_pair(const Dense& prefill, const Dense& decode, Schedule how) {
+  struct Tag {};
+  thread_local Plan plans[2];
+  Plan* const ours = plans;
+  const DenseCall<T> calls[] = {DenseCall<T>{prefill}, DenseCall<T>{decode}};
+  const int decoders = how.decode_workers;
+  how.decode_workers = 0;
+  for (int i = 0; i < 2; i++) calls[i].make_plan(ours[i], how);
+  if ((ours[0].cost + ours[1].cost) * prefill.head_dim < kSerialCost) how.threads = 1;
+  const int64_t own = ours[0].partials * prefill.kv_heads;
+  float* partials = scratch<Tag>(own + ours[1].partials * decode.kv_heads);
+  Queue queues[] = {Queue(ours[0], prefill.kv_heads, 0, ours[0].jobs.size()),
+                    Queue(ours[1], decode.kv_heads, 0, ours[1].jobs.size())};
+  parallel(how.threads, [&](int thread, int team) {
+    for (int n = 0; n < 2; n++) {
+      const int i = (thread < decoders) != n;
+      calls[i].drain(queues[i], team, partials + (i ? own : 0));
+    }
+  });
+}
+
 }  // namespace
 
-void dense(const Dense& p, int threads) {
-  with_element(p.dtype, [&](auto element) { DenseCall<decltype(element)>{p}(threads); });
+void dense(const Dense& p, const Schedule& how) {
+  with_element(p.dtype, [&](auto element) { run_one<decltype(element)>(p, how); });
+}
+
+void dense_pair(const Dense& prefill, const Dense& decode, const Schedule& how) {
+  with_element(prefill.dtype, [&](auto element) { run_pair<decltype(element)>(prefill, decode, how); });
 }
 
 }  // namespace llm42::attention

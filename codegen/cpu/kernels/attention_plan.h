@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention.h"
 #include "attention_tile.h"
 #include "parallel.h"
 
@@ -19,6 +20,7 @@ struct Horizon {
   int64_t lo(int64_t token) const { return window > 0 ? std::max<int64_t>(0, offset + token + 1 - window) : 0; }
 };
 
+inline constexpr int64_t kDecodeRows = 2 * kMicroRows;  // a sequence with no more reads more than it computes
 inline constexpr int64_t kSerialCost = 1 << 17;  // products that one thread computes faster than several
 
 struct Sequence {
@@ -43,13 +45,15 @@ struct Plan {
   std::vector<Sequence> sequences;
   std::vector<Job> jobs;
   std::vector<SharedTile> shared;
+  size_t prefills = 0;   // the first so many jobs are prefills, the rest decodes, each longest first
   int64_t partials = 0;  // floats a KV head
   int64_t cost = 0;      // rows * keys over all KV heads
   int max_rows = 0;
 
-  void make(int64_t group, int64_t kv_heads, int64_t width, int threads);
+  void make(int64_t group, int64_t kv_heads, int64_t width, const Schedule& how);
 
  private:
+  void order(int64_t group, bool roles);
   void add_tiles(int32_t sequence, int64_t group, int64_t tile_rows);
   void share_long_tiles(int64_t limit, int64_t width);
 };
@@ -91,9 +95,18 @@ inline void Plan::share_long_tiles(int64_t limit, int64_t width) {
   }
 }
 
+inline void Plan::order(int64_t group, bool roles) {
+  const auto longer = [](const Job& a, const Job& b) { return a.cost > b.cost; };
+  const auto prefill = [&](const Job& job) { return sequences[size_t(job.sequence)].tokens * group > kDecodeRows; };
+  std::stable_sort(jobs.begin(), jobs.end(), longer);
+  prefills = jobs.size();
+  if (roles) prefills = size_t(std::stable_partition(jobs.begin(), jobs.end(), prefill) - jobs.begin());
+}
+
 // `sequences` is set by the caller.
-inline void Plan::make(int64_t group, int64_t kv_heads, int64_t width, int threads) {
+inline void Plan::make(int64_t group, int64_t kv_heads, int64_t width, const Schedule& how) {
   constexpr int64_t kTileRows = 96, kJobsPerThread = 4;
+  const int threads = how.threads;
   const int64_t wanted = kJobsPerThread * threads;
   for (int64_t tile_rows = kTileRows;; tile_rows /= 2) {
     jobs.clear();
@@ -106,9 +119,10 @@ inline void Plan::make(int64_t group, int64_t kv_heads, int64_t width, int threa
     cost += job.cost * kv_heads;
     max_rows = std::max(max_rows, int(job.rows));
   }
+  prefills = jobs.size();
   if (threads == 1 || jobs.empty()) return;
   share_long_tiles(cost / wanted, width);
-  std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.cost > b.cost; });
+  order(group, how.decode_workers > 0);
 }
 
 // One job for one KV head.
@@ -117,37 +131,42 @@ struct Work {
   int64_t head;
 };
 
-// Calls run(work, following) for every job and KV head, longest first, and fold(shared tile, work) after the
-// last job of a shared tile. `following` is the work that the thread does next, if that is settled. To be
-// called by every thread of a team.
+// The jobs [first, last) of a plan, for every KV head. drain() calls run(work, following) for all of them, in
+// their order, and fold(shared tile, work) after the last job of a shared tile. `following` is the work that
+// the thread does next, if that is settled. To be called by every thread of a team.
 struct Queue {
-  std::atomic<int64_t> next{0};
+  static constexpr int64_t kPatience = 64;
+  const Plan& plan;
+  const int64_t kv_heads, last;
+  std::atomic<int64_t> next;
   std::unique_ptr<std::atomic<int32_t>[]> done;  // [shared, kv_heads]
 
-  explicit Queue(const Plan& plan, int64_t kv_heads) {
-    const size_t n = plan.shared.size() * size_t(kv_heads);
+  Queue(const Plan& plan_, int64_t kv_heads_, size_t first, size_t last_)
+      : plan(plan_), kv_heads(kv_heads_), last(int64_t(last_) * kv_heads_), next(int64_t(first) * kv_heads_) {
+    const size_t n = first < last_ ? plan.shared.size() * size_t(kv_heads) : 0;
     if (n) done.reset(new std::atomic<int32_t>[n]());
   }
 
-  Work take(const Plan& plan, int64_t kv_heads) {
-    const int64_t i = next.fetch_add(1, std::memory_order_relaxed), job = i / kv_heads;
-    return {job < int64_t(plan.jobs.size()) ? &plan.jobs[size_t(job)] : nullptr, i % kv_heads};
+  Work take() {
+    const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+    return i < last ? Work{&plan.jobs[size_t(i / kv_heads)], i % kv_heads} : Work{};
   }
 
   template <class Run, class Fold>
-  void drain(const Plan& plan, int64_t kv_heads, Run run, Fold fold) {
-    constexpr int64_t kShort = kMicroRows * kSplit;  // work that may wait for the thread that has taken it
-    for (Work work = take(plan, kv_heads); work.job;) {
+  void drain(int team, Run run, Fold fold) {
+    // Work that may wait for the thread that has taken it.
+    const int64_t brief = std::max<int64_t>(kMicroRows * kSplit, plan.cost / (kPatience * team));
+    for (Work work = take(); work.job;) {
       const Job& job = *work.job;
-      const bool ahead = job.cost <= kShort;
-      Work following = ahead ? take(plan, kv_heads) : Work{};
+      const bool ahead = job.cost <= brief;
+      Work following = ahead ? take() : Work{};
       run(work, following);
       if (job.shared >= 0) {
         const SharedTile& tile = plan.shared[size_t(job.shared)];
         auto& count = done[size_t(job.shared * kv_heads + work.head)];
         if (count.fetch_add(1, std::memory_order_acq_rel) + 1 == tile.jobs) fold(tile, work);
       }
-      work = ahead ? following : take(plan, kv_heads);
+      work = ahead ? following : take();
     }
   }
 };
@@ -195,10 +214,6 @@ template <class T, class Keys>
 inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horizon, int64_t group, const HeadShape& h,
                     const TileScratch& t, float* partials, const Keys& keys) {
   const int rows = job.rows;
-  if (!tile) {
-    std::fill_n(t.m, rows, -INFINITY);
-    std::fill_n(t.l, rows, 0.f);
-  }
   const int parts = (rows + kMicroRows - 1) / kMicroRows;  // of nearly equal size
   SplitKV<T> both[2];
   keys.split(job.split0, both[job.split0 & 1]);
@@ -215,13 +230,16 @@ inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horiz
       Span spans[kMicroRows];
       make_spans(horizon, group, job.row0 + r0, n, base, spans);
       const bool masked = keys.mask(job.row0 + r0, n, base, spans, t.mask);
+      const bool first_split = split == job.split0;
       Partial to{t.new_m, t.new_l, t.new_o};
       if (tile) {
         float* first = partials + tile->partials + (split - tile->split0) * int64_t(rows) * (h.width() + 2);
         to = {first + r0, first + rows + r0, first + 2 * rows + r0 * h.width()};
+      } else if (first_split) {
+        to = {t.m + r0, t.l + r0, t.o + r0 * h.width()};
       }
       attend<T>(n, h, kv, ahead, t.q + r0 * h.dim, spans, masked ? t.mask : nullptr, t.s, to.m, to.l, to.o);
-      for (int r = 0; !tile && r < n; r++)
+      for (int r = 0; !tile && !first_split && r < n; r++)
         fold(h, {t.m + r0 + r, t.l + r0 + r, t.o + (r0 + r) * h.width()},
              {to.m + r, to.l + r, to.o + r * h.width()});
     }

@@ -1,0 +1,30 @@
+"""Memory for tensors that are read at random: large pages where the operating system has them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGE = 2 << 20  # bytes of a large page
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros on the CPU, in large pages if it fills some and the system grants them.
+
+    Pages of a KV cache lie far apart, so with small pages of memory nearly every one of them costs a walk
+    through the page tables. The memory is touched here, not when the first request needs it.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None or nbytes < LARGE:
+        return torch.zeros(*shape, dtype=dtype)
+    memory = mmap.mmap(-1, -(-nbytes // LARGE) * LARGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(advice)
+    flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape))
+    return flat.zero_().view(*shape)

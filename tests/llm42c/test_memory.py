@@ -1,0 +1,33 @@
+"""Memory of KV caches: ordinary tensors, whatever pages they lie in."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+
+import pytest
+import torch
+
+from llm42c import memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (3, 2, 700, 1024)])
+def test_zeros_that_can_be_written(shape: tuple[int, ...], dtype: torch.dtype):
+    x = memory.zeros(shape, dtype)
+    assert (x.shape, x.dtype, x.is_contiguous()) == (shape, dtype, True)
+    assert not x.any()
+    x += 1
+    gc.collect()
+    assert (x == 1).all()
+
+
+def test_two_tensors_share_nothing():
+    a, b = (memory.zeros((1 << 20,), torch.float32) for _ in range(2))
+    a += 1
+    assert not b.any()
+
+
+def test_systems_without_large_pages(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert not memory.zeros((1 << 20,), torch.float32).any()
