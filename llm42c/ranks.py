@@ -31,6 +31,7 @@ from llm42c.errors import RankFailureError, RanksDifferError
 
 TIMEOUT_S = 60.0  # of one collective: a step of the slowest rank, and what it may be late
 START_S = 600.0  # for all ranks to have loaded and compiled
+END_S = 3600.0  # for what rank 0 does alone at the end
 REPORT_S = 5.0  # after a failed collective, for the others to notice
 _BEAT_S = 0.5
 _SILENCE_S = 3.0  # without a beat: dead or stopped
@@ -96,12 +97,13 @@ class Ranks:
             return
         with self.watch(what):
             event, end = f"meet/{next(self._meetings)}", time.monotonic() + timeout_s
-            missing = self._missing(event, _SILENCE_S)
-            while missing:
-                dead = self._silent(missing)
+            before: dict[int, int] = {}
+            while missing := self._missing(event, _SILENCE_S):
+                beats = {r: self._beats(r) for r in missing}
+                dead = [r for r, n in beats.items() if n and before.get(r) == n]
                 if dead or time.monotonic() > end:
                     raise RankFailureError(f"{_named(dead or missing)} did not come to {what}")
-                missing = self._missing(event, _SILENCE_S)
+                before = beats
 
     @contextlib.contextmanager
     def watch(self, what: str) -> Iterator[None]:
@@ -143,9 +145,13 @@ class Ranks:
 
     def _silent(self, among: list[int]) -> list[int]:
         """Those whose hearts have stopped."""
-        before = {r: self._store.add(f"beat/{r}", 0) for r in among}
+        before = {r: self._beats(r) for r in among}
         time.sleep(_SILENCE_S)
-        return [r for r in among if before[r] and self._store.add(f"beat/{r}", 0) == before[r]]
+        return [r for r in among if before[r] and self._beats(r) == before[r]]
+
+    def _beats(self, rank: int) -> int:
+        """How often the heart of a rank has beaten; 0 if it has none."""
+        return int(self._store.add(f"beat/{rank}", 0))
 
     def _missing(self, event: str, timeout_s: float) -> list[int]:
         """Report ``event``; the ranks that have not reported it within ``timeout_s``."""
@@ -189,7 +195,7 @@ def joined(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     ranks = world()
     with heart(ranks):
         yield ranks
-        ranks.meet("the end")
+        ranks.meet("the end", END_S)
     dist.destroy_process_group()
 
 

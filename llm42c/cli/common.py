@@ -97,8 +97,12 @@ def open_engine(
     from llm42c import ranks
     from llm42c.runtime.loader import build_engine
 
+    place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
-    return build_engine(loaded, tokenizer, fast=form, ranks=ranks.world(), **config)
+    built = build_engine(loaded, tokenizer, fast=form, ranks=place, **config)
+    if place.size > 1 and not silent():
+        err.print(f"{place.size} ranks; {built.compiler.division.text()}", soft_wrap=True)
+    return built
 
 
 @contextlib.contextmanager

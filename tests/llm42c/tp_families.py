@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-LAYERS = 2
+LAYERS = 1
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
