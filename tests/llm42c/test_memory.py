@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,23 @@ def test_two_tensors_share_nothing():
     a, b = (memory.zeros((1 << 20,), torch.float32) for _ in range(2))
     a += 1
     assert not b.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux only")
+def test_large_pages_are_asked_for():
+    x = memory.zeros((4 << 20,), torch.float32)
+    assert {"hg", "sh"} & _flags(x.data_ptr()) == {"hg"}
+
+
+def _flags(address: int) -> set[str]:
+    """The kernel's flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= address < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    return set()
 
 
 def test_systems_without_large_pages(monkeypatch: pytest.MonkeyPatch):
