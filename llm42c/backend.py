@@ -17,6 +17,7 @@ from llm42c.errors import UnsupportedModelError
 from llm42c.options import Options
 from llm42c.passes import pipeline
 from llm42c.passes.base import PLAIN, Context, Report
+from llm42c.recompiles import require_room
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def llm42(
 
     The graph is rewritten before Inductor and its caches see it, so that their keys cover the rewrite.
     Raises OptionsError for bad options, UnsupportedModelError for another device than the CPU, and with
-    ``strict=True`` when a part of the model has no known order of reduction.
+    ``strict=True`` when a part of the model has no known order of reduction; RecompileLimitError before
+    Dynamo would begin to run the function eagerly.
     """
     opts = Options.parse(options, mode)
     dump = Dump.for_options(opts, PLAIN if opts.reductions == "fixed" else "free")
@@ -40,6 +42,7 @@ def llm42(
         if opts.reductions == "free":
             dump.graph("00_input", gm.graph)
             return inductor.compile_free(gm, example_inputs)
+        require_room()
         rewrite_plain(gm, example_inputs, opts, dump)
         return inductor.compile_fixed(gm, example_inputs)
 

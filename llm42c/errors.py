@@ -15,6 +15,10 @@ class UnsupportedModelError(Llm42Error, ValueError):
     """The model has a part that llm42 cannot run under its promise."""
 
 
+class RecompileLimitError(Llm42Error, RuntimeError):
+    """torch.compile would run further sizes of a function eagerly."""
+
+
 class RequestError(Llm42Error, ValueError):
     """A request that cannot be served: empty prompt, too long, token ids out of range, bad sampling."""
 
