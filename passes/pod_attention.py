@@ -244,7 +244,8 @@ def _anchor(first: fx.Node, second: fx.Node, where: dict[fx.Node, int]) -> fx.No
 
 
 def _merge(a: fx.Node, b: fx.Node, where: dict[fx.Node, int], workers: int) -> None:
-    anchor = _anchor(*sorted((a, b), key=where.__getitem__), where)
+    first, second = sorted((a, b), key=where.__getitem__)
+    anchor = _anchor(first, second, where)
     if anchor is None:
         raise g.IllegalRewriteError(f"{a} and {b} cannot run in one place")
     args = (*a.args, *b.args, workers)
