@@ -69,7 +69,8 @@ def prepare(
     arguments = {k: v for k, v in bound.items() if k != "kwargs"} | bound.get("kwargs", {})
     given = arguments.get("generation_config")
     args.require_supported(arguments, given, model.generation_config)
-    seed = arguments.pop("seed", getattr(given, "seed", None))
+    seed = args.effective("seed", arguments, given, model.generation_config)
+    arguments.pop("seed", None)
     tokenizer = arguments.pop("tokenizer", None)
     stop_strings = args.effective("stop_strings", arguments, given, model.generation_config)
     if stop_strings is not None:

@@ -27,10 +27,6 @@ from llm42c.runtime.stats import Stats
 from llm42c.support import require_supported
 
 _KV_BUDGET = 256 * 2**20
-_ATTRIBUTES = (
-    *("generate", "generate_batch", "init_continuous_batching"),
-    *("num_parameters", "_apply", "__getstate__", "llm42"),
-)
 
 
 class Handle:
@@ -142,13 +138,9 @@ class Handle:
     def install(self) -> None:
         """Put our attributes on the model."""
         with self._lock:
-            mine = (
-                *(self.generate, self.generate_batch, self.init_continuous_batching),
-                *(self._num_parameters, self._apply, self._refuse_copy, self),
-            )
-            attributes = self.model.__dict__
-            self._before = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
-            attributes.update(zip(_ATTRIBUTES, mine, strict=True))
+            mine, attributes = self._attributes(), self.model.__dict__
+            self._before = {name: attributes[name] for name in mine if name in attributes}
+            attributes.update(mine)
             self._installed = True
 
     def remove(self) -> None:
@@ -156,10 +148,22 @@ class Handle:
         with self._lock:
             self._give_back()
             if self._installed:
-                for name in _ATTRIBUTES:
+                for name in self._attributes():
                     self.model.__dict__.pop(name, None)
                 self.model.__dict__.update(self._before)
                 self._installed = False
+
+    def _attributes(self) -> dict[str, Any]:
+        """What stands on the model instance, before the attributes of its class."""
+        return {
+            "llm42": self,
+            "generate": self.generate,
+            "generate_batch": self.generate_batch,
+            "init_continuous_batching": self.init_continuous_batching,
+            "num_parameters": self._num_parameters,
+            "_apply": self._apply,
+            "__getstate__": self._refuse_copy,
+        }
 
     # -- weights and engine ----------------------------------------------------------------------------------
 

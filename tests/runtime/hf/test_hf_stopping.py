@@ -1,0 +1,176 @@
+"""Stop rules, streamers, code of the caller that fails, and what is refused."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, padded, plain, prompt, tokenizer, wrapped
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import logits_process as processors
+
+from llm42c.errors import RequestError
+
+PROMPTS = [prompt(9, 1), prompt(3, 2), prompt(14, 3)]
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.puts: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts.append(value.reshape(-1).tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_streamer_gets_what_is_returned(rows: int) -> None:
+    collector, inputs = Collector(), padded(PROMPTS[:rows])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": list(range(2, 40))}
+    out = wrapped().generate(**inputs, **arguments, streamer=collector)
+    width = inputs["input_ids"].shape[1]
+    assert collector.ended
+    assert collector.puts[0] == inputs["input_ids"].reshape(-1).tolist()
+    assert collector.puts[1:] == out[:, width:].T.tolist()
+    theirs = Collector()
+    plain().generate(**inputs, **arguments, streamer=theirs)
+    assert collector.puts == theirs.puts
+
+
+def test_text_streamer() -> None:
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True)
+    out = wrapped().generate(**padded(PROMPTS[:1]), max_new_tokens=8, do_sample=False, streamer=streamer)
+    assert "".join(streamer) == tokenizer().decode(out[0, 9:])
+
+
+def test_max_time() -> None:
+    inputs = padded(PROMPTS[:2])
+    everything = wrapped().generate(**inputs, max_new_tokens=60, do_sample=False, eos_token_id=None)
+    start = time.perf_counter()
+    out = wrapped().generate(**inputs, max_new_tokens=60, do_sample=False, eos_token_id=None, max_time=1e-3)
+    assert time.perf_counter() - start < 5
+    assert 10 <= out.shape[1] < everything.shape[1]
+    assert torch.equal(out, everything[:, : out.shape[1]])
+
+
+class Hidden(LogitsProcessor):
+    """Bans another token each time it is called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        scores = scores.clone()
+        scores[:, self.calls] = -torch.inf
+        return scores
+
+
+class Broken(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError("mine")
+
+
+class WrongShape(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores[:, :-1]
+
+
+def _with(processor: Any) -> Any:
+    return wrapped().generate(
+        **padded(PROMPTS),
+        max_new_tokens=5,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([processor]),
+    )
+
+
+def test_processors_that_cannot_be_kept() -> None:
+    with pytest.raises(RequestError, match="Hidden gave two answers"):
+        _with(Hidden())
+    with pytest.raises(KeyError, match="mine"):
+        _with(Broken())
+    with pytest.raises(RequestError, match="WrongShape must return"):
+        _with(WrongShape())
+    with pytest.raises(RequestError, match="SynthID"):
+        _with(processors.SynthIDTextWatermarkLogitsProcessor(5, [1, 2, 3, 4], 16, 16, 16, "cpu"))
+    assert not wrapped().llm42._pump.engine.has_unfinished()
+
+
+def test_a_broken_criterion_raises_and_leaves_nothing_behind() -> None:
+    class Bad(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        wrapped().generate(
+            **padded(PROMPTS), max_new_tokens=5, stopping_criteria=StoppingCriteriaList([Bad()])
+        )
+    assert not wrapped().llm42._pump.engine.has_unfinished()
+
+
+def test_criteria_get_scores_when_they_are_returned() -> None:
+    seen = []
+
+    class Looks(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(None if scores is None else (len(scores), scores[-1].shape))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    rules = StoppingCriteriaList([Looks()])
+    arguments = {"max_new_tokens": 3, "do_sample": False, "stopping_criteria": rules, "eos_token_id": None}
+    wrapped().generate(**padded(PROMPTS[:1]), **arguments)
+    assert seen == [None] * 3
+    seen.clear()
+    wrapped().generate(**padded(PROMPTS[:1]), **arguments, output_scores=True, return_dict_in_generate=True)
+    assert seen == [(n, (1, VOCAB)) for n in (1, 2, 3)]
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "num_beams": {"num_beams": 2},
+    "penalty_alpha": {"penalty_alpha": 0.5, "top_k": 4},
+    "dola_layers": {"dola_layers": "low"},
+    "guidance_scale": {"guidance_scale": 2.0},
+    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
+    "assistant_model": {"assistant_model": object()},
+    "constraints": {"constraints": [object()]},
+    "force_words_ids": {"force_words_ids": [[5]]},
+    "negative_prompt_ids": {"negative_prompt_ids": torch.tensor([[3]])},
+    "inputs_embeds": {"inputs_embeds": torch.zeros(1, 3, 64)},
+    "past_key_values": {"past_key_values": object()},
+    "token_healing": {"token_healing": True},
+    "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
+    "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
+    "custom_generate": {"custom_generate": lambda *a, **k: None},
+    "cache_implementation": {"cache_implementation": "quantized"},
+    "position_ids": {"position_ids": torch.tensor([[3, 4, 5]])},
+    "stop_strings": {"stop_strings": ["a"]},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match=name) as caught:
+        wrapped().generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, **REFUSED[name])
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_inputs() -> None:
+    with pytest.raises(RequestError, match="row 1 of the batch holds no token"):
+        wrapped().generate(
+            torch.tensor([[3, 4], [0, 0]]), attention_mask=torch.tensor([[1, 1], [0, 0]]), max_new_tokens=4
+        )
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        wrapped().generate(torch.tensor([[3, 400]]), max_new_tokens=4)
+    with pytest.raises(RequestError, match="exceed the context"):
+        wrapped().generate(torch.tensor([[3, 4]]), max_new_tokens=400)
+    with pytest.raises(ValueError, match="not used by the model"):
+        wrapped().generate(torch.tensor([[3, 4]]), max_new_tokens=4, tempperature=1.0)
+    assert not wrapped().llm42._pump.engine.has_unfinished()
