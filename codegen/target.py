@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 MEASURED = "measured"
-MEASURABLE = frozenset({"memory_bandwidth", "bandwidth_per_core"})
+MEASURABLE = frozenset(
+    {
+        "memory_bandwidth",
+        "bandwidth_per_core",
+        "fp32_flops",
+        "call_seconds",
+        "link_bandwidth",
+        "link_latency",
+    }
+)
 UNITS = {
     "sms": "1",
     "warp_size": "lanes",
@@ -30,7 +39,12 @@ UNITS = {
     "memory_bandwidth": "B/s",
     "bandwidth_per_core": "B/s",
     "bf16_flops": "FLOP/s",  # dense, fp32 accumulation
+    "fp32_flops": "FLOP/s",
+    "tile_m": "rows",  # of a matrix product's result that one unit computes at a time
+    "tile_n": "columns",
+    "call_seconds": "s",  # what a call costs beside its work
     "link_bandwidth": "B/s",  # one direction
+    "link_latency": "s",  # of a collective
     "cores": "1",
 }
 
@@ -105,7 +119,7 @@ class Target:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all but bandwidths: those may be measured, and choose schedules, never bits."""
+        """SHA-256 of all but rates: those may be measured, and choose schedules, never bits."""
         fixed = {n: float(v.value) for n, v in self.values.items() if n not in MEASURABLE}
         identity = [self.kind, self.name, self.arch, fixed]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

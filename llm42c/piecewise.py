@@ -64,7 +64,7 @@ def compile_piecewise(gm: fx.GraphModule, reductions: Reductions = "fixed") -> P
         module = outline(cluster)
         key = structural_hash(module)
         if key not in compiled:
-            compiled[key] = _compile_cluster(module, gm.meta.get(SYMBOLS), compile_module)
+            compiled[key] = compile_cluster(module, gm.meta.get(SYMBOLS), compile_module)
         calls[key] = calls.get(key, 0) + 1
         functions.append(compiled[key])
         owner |= dict.fromkeys(cluster.nodes, i)
@@ -77,7 +77,7 @@ def compile_piecewise(gm: fx.GraphModule, reductions: Reductions = "fixed") -> P
     return PiecewiseProgram(run, source, calls, _count(graph, owner), time.perf_counter() - start)
 
 
-def _compile_cluster(
+def compile_cluster(
     module: fx.GraphModule,
     symbols: dict[int, torch.SymInt] | None,
     compile_module: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],

@@ -1,0 +1,223 @@
+"""Token weaving of a captured graph: divide, plan, compile, and choose by the number of tokens at each call.
+
+The cost model's rates are measured on rank 0 and sent to the others, and every rank compares the hash of
+its plan with theirs before anything runs, so that ranks can never take different decisions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from llm42c import inductor
+from llm42c.codegen.target import MEASURED, Target, Value
+from llm42c.errors import RanksDifferError
+from llm42c.passes import communication as comm
+from llm42c.passes import graph as g
+from llm42c.passes.sizes import SYMBOLS
+from llm42c.passes.token_rules import UnsplittableError
+from llm42c.passes.token_split import Split, split_tokens
+from llm42c.passes.weave_cost import Rates
+from llm42c.passes.weave_plan import Decision, Planner
+from llm42c.weave_runner import Lane, SegmentCompiler, Style, build_program, lane_for
+
+When = Literal["auto", "on", "off"]
+_log = logging.getLogger(__name__)
+
+
+class WovenProgram:
+    """A compiled graph that is woven where the plan says so. Call it with the graph's inputs.
+
+    ``when``: ``"auto"`` weaves where the plan predicts a gain, ``"on"`` wherever there are two tokens,
+    ``"off"`` never; it may be changed between calls, on all ranks alike. ``sources`` are the programs made so
+    far, by what was decided; ``calls`` counts woven and other calls.
+    """
+
+    def __init__(self, planner: Planner, style: Style, lane: Lane) -> None:
+        self.planner = planner
+        self.when: When = "on" if planner.always else "auto"
+        split = planner.split
+        self._lane = lane
+        self.compiler = SegmentCompiler(style, [split.prime, *split.original.meta[SYMBOLS]])
+        inputs = [n for n in split.original.graph.nodes if n.op == "placeholder"]
+        values = [g.value(n) for n in inputs]
+        self._tokens_at = values.index(split.prime)
+        self.sources: dict[str, str] = {}
+        self.calls = {"woven": 0, "whole": 0}
+        self._woven = functools.cache(self._build_woven)
+        self._whole = functools.cache(self._build_whole)
+
+    @property
+    def split(self) -> Split:
+        return self.planner.split
+
+    def _build_woven(self, order: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+        run, source = build_program(self.split.gm, self.planner.woven, order, self.compiler, self._lane)
+        self.sources[f"woven_{len(self.sources)}"] = source
+        return run
+
+    def _build_whole(self, order: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+        run, source = build_program(self.split.original, self.planner.plain, order, self.compiler, self._lane)
+        self.sources["whole"] = source
+        return run
+
+    def decide(self, *inputs: Any) -> Decision:
+        """What will be done with these inputs; only the number of tokens counts."""
+        decision = self.planner.decide(int(inputs[self._tokens_at]), self.when == "on")
+        return dataclasses.replace(decision, tokens_0=0) if self.when == "off" else decision
+
+    def run(self, decision: Decision, *inputs: Any) -> tuple[Any, ...]:
+        """Run as ``decision`` says."""
+        if decision.weaves:
+            self.calls["woven"] += 1
+            return self._woven(decision.order)(*inputs, decision.tokens_0)
+        self.calls["whole"] += 1
+        return self._whole(decision.plain.order)(*inputs)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        return self.run(self.decide(*inputs), *inputs)
+
+
+def compile_woven(
+    gm: fx.GraphModule,
+    target: Target | None = None,
+    *,
+    when: When = "auto",
+    style: Style = "free",
+    group: dist.ProcessGroup | None = None,
+) -> WovenProgram:
+    """Divide ``gm``, agree with the other ranks of ``group`` on a plan, and compile lazily.
+
+    ``target`` must have the rates that :func:`measured` gives; without one they are measured here. Raises
+    UnsplittableError where the graph cannot be divided, RanksDifferError where plans differ.
+    """
+    split = split_tokens(gm)
+    device = _device(gm)
+    if target is None:
+        target = measured(group, device)
+    planner = Planner(split, Rates.of(target), always=when == "on")
+    require_equal(planner.hash, group)
+    return WovenProgram(planner, style, lane_for(device))
+
+
+def _device(gm: fx.GraphModule) -> torch.device:
+    sent = next(n for n in gm.graph.nodes if comm.is_collective(n)).args[0]
+    return g.fake(sent).device
+
+
+def require_equal(plan_hash: str, group: dist.ProcessGroup | None) -> None:
+    """Raises RanksDifferError, naming the ranks, unless all ranks of ``group`` have the same hash."""
+    if group is None or group.size() == 1:
+        return
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, plan_hash, group=group)
+    differing = [rank for rank, other in enumerate(found) if other != found[0]]
+    if differing:
+        raise RanksDifferError(
+            f"the weaving plan of rank {', '.join(map(str, differing))} is not that of rank 0: "
+            f"{', '.join(h[:12] for h in found)}; ranks must hold the same model and the same versions"
+        )
+
+
+def measured(group: dist.ProcessGroup | None, device: torch.device) -> Target:
+    """The device with its rates and those of the group's link, as rank 0 sees them, the same on every rank.
+
+    Every rank of ``group`` must call this at the same time.
+    """
+    from llm42c.codegen import target as targets
+
+    mine = targets.measure(targets.detect(device.type, device.index or 0), device.type)
+    mine = mine.measured(compute_rates(device))
+    if group is not None and group.size() > 1:
+        mine = mine.measured(link_rates(group, device))
+        text = [mine.to_json()]
+        dist.broadcast_object_list(text, group_src=0, group=group)
+        mine = Target.from_json(text[0])
+    return mine
+
+
+def compute_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Value]:
+    """Rate of products, and what a call costs, on this machine with its present number of threads."""
+    if device.type != "cpu":
+        return {}
+    x, w = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    product = _best(lambda: torch.nn.functional.linear(x, w), 5)
+    small = torch.ones(4)
+    call = _best(lambda: [small + small for _ in range(64)], 5) / 64
+    source = f"{MEASURED}: product of [256, 1024] and [1024, 1024], {torch.get_num_threads()} threads"
+    return {
+        "fp32_flops": Value(2.0 * 256 * 1024 * 1024 / product, source),
+        "call_seconds": Value(4 * call, f"{MEASURED}: four additions of 4 elements"),
+    }
+
+
+def link_rates(group: dist.ProcessGroup, device: torch.device) -> dict[str, Value]:
+    """Latency and bandwidth of an all-reduce, from a small and a large message."""
+    small, large = torch.zeros(64, device=device), torch.zeros(1 << 20, device=device)
+
+    def seconds(t: Tensor) -> float:
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            dist.all_reduce(t, group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    latency, whole = seconds(small), seconds(large)
+    bandwidth = (large.nbytes - small.nbytes) / max(whole - latency, 1e-9)
+    source = f"{MEASURED}: all_reduce of 256 B and 4 MiB over {group.size()} ranks"
+    return {"link_latency": Value(latency, source), "link_bandwidth": Value(bandwidth, source)}
+
+
+def _best(run: Callable[[], Any], times: int) -> float:
+    run()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def weaving_backend(
+    target: Target | None = None,
+    *,
+    when: When = "auto",
+    style: Style = "free",
+    group: dist.ProcessGroup | None = None,
+    made: list[WovenProgram] | None = None,
+) -> Callable[..., Any]:
+    """A ``torch.compile`` backend for inference that weaves what it can.
+
+    A graph that cannot be divided goes to Inductor as it is, with the reason in the log; so ranks must
+    compile the same model. Programs are appended to ``made``. The token dimension must be dynamic.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compile_graph(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        try:
+            program = compile_woven(gm, target, when=when, style=style, group=group)
+        except UnsplittableError as reason:
+            _log.info("not woven: %s", reason)
+            return inductor.compile_free(gm, inputs)
+        if made is not None:
+            made.append(program)
+
+        def run(*args: Any) -> tuple[Any, ...]:
+            return program(*args)
+
+        return run
+
+    backend: Callable[..., Any] = aot_autograd(fw_compiler=compile_graph)
+    return backend

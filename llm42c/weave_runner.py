@@ -1,0 +1,260 @@
+"""Run a divided graph: its segments in a given order, its collectives beside them.
+
+A program is straight-line Python, one line a segment, a start or a wait. A collective that torch runs
+asynchronously (``_c10d_functional``) is started and waited for as it stands: NCCL on its own stream, Gloo in
+its own threads, each with its own event. One that communicates inside an operator goes through a *lane*:
+a stream of its own with an event for each call, or on a CPU one thread, so that all ranks communicate in
+one order.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from llm42c import inductor
+from llm42c.clusters import Cluster, outline
+from llm42c.passes import communication as comm
+from llm42c.passes import graph as g
+from llm42c.passes.kinds import plain_name
+from llm42c.passes.sizes import SYMBOLS
+from llm42c.passes.token_split import ALL_TOKENS, HALF_SIZES
+from llm42c.passes.token_weave import SEGMENT, START, turns
+from llm42c.passes.weave_plan import Pieces
+from llm42c.piecewise import compile_cluster, compile_piecewise
+from llm42c.straightline import Step, emit
+
+Style = Literal["eager", "free", "fixed"]
+_SMALLEST = 2  # Inductor takes a symbolic size to be at least this
+
+
+class Lane(Protocol):
+    """Where operators that communicate run."""
+
+    def start(self, operator: Callable[..., Any], *args: Any) -> Any: ...
+    def wait(self, begun: Any) -> Any: ...
+
+
+class SameThread:
+    """No lane: a collective is done when it has been started."""
+
+    def start(self, operator: Callable[..., Any], *args: Any) -> Any:
+        return operator(*args)
+
+    def wait(self, begun: Any) -> Any:
+        return begun
+
+
+class ThreadLane:
+    """One thread, first in, first out, so that every rank's collectives have one order."""
+
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="llm42-collectives")
+
+    def start(self, operator: Callable[..., Any], *args: Any) -> Any:
+        return self._pool.submit(_without_grad, operator, *args)
+
+    def wait(self, begun: Any) -> Any:
+        return begun.result()
+
+
+def _without_grad(operator: Callable[..., Any], *args: Any) -> Any:
+    with torch.no_grad():
+        return operator(*args)
+
+
+class StreamLane:
+    """A stream of its own; each call waits for what was there when it was started, and no more."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, operator: Callable[..., Any], *args: Any) -> Any:
+        ready = torch.cuda.current_stream().record_event()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            result = operator(*args)
+            done = self._stream.record_event()
+        for t in torch.utils._pytree.tree_leaves(args):
+            if isinstance(t, Tensor):
+                t.record_stream(self._stream)
+        return result, done
+
+    def wait(self, begun: Any) -> Any:
+        result, done = begun
+        current = torch.cuda.current_stream()
+        current.wait_event(done)
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor):
+                t.record_stream(current)
+        return result
+
+
+def lane_for(device: torch.device) -> Lane:
+    return StreamLane(device) if device.type == "cuda" else ThreadLane()
+
+
+class Symbols:
+    """Symbolic sizes in one environment for the primes of a divided graph."""
+
+    def __init__(self, primes: list[int]) -> None:
+        self._env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self._made: dict[str, Any] = {}
+        self._others = primes
+
+    def _symbol(self, name: str) -> Any:
+        if name not in self._made:
+            from torch._dynamo.source import ConstantSource
+
+            hint, source = 64 + 8 * len(self._made), ConstantSource(name)
+            symbol = self._env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self._made[name] = self._env.create_symintnode(symbol, hint=hint, source=source)
+        return self._made[name]
+
+    def of(self, values: list[Any]) -> dict[int, torch.SymInt]:
+        """prime → symbol for a segment with these inputs; one that sees one size only gets the first."""
+        numbers = [v for v in values if isinstance(v, int)]
+        numbers += [n for v in values if isinstance(v, Tensor) for n in (*v.shape, *v.stride())]
+
+        def seen(prime: int) -> bool:
+            return any(n >= prime and n % prime < (1 << 20) for n in numbers)
+
+        tokens = [p for p in (*HALF_SIZES, ALL_TOKENS, *self._others) if seen(p)]
+        first = self._symbol("n0")
+        found = {tokens[0]: first} if tokens else {}
+        if HALF_SIZES[0] in tokens and HALF_SIZES[1] in tokens:
+            second = self._symbol("n1")
+            found = {HALF_SIZES[0]: first, HALF_SIZES[1]: second, ALL_TOKENS: first + second}
+        for p in tokens:
+            if p not in found:
+                found[p] = self._symbol(f"m{len(found)}")
+        return found
+
+
+class SegmentCompiler:
+    """Compiles segments, each structure once.
+
+    ``"free"`` gives a segment to Inductor; ``"fixed"`` calls llm42 operators directly and gives what lies
+    between them to Inductor under its fixed settings; ``"eager"`` calls everything as it stands.
+    """
+
+    def __init__(self, style: Style, primes: list[int]) -> None:
+        self.style, self._symbols = style, Symbols(primes)
+        self.compiled: dict[str, Callable[..., Any]] = {}
+        self.calls: dict[str, int] = {}
+
+    def __call__(self, module: fx.GraphModule) -> Callable[..., Any]:
+        values = [g.value(n) for n in module.graph.nodes if n.op == "placeholder"]
+        symbols = self._symbols.of(values)
+        key = _signature(module, symbols)
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(module, symbols)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        return self.compiled[key]
+
+    def _compile(self, module: fx.GraphModule, symbols: dict[int, torch.SymInt]) -> Callable[..., Any]:
+        if self.style == "eager":
+            forward: Callable[..., Any] = module.forward
+            return forward
+        if self.style == "fixed":
+            module.meta[SYMBOLS] = symbols
+            return compile_piecewise(module)
+        compiled = compile_cluster(module, symbols or None, inductor.compile_free)
+        return _from_two_rows(module, compiled, symbols)
+
+
+def _from_two_rows(
+    module: fx.GraphModule, compiled: Callable[..., Any], symbols: dict[int, torch.SymInt]
+) -> Callable[..., Any]:
+    """``compiled``, but the calls as they stand where a size is below what Inductor assumes."""
+    where = None
+    for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
+        t = g.tensor(node)
+        for d, size in enumerate(t.shape if t is not None else ()):
+            if size in symbols:
+                where = where or (i, d)
+    if where is None:
+        return compiled
+    index, dim = where
+
+    def run(*args: Any) -> Any:
+        return (compiled if args[index].shape[dim] >= _SMALLEST else module.forward)(*args)
+
+    return run
+
+
+def _signature(module: fx.GraphModule, symbols: dict[int, torch.SymInt]) -> str:
+    """Equal for segments that one compiled function can run."""
+    names = {prime: str(symbol) for prime, symbol in symbols.items()}
+
+    def size(n: int) -> str:
+        for prime, name in names.items():
+            whole, rest = divmod(n, prime)
+            if whole and rest < (1 << 20):
+                return f"({size(whole)}*{name}+{rest})"
+        return str(n)
+
+    def layout(v: Any) -> str:
+        if isinstance(v, Tensor):
+            shape, stride = ",".join(map(size, v.shape)), ",".join(map(size, v.stride()))
+            return f"{v.dtype}[{shape}][{stride}]{v.device}"
+        return size(v) if isinstance(v, int) and not isinstance(v, bool) else str(v)
+
+    number = {node: i for i, node in enumerate(module.graph.nodes)}
+    lines = []
+    for node in module.graph.nodes:
+        args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{number[n]}")
+        if node.op == "placeholder":
+            lines.append(layout(g.value(node)))
+        else:
+            lines.append(f"{node.op} {getattr(node.target, '__module__', '')} {plain_name(node)} {args}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def build_program(
+    gm: fx.GraphModule,
+    p: Pieces,
+    order: tuple[str, ...],
+    compile_segment: Callable[[fx.GraphModule], Callable[..., Any]],
+    lane: Lane,
+) -> tuple[Callable[..., tuple[Any, ...]], str]:
+    """The program that runs ``order``, and its source. Its inputs are ``gm``'s placeholders."""
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    constants = {n: getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"}
+    outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    steps: list[Step] = []
+    labels: dict[int, str] = {}
+    for turn in turns(p, order):
+        if turn.what == SEGMENT:
+            step = _segment(p, turn.key, compile_segment)
+            labels.setdefault(id(step.function), f"segment_{turn.key.replace('.', '_')}")
+        else:
+            step = _transfer(p, turn.key, turn.what == START, lane)
+        steps.append(step)
+    return emit(inputs, constants, steps, outputs, labels)
+
+
+def _segment(p: Pieces, key: str, compile_segment: Callable[[fx.GraphModule], Callable[..., Any]]) -> Step:
+    nodes = p.segments[key].nodes
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+    function = compile_segment(outline(Cluster(nodes, inputs, outputs)))
+    return Step(tuple(outputs), function, tuple(inputs), {}, sequence=bool(outputs))
+
+
+def _transfer(p: Pieces, key: str, starts: bool, lane: Lane) -> Step:
+    node = p.transfers[key].start if starts else p.transfers[key].wait
+    if node.target is comm.start:
+        return Step((node,), lane.start, node.args, {})
+    if node.target is comm.wait:
+        return Step((node,), lane.wait, node.args, {})
+    return Step((node,), node.target, node.args, node.kwargs)

@@ -1,0 +1,89 @@
+"""What moves between ranks, as two nodes: a call that starts it and a call that waits for it.
+
+``_c10d_functional`` operators come that way. An operator that communicates and returns when it is done is
+written as ``wait(start(operator, *args))``; executed as they stand the two are the operator itself. A runner
+gives them other meanings (another stream, another thread).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from llm42c.passes import graph as g
+from llm42c.passes.token_rules import operator_name
+
+_FUNCTIONAL = frozenset({"_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor"})
+_WAIT = "_c10d_functional::wait_tensor"
+_WHOLE = frozenset(
+    {
+        "llm42::all_reduce",
+        "llm42::all_reduce_add_rms_norm",
+        "llm42::all_reduce_add_rms_norm_sharded",
+        "llm42::all_gather_last",
+        "llm42::gather_rows",
+    }
+)
+REDUCING = frozenset(n for n in (*_FUNCTIONAL, *_WHOLE) if "all_reduce" in n)
+
+
+def start(operator: Callable[..., Any], *args: Any) -> Any:
+    """Begin ``operator(*args)``."""
+    return operator(*args)
+
+
+def wait(begun: Any) -> Any:
+    """The result of what :func:`start` began."""
+    return begun
+
+
+def is_collective(node: fx.Node) -> bool:
+    """A call that moves data between ranks, in either form, before it is written as two."""
+    name = operator_name(node)
+    return name in _FUNCTIONAL or name in _WHOLE
+
+
+def returns_when_done(node: fx.Node) -> bool:
+    """A collective that is one call."""
+    return operator_name(node) in _WHOLE
+
+
+def is_start(node: fx.Node) -> bool:
+    return node.target is start or operator_name(node) in _FUNCTIONAL
+
+
+def is_wait(node: fx.Node) -> bool:
+    return node.target is wait or operator_name(node) == _WAIT
+
+
+def collective_name(node: fx.Node) -> str:
+    """The operator that a start node begins, e.g. ``llm42::all_reduce``."""
+    if node.target is start:
+        operator: Any = node.args[0]
+        return str(operator.name()).removesuffix(".default")
+    return operator_name(node)
+
+
+def message(node: fx.Node) -> fx.Node:
+    """The tensor that a start node sends."""
+    sent = node.args[1] if node.target is start else node.args[0]
+    if not isinstance(sent, fx.Node):
+        raise TypeError(f"{node.format_node()} sends no tensor")
+    return sent
+
+
+def group_name(node: fx.Node) -> str:
+    """The process group of a start node."""
+    return str(node.args[-1])
+
+
+def starts(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and is_start(n)]
+
+
+def bytes_per_row(node: fx.Node, rows: int) -> float:
+    """Bytes of a start node's message for one of its ``rows`` tokens."""
+    t = g.fake(message(node))
+    return float(t.numel() * t.element_size()) / rows

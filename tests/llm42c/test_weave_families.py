@@ -1,0 +1,82 @@
+"""Every family with a tensor-parallel plan, divided by it, woven: all collectives, and not a bit different.
+
+The graphs are the engine's: packed batches over paged KV, every operator of a fixed order. The other rank is
+a simulated one that holds the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import tp_families
+from torch import fx
+
+from llm42c.capture import CapturedGraph, capture_packed
+from llm42c.passes import communication as comm
+from llm42c.passes import pipeline
+from llm42c.passes.base import PACKED, Context
+from llm42c.passes.token_split import Split, split_tokens
+from llm42c.passes.weave_cost import Rates
+from llm42c.passes.weave_plan import Planner
+from llm42c.ranks import Ranks
+from llm42c.simulated_link import Link, VirtualClock, simulated
+from llm42c.tensor_parallel import divide
+from llm42c.weave import WovenProgram
+from llm42c.weave_runner import ThreadLane
+from llm42c.weights import WeightStore
+
+GROUP = "families"
+RATES = Rates(flops=1e11, bandwidth=1e10, latency=1e-6, link=1e9, call=0.0, units=1, tile_m=1, tile_n=1)
+
+
+def _captured(family: str) -> tuple[CapturedGraph, Split]:
+    model = tp_families.model(family, torch.float32)
+    divide(model, Ranks(0, 2, GROUP))
+    captured = capture_packed(model)
+    pipeline.run(captured.gm, Context(target=PACKED))
+    WeightStore(model).materialise(captured.gm)
+    return captured, split_tokens(captured.gm)
+
+
+def _arguments(captured: CapturedGraph, tokens: int) -> list[Any]:
+    return tiny.packed_arguments(captured, tiny.ids(tokens) % 96, torch.float32)
+
+
+def _bits(values: list[Any]) -> list[torch.Tensor]:
+    return [v.contiguous().view(torch.uint8) for v in values if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tp_families.CONFIGS)
+def test_every_family_weaves_without_changing_a_bit(family: str):
+    with simulated(GROUP, Link(0.0, 1e12, VirtualClock())), torch.no_grad():
+        captured, split = _captured(family)
+        collectives = [n for n in split.original.graph.nodes if comm.is_collective(n)]
+        late = [n for n in collectives if "all_gather_last" in comm.operator_name(n)][-1:]  # the logits
+        assert split.collectives >= len(collectives) - len(late)
+        assert len(split.ordered) == tp_families.LAYERS
+        for tokens, cut in ((2, 1), (11, 5), (23, 16)):
+            whole, halves = _arguments(captured, tokens), _arguments(captured, tokens)
+            (a,) = fx.Interpreter(split.original).run(*whole)
+            (b,) = fx.Interpreter(split.gm).run(*halves, cut)
+            for x, y in zip(_bits([a, *whole]), _bits([b, *halves]), strict=True):
+                assert torch.equal(x, y)  # logits, and what was written into the caches
+
+
+@pytest.mark.slow
+def test_a_compiled_program_weaves_in_its_own_thread():
+    """Fused collectives return when they are done: a lane makes them concurrent. Bits as unwoven."""
+    with simulated(GROUP, Link(0.0, 1e12, VirtualClock())), torch.no_grad():
+        captured, split = _captured("llama")
+        program = WovenProgram(Planner(split, RATES), "fixed", ThreadLane())
+        for tokens in (1, 2, 9, 24):
+            seen = []
+            for when in ("on", "off"):
+                program.when = when
+                arguments = _arguments(captured, tokens)
+                seen.append(_bits([*program(*arguments), *arguments]))
+            assert all(torch.equal(x, y) for x, y in zip(*seen, strict=True))
+        assert program.calls == {"woven": 3, "whole": 5}

@@ -1,0 +1,112 @@
+"""Woven graphs on real Gloo ranks: the bits of the unwoven graph, on every rank, and one plan for all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).parents[1] / "codegen"))
+import rank_world
+
+from llm42c.errors import RanksDifferError
+
+SIZES = (1, 2, 7, 24)
+
+
+def _packed(rank: int) -> dict[str, Any]:
+    """The engine's graph: fused collectives inside operators, so they run in a lane."""
+    import tiny
+    import tp_families
+
+    from llm42c.capture import capture_packed
+    from llm42c.passes import pipeline
+    from llm42c.passes.base import PACKED, Context
+    from llm42c.ranks import Ranks
+    from llm42c.tensor_parallel import divide
+    from llm42c.weave import compile_woven
+    from llm42c.weights import WeightStore
+
+    size = dist.get_world_size()
+    config = tp_families.CONFIGS["llama"]
+    model = tp_families.model("llama", torch.float32)
+    assert config().num_attention_heads % size == 0
+    divide(model, Ranks(rank, size, dist.group.WORLD.group_name))
+    captured = capture_packed(model)
+    pipeline.run(captured.gm, Context(target=PACKED))
+    WeightStore(model).materialise(captured.gm)
+    program = compile_woven(captured.gm, when="on", style="fixed", group=dist.group.WORLD)
+    out: dict[str, Any] = {"hash": program.planner.hash}
+    with torch.no_grad():
+        for tokens in SIZES:
+            for when in ("on", "off"):
+                program.when = when
+                arguments = tiny.packed_arguments(captured, tiny.ids(tokens) % 96, torch.float32)
+                (logits,) = program(*arguments)
+                caches = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 4]
+                out[f"{when} {tokens}"] = [logits, *caches]
+    out["calls"] = program.calls
+    return out
+
+
+def _functional(rank: int) -> dict[str, Any]:
+    """What Hugging Face's own division compiles to: collectives that torch runs asynchronously."""
+    from torch import nn
+
+    from llm42c.weave import WovenProgram, weaving_backend
+
+    torch.manual_seed(rank)
+    weights = nn.ParameterList([nn.Parameter(torch.randn(16, 16) / 4) for _ in range(4)])
+    made: list[WovenProgram] = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        for w in weights:
+            x = x + torch.ops._c10d_functional.wait_tensor(
+                torch.ops._c10d_functional.all_reduce(torch.tanh(x) @ w, "sum", dist.group.WORLD.group_name)
+            )
+        return x
+
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(5))
+    torch._dynamo.mark_dynamic(x, 1)
+    backend = weaving_backend(when="on", style="eager", group=dist.group.WORLD, made=made)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        return {"woven": compiled(x), "eager": model(x), "calls": made[0].calls}
+
+
+def _unlike(rank: int) -> str:
+    """Ranks with other plans."""
+    from llm42c.weave import require_equal
+
+    try:
+        require_equal("same" if rank != 1 else "other", dist.group.WORLD)
+    except RanksDifferError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_woven_ranks_give_the_bits_of_unwoven_ones(size: int):
+    ranks = rank_world.run(size, _packed if size == 2 else _functional)
+    if size == 4:
+        for out in ranks:
+            assert torch.allclose(out["woven"], out["eager"], rtol=1e-5, atol=1e-6)
+            assert out["calls"]["woven"] == 1
+            assert torch.equal(out["woven"], ranks[0]["woven"])
+        return
+    assert len({out["hash"] for out in ranks}) == 1
+    for out in ranks:
+        assert out["calls"] == {"woven": len(SIZES) - 1, "whole": len(SIZES) + 1}
+        for tokens in SIZES:
+            for woven, whole in zip(out[f"on {tokens}"], out[f"off {tokens}"], strict=True):
+                assert torch.equal(woven.view(torch.uint8), whole.view(torch.uint8))
+            assert torch.equal(out[f"on {tokens}"][0], ranks[0][f"on {tokens}"][0])
+
+
+def test_ranks_with_other_plans_are_named():
+    assert all("of rank 1 is not that of rank 0" in text for text in rank_world.run(2, _unlike))
