@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llm42c.cli import bench, cache, demo, generate, inspect, version
+from llm42c.cli import bench, cache, demo, generate, inspect, kernels, version
 
 app = typer.Typer(
     help="Reproducible batched LLM decoding.",
@@ -32,5 +32,6 @@ app.add_typer(bench.app, name="bench")
 app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)
 app.command("contract")(inspect.contract)
+app.command("inspect")(kernels.inspect)
 app.command("cache")(cache.cache)
 app.command("version")(version.version)
