@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c.passes import graph as g
 from llm42c.passes.token_rules import Call, Rows, State, UnsplittableError, operator_name
@@ -270,7 +271,8 @@ def is_causal_mask(mask: Any, tokens: int) -> bool:
     if name in _PASSING and is_causal_mask(mask.args[0], tokens):
         return True
     order = _closed(mask)
-    return order is not None and all(_shows_no_later(_evaluate(order, tokens, n)) for n in _SIZES)
+    with unset_fake_temporarily(), torch.no_grad():  # a compiler may be at work around us
+        return order is not None and all(_shows_no_later(_evaluate(order, tokens, n)) for n in _SIZES)
 
 
 def _closed(node: fx.Node) -> list[fx.Node] | None:

@@ -437,11 +437,11 @@ def divisible(node: fx.Node, tokens: int, known: dict[fx.Node, Rows]) -> Rows | 
 
 
 def _is_own(call: Call, written: fx.Node) -> bool:
-    """A value of each half's own, that nobody but the call sees: writing to it is computing a new one."""
+    """A value of each half's own, that only the call, and what it reads, see: writing is computing anew."""
     sources = {g.storage_of(n) for n in written.all_input_nodes}
-    return (
-        len(written.users) == 1 and call.state(written) is not None and g.storage_of(written) not in sources
-    )
+    others = [u for u in written.users if u is not call.node]
+    first = all(u in call.node.all_input_nodes and g.storage_of(u) != g.storage_of(written) for u in others)
+    return first and call.state(written) is not None and g.storage_of(written) not in sources
 
 
 def apply_rule(call: Call) -> States:
