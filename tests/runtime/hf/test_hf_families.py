@@ -166,8 +166,8 @@ def _table() -> str:
     lines = [
         "# Models",
         "",
-        "This page is written by the test run (`tests/runtime/hf/test_models.py`): a mark stands for a test",
-        "that passed. The models are tiny random ones of each family, so that every construct is exercised",
+        "This page is written by the test run (`tests/runtime/hf/test_hf_families.py`): a mark stands for a",
+        "test that passed. The models are tiny random ones of each family, so that every construct is exercised",
         "and eager fp64 can serve as yardstick.",
         "",
         "- **one graph, eager's tokens**: the whole model is one graph, and 64 greedy tokens of a padded",
