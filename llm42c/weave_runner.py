@@ -156,7 +156,10 @@ class SegmentCompiler:
         symbols = self._symbols.of(values)
         key = _signature(module, symbols)
         if key not in self.compiled:
-            self.compiled[key] = self._compile(module, symbols)
+            # In a thread of its own: the first call may come from inside AOTAutograd's wrapper, whose
+            # dispatch state is no state to trace in.
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                self.compiled[key] = pool.submit(self._compile, module, symbols).result()
         self.calls[key] = self.calls.get(key, 0) + 1
         return self.compiled[key]
 
