@@ -15,6 +15,7 @@ from llm42c.codegen.triton import (
     linear,
     norm,
     pod_attention,
+    reduce,
     rotary,
     sample,
     silu_mul,
@@ -79,7 +80,8 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
     """The kernels that a Llama-3-8B runs, for ``target``."""
     shape = {"heads": 32, "kv_heads": 8, "head_dim": head_dim, "page": page, "dtype": dtype}
     for scheduler in SCHEDULERS:
-        for uniform in (True, False):
+        # With one item a program, two tile shapes in one kernel spill on sm_90: ``cost.choose`` never asks.
+        for uniform in (True,) if scheduler == "tickets" else (True, False):
             yield attention_kernel(default_spec(target, **shape, scheduler=scheduler, uniform=uniform))  # type: ignore[arg-type]
     spec = default_spec(target, **shape)  # type: ignore[arg-type]
     sizes = {"SEQUENCES": 256}
@@ -106,6 +108,8 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
         yield Kernel(label, "norm", norm.emit(row), dtype, row.warps, types=floats)
     yield Kernel("silu_mul", "silu_mul", silu_mul.emit(), dtype)
     yield Kernel("rotary", "rotary", rotary.emit(head_dim, head_dim), dtype, 1)
+    for name in ("row_sum", "row_softmax", "row_log_softmax"):
+        yield Kernel(name, name, reduce.emit(name, reduce.block(4096)), dtype)
     dense = dense_attention.spec_for(target, 4, head_dim, dtype, True, False, False, "")
     floats = {"scale": "fp32", "softcap": "fp32"}
     source = dense_attention.emit(dense)

@@ -62,9 +62,10 @@ def choose(c: Composition, spec: AttentionSpec, target: Target, resident: int = 
         math.ceil(c.prefill_tokens * spec.group / spec.rows)
         + c.decode_rows * math.ceil(max(c.decode_keys, 1) / spec.split)
     )
-    if items <= 4 * sms * resident:
+    if items <= 4 * sms * resident and spec.uniform:  # tickets over two tile shapes would spill
         return Choice("tickets", *shares, 0, f"{items} items are at most four waves")
-    return Choice("persistent", *shares, sms * resident, f"{items} items are more than four waves")
+    waves = "more than four waves" if spec.uniform else "of two shapes"
+    return Choice("persistent", *shares, sms * resident, f"{items} items are {waves}")
 
 
 def _shares(part: float) -> tuple[int, int]:

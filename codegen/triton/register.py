@@ -23,6 +23,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "pod_attention": ("attention", "pod_attention"),
     "rms_norm": ("norm", "rms_norm"),
     "rotary": ("rotary", "rotary"),
+    "row_log_softmax": ("reduce", "row_log_softmax"),
+    "row_softmax": ("reduce", "row_softmax"),
+    "row_sum": ("reduce", "row_sum"),
     "sample": ("sample", "sample"),
     "silu_mul": ("silu_mul", "silu_mul"),
 }

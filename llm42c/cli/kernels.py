@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from llm42c.cli.common import out
 from llm42c.errors import OptionsError
@@ -53,7 +53,7 @@ def inspect(
     if kernels and importlib.util.find_spec("triton") is None:
         raise OptionsError("compiling kernels needs Triton (pip install triton); --no-kernels does without")
     columns = ("registers", "shared bytes", "spills", "warps") if kernels else ()
-    table = Table("kernel", *columns, title=f"{found.name} ({found.arch})")
+    table = Table(Column("kernel", overflow="fold"), *columns, title=f"{found.name} ({found.arch})")
     for kernel in chosen:
         if source:
             print(f"# {kernel.label}\n{kernel.source}")
