@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c import inductor
 from llm42c.codegen.target import MEASURED, Target, Value
@@ -50,7 +51,7 @@ class WovenProgram:
         self.compiler = SegmentCompiler(style, [split.prime, *split.original.meta[SYMBOLS]])
         inputs = [n for n in split.original.graph.nodes if n.op == "placeholder"]
         values = [g.value(n) for n in inputs]
-        self._tokens_at = values.index(split.prime)
+        self._tokens_at = next(i for i, v in enumerate(values) if isinstance(v, int) and v == split.prime)
         self.sources: dict[str, str] = {}
         self.calls = {"woven": 0, "whole": 0}
         self._woven = functools.cache(self._build_woven)
@@ -102,10 +103,11 @@ def compile_woven(
     """
     split = split_tokens(gm)
     device = _device(gm)
-    if target is None:
-        target = measured(group, device)
-    planner = Planner(split, Rates.of(target), always=when == "on")
-    require_equal(planner.hash, group)
+    with unset_fake_temporarily():  # a compiler may be at work around us
+        if target is None:
+            target = measured(group, device)
+        planner = Planner(split, Rates.of(target), always=when == "on")
+        require_equal(planner.hash, group)
     return WovenProgram(planner, style, lane_for(device))
 
 
