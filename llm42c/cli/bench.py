@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from llm42c.cli import exits, parallel
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 app = typer.Typer(pretty_exceptions_enable=False)
 
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV.")]
+
+_HEADINGS = {"requests": "at once", "median_tok_s": "tok/s", "first_over_this": "ratio"}
 
 
 @app.callback(invoke_without_command=True)
@@ -63,7 +66,8 @@ def throughput(
 ) -> None:
     """Output tokens per second on fixed workloads; the engines take turns.
 
-    Every other engine is compared with llm42 at the first fraction and the first --verify given.
+    Every other engine is compared with llm42 at the first fraction and the first --verify given: "ratio" is
+    how many times as fast that was.
     """
     if context.invoked_subcommand is not None:
         return
@@ -162,7 +166,7 @@ def _contenders(
         ours: list[Contender] = []
         for mode in modes:
             engine = built.variant(verify=mode)
-            ours += [Llm42(f"llm42 {fast} {mode} {percent} %", engine, percent) for percent in percents]
+            ours += [Llm42(f"llm42 {fast} {mode} {percent}%", engine, percent) for percent in percents]
         if hf and not parallel.announced():  # every rank would run the whole model beside the others
             report("loading for generate", 0, 0)
             others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0]))
@@ -182,13 +186,20 @@ def _numbers(name: str, text: str, low: int, high: int) -> list[int]:
 
 
 def _show(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
-    table = Table()
-    for name in columns:
-        table.add_column(
-            name.replace("_", " "), justify="left" if name in ("workload", "engine") else "right"
-        )
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in columns))
+    """A table; of a single row, name by name, which any terminal has room for."""
+    headings = [_HEADINGS.get(name, name.replace("_", " ")) for name in columns]
+    table = Table(show_header=len(rows) > 1, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    if len(rows) == 1:
+        table.add_column()
+        table.add_column(justify="right")
+        for heading, name in zip(headings, columns, strict=True):
+            table.add_row(heading, str(rows[0][name]))
+    else:
+        for heading, name in zip(headings, columns, strict=True):
+            left = name in ("workload", "engine")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+        for row in rows:
+            table.add_row(*(str(row[name]) for name in columns))
     out.print(table)
 
 

@@ -52,7 +52,7 @@ class SoakResult:
             "differ": len(self.differ),
             "seconds_solo": round(self.seconds_solo, 1),
             "seconds_soak": round(self.seconds_soak, 1),
-            **{name: self.stats[name] for name in names},
+            **{name: round(self.stats[name], 4) for name in names},
         }
 
 
