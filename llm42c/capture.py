@@ -18,6 +18,7 @@ from torch import nn
 
 from llm42c import hf_interface
 from llm42c.codegen.ops import registry
+from llm42c.device import CPU, device_of_model
 from llm42c.errors import UnsupportedModelError
 from llm42c.memory import zeros
 from llm42c.packed import KVCache, PackedInputs
@@ -64,11 +65,13 @@ def kv_spec(model: nn.Module) -> list[KVSpec]:
     return [KVSpec(kv_heads, head_dim)] * config.num_hidden_layers
 
 
-def new_kv_cache(spec: list[KVSpec], num_pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
+def new_kv_cache(
+    spec: list[KVSpec], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device = CPU
+) -> KVCache:
     """Zeroed pages for every layer; separate storages, so that no cache is ever copied as a view."""
     return KVCache(
-        k=[zeros((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype) for s in spec],
-        v=[zeros((num_pages, s.num_kv_heads, page_size, s.head_dim), dtype) for s in spec],
+        k=[zeros((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype, device) for s in spec],
+        v=[zeros((num_pages, s.num_kv_heads, page_size, s.head_dim), dtype, device) for s in spec],
     )
 
 
@@ -213,13 +216,13 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
     """
     registry.define()
     require_supported(model)
-    dtype = next(model.parameters()).dtype
-    batch, spec = _example_batch(), kv_spec(model)
-    cache = new_kv_cache(spec, 1, 16, dtype)
+    dtype, device = next(model.parameters()).dtype, device_of_model(model)
+    batch, spec = _example_batch().to(device), kv_spec(model)
+    cache = new_kv_cache(spec, 1, 16, dtype, device)
     gm, examples = _capture(model, batch, cache)
     found = _check_attention(model, gm, len(spec))
     if found != spec:  # a configuration need not say how its model shares KV heads: the graph does
-        spec, cache = found, new_kv_cache(found, 1, 16, dtype)
+        spec, cache = found, new_kv_cache(found, 1, 16, dtype, device)
         gm, examples = _capture(model, batch, cache)
     known = _describe_inputs(batch, cache)
     names = [_input_name(example, batch, known) for example in examples]

@@ -15,6 +15,10 @@ class UnsupportedModelError(Llm42Error, ValueError):
     """The model has a part that llm42 cannot run under its promise."""
 
 
+class DeviceError(UnsupportedModelError):
+    """A device that is not there, or on which nothing can compute the operators."""
+
+
 class RecompileLimitError(Llm42Error, RuntimeError):
     """torch.compile would run further sizes of a function eagerly."""
 

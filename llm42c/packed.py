@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,6 +24,10 @@ class PackedInputs:
     kv_lens: Tensor  # [S] int32: total length including this call's tokens
     block_table: Tensor  # [S, P] int32
     logits_indices: Tensor  # [R] int64: rows whose logits are wanted
+
+    def to(self, device: torch.device) -> PackedInputs:
+        """The same batch there; tensors that are there already are not copied."""
+        return PackedInputs(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass

@@ -68,7 +68,7 @@ def _weight_reasons(model: nn.Module, config: Any) -> Iterator[str]:
             method = quantization.get("quant_method", "unknown")
         if not _is_dequantized(quantization):
             yield f"its weights are quantised ({getattr(method, 'value', method)}); load it dequantised"
-    seen = set()
+    seen, places = set(), set()
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not torch.Tensor:
             yield f"weight {name} is a {type(parameter.data).__name__}; load the model dequantised"
@@ -76,10 +76,10 @@ def _weight_reasons(model: nn.Module, config: Any) -> Iterator[str]:
         if parameter.is_meta:
             yield f"weight {name} holds no data (meta device)"
             return
-        if parameter.device.type != "cpu":
-            yield f"weight {name} is on {parameter.device}; only CPU models are served"
-            return
+        places.add(str(parameter.device))
         seen.add(parameter.dtype)
+    if len(places) > 1:
+        yield f"its weights are spread over {', '.join(sorted(places))}; all must lie on one device"
     if not seen:
         yield "it has no parameters"
     elif len(seen) > 1 or not seen <= set(DTYPES):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from llm42c.device import device_of_inputs
 from llm42c.errors import WeightsError
 from llm42c.passes.recipes import PackedWeight, Part, PositionTable, Recipe, recipes
 
@@ -133,7 +134,9 @@ class WeightStore:
 
 
 def _tabulate(gm: fx.GraphModule, recipe: PositionTable) -> Tensor:
-    table = fx.GraphModule(gm, recipe.graph)(torch.arange(recipe.limit).unsqueeze(0))
+    read = [getattr(gm, str(n.target)) for n in recipe.graph.nodes if n.op == "get_attr"]
+    positions = torch.arange(recipe.limit, device=device_of_inputs(read))
+    table = fx.GraphModule(gm, recipe.graph)(positions.unsqueeze(0))
     return table.contiguous()
 
 

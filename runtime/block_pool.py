@@ -110,11 +110,11 @@ def read_kv(cache: KVCache, slots: Tensor, page_size: int) -> list[Tensor]:
 
 
 def kv_rows_equal(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Which of N positions have equal bits in every layer. Both as from `read_kv`; returns [N] bool."""
-    same = torch.ones(a[0].shape[0], dtype=torch.bool)
+    """Which of N positions have equal bits in every layer. Both as from `read_kv`; [N] bool on the CPU."""
+    same = torch.ones(a[0].shape[0], dtype=torch.bool, device=a[0].device)
     for x, y in zip(a, b, strict=True):
         same &= (as_bits(x) == as_bits(y)).flatten(1).all(dim=1)
-    return same
+    return same.cpu()
 
 
 def as_bits(x: Tensor) -> Tensor:
@@ -130,5 +130,5 @@ def kv_digest(cache: KVCache, slots: Tensor, page_size: int) -> str:
     """Digest of the KV bits at `slots`, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for part in read_kv(cache, slots, page_size):
-        digest.update(as_bits(part).contiguous().numpy().tobytes())
+        digest.update(as_bits(part).contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -46,13 +46,16 @@ class EngineConfig:
     audit_fraction: float = 1 / 128  # share of certified positions that is replayed; 0 turns audits off
     audit_seed: int = 0
 
+    cuda_graphs: Literal["auto", "off"] = "auto"  # auto: on a GPU that has the model to itself
+    cuda_graph_tokens: int = 512  # larger steps run without one
+
     prefix_cache: bool = True
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
             *("max_num_seqs", "max_num_batched_tokens", "page_size", "kv_cache_bytes", "verify_tokens"),
-            *("verify_seqs", "verify_window", "probe_compositions"),
+            *("verify_seqs", "verify_window", "probe_compositions", "cuda_graph_tokens"),
         ):
             self._positive(name)
         for name in ("max_model_len", "num_pages", "verify_rows", "max_pending"):
@@ -62,6 +65,8 @@ class EngineConfig:
             raise ConfigError(f"verify must be 'auto' or 'always', not {self.verify!r}")
         if self.certify not in ("lazy", "startup"):
             raise ConfigError(f"certify must be 'lazy' or 'startup', not {self.certify!r}")
+        if self.cuda_graphs not in ("auto", "off"):
+            raise ConfigError(f"cuda_graphs must be 'auto' or 'off', not {self.cuda_graphs!r}")
         if not 0.0 <= self.audit_fraction <= 1.0:
             raise ConfigError(f"audit_fraction must be in [0, 1], not {self.audit_fraction!r}")
         if self.rows > self.verify_tokens:

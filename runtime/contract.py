@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llm42c.device import Identity
 from llm42c.errors import ContractMismatchError
 from llm42c.packed import PackedModel
 from llm42c.runtime.config import EngineConfig
@@ -74,8 +75,13 @@ def engine_contract(
     weights: str = "",
     kernels: dict[str, str] | None = None,
     tp_size: int = 1,
+    gpu: Identity | None = None,
 ) -> Contract:
-    """The contract of an engine that commits what `verifier` computes on this machine."""
+    """The contract of an engine that commits what `verifier` computes on this machine, or on its `gpu`."""
+    versions = {"torch": torch.__version__, "machine": platform.machine()}
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    if gpu is not None:  # neither the CPU's instructions nor its threads compute anything there
+        isa, threads = gpu.isa, 1
     return Contract(
         weights=weights,
         dtype=str(verifier.dtype).removeprefix("torch."),
@@ -84,10 +90,10 @@ def engine_contract(
         verify_seqs=config.verify_seqs,
         verify_rows=config.rows,
         page_size=config.page_size,
-        kernels=dict(kernels or {}),
-        versions={"torch": torch.__version__, "machine": platform.machine()},
-        isa=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
+        kernels={**(kernels or {}), **(gpu.kernels if gpu else {})},
+        versions={**versions, **(gpu.versions if gpu else {})},
+        isa=isa,
+        threads=threads,
         tp_size=tp_size,
     )
 

@@ -23,6 +23,7 @@ from llm42c.runtime.block_pool import BlockPool, kv_digest
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
+from llm42c.runtime.graphs import GraphDevice, GraphedModel
 from llm42c.runtime.intake import Limits, check_limits, check_prompt
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.packing import Chunk, Packer, slots_of
@@ -40,7 +41,8 @@ class Engine:
     `fast` runs at bucketed shapes, `verifier` always at (verify_tokens, verify_seqs, verify_rows); both read
     and write the same cache. `sampler` defaults to the llm42 operators; `decode` turns token ids
     into text and is needed for stop strings; `contract` defaults to what can be known from the arguments. Not
-    thread-safe. With `ranks`, every rank makes the same engine and calls it in the same way.
+    thread-safe. With `ranks`, every rank makes the same engine and calls it in the same way. With `graphs`,
+    steps are recorded once for each shape and replayed.
 
     Raises ConfigError when the configuration cannot work or the verifier graph is not row independent.
     """
@@ -55,6 +57,7 @@ class Engine:
         decode: Decode | None = None,
         contract: Contract | None = None,
         ranks: Ranks = ALONE,
+        graphs: GraphDevice | None = None,
     ) -> None:
         if (fast.vocab_size, fast.dtype) != (verifier.vocab_size, verifier.dtype):
             raise ConfigError("the fast and the verifier graph have different vocabularies or dtypes")
@@ -67,10 +70,16 @@ class Engine:
         if num_pages < 1:
             raise ConfigError(f"kv_cache_bytes ({config.kv_cache_bytes}) does not hold one page")
         self.limits = Limits(verifier.vocab_size, context, num_pages, config.page_size, decode is not None)
-        self._fast, self._verifier = fast, verifier
         self._cache = verifier.new_kv_cache(num_pages, config.page_size)
         self._decode = decode
         self._stats = Stats()
+        self._fast, self._verifier = fast, verifier  # what steps run; probes call the models themselves
+        if graphs is not None:
+            rows = max((r for t, r in config.shapes() if t <= config.cuda_graph_tokens), default=0)
+            self._fast, self._verifier = (
+                GraphedModel(model, self._cache, graphs, self._stats, config.cuda_graph_tokens, most)
+                for model, most in ((fast, rows), (verifier, config.rows))
+            )
         self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
         self.certificates = Certificates(
             config, self.contract, Probe(fast, verifier, config, context, ranks), self._stats, ranks
@@ -85,7 +94,7 @@ class Engine:
         self._verify_packer = Packer(
             config.verify_tokens, config.verify_seqs, config.rows, self._max_pages, size
         )
-        sampler = sampler or operator_sampler()
+        sampler = sampler or operator_sampler(self._cache.k[0].device)
         # One for each kind of step, because each remembers the parameters of its last batch.
         self._sample_fast, self._sample_verify = RowSampler(sampler), RowSampler(sampler)
         self._requests: dict[str, Request] = {}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm42c.device import CPU, load_operators
 from llm42c.errors import RequestError
 from llm42c.runtime.outputs import TopLogprobs
 from llm42c.runtime.processors import process_row
@@ -176,11 +177,9 @@ class Sampler(Protocol):
         ...
 
 
-def operator_sampler() -> Sampler:
-    """The operators `llm42::sample`, `llm42::token_logprobs` and `llm42::top_logprobs`."""
-    from llm42c.codegen.ops import registry
-
-    registry.load()
+def operator_sampler(device: torch.device = CPU) -> Sampler:
+    """The operators `llm42::sample`, `llm42::token_logprobs` and `llm42::top_logprobs`, of logits there."""
+    load_operators(device)
     sampler: Sampler = torch.ops.llm42
     return sampler
 
@@ -209,7 +208,10 @@ class _Params:
 
 
 class RowSampler:
-    """Samples the rows of a step, rewriting those whose requests have penalties, bias or processors."""
+    """Samples the rows of a step, rewriting those whose requests have penalties, bias or processors.
+
+    Where the logits lie; rewriting is done on the CPU.
+    """
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
@@ -218,8 +220,8 @@ class RowSampler:
     def __call__(self, logits: Tensor, chunks: Sequence[Chunk]) -> Sampled:
         """`logits` [R', V] with R' >= rows of `chunks`; only the leading rows are read."""
         rows = [(c.request, p + 1) for c in chunks for p in range(c.first_row, c.end)]
-        params = self._row_params([r for r, _ in rows])
-        position = torch.from_numpy(np.array([p for _, p in rows], dtype=np.int64))
+        params = self._row_params([r for r, _ in rows], logits.device)
+        position = torch.from_numpy(np.array([p for _, p in rows], dtype=np.int64)).to(logits.device)
         logits = logits[: len(rows)]
         token, logprob = self._draw(logits, params, position)
         result = Sampled(token.tolist(), logprob.tolist(), {}, {})
@@ -227,17 +229,17 @@ class RowSampler:
             self._special(logits, rows, params, position, result)
         return result
 
-    def _row_params(self, requests: list[Request]) -> _Params:
+    def _row_params(self, requests: list[Request], device: torch.device) -> _Params:
         if self._params is not None and self._params.requests == requests:
             return self._params
         p = [r.params for r in requests]
         self._params = _Params(
             requests,
-            temperature=torch.tensor([x.temperature for x in p], dtype=torch.float32),
-            top_k=torch.tensor([x.top_k for x in p], dtype=torch.int32),
-            top_p=torch.tensor([x.top_p for x in p], dtype=torch.float32),
-            min_p=torch.tensor([x.min_p for x in p], dtype=torch.float32),
-            seed=torch.tensor([r.seed for r in requests], dtype=torch.int64),
+            temperature=torch.tensor([x.temperature for x in p], dtype=torch.float32, device=device),
+            top_k=torch.tensor([x.top_k for x in p], dtype=torch.int32, device=device),
+            top_p=torch.tensor([x.top_p for x in p], dtype=torch.float32, device=device),
+            min_p=torch.tensor([x.min_p for x in p], dtype=torch.float32, device=device),
+            seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
             special=[i for i, r in enumerate(requests) if r.processed or r.params.logprobs is not None],
         )
         return self._params
@@ -261,16 +263,16 @@ class RowSampler:
         """Redo processed rows on rewritten logits, and collect the most likely tokens where asked for."""
         todo = [i for i in params.special if rows[i][0].processed and result.tokens[i] >= 0]
         if todo:
-            index = torch.tensor(todo)
+            index = torch.tensor(todo, device=logits.device)
             raw = logits[index]
-            work = raw.float() if raw.dtype != torch.float32 else raw.clone()
+            work = raw.to("cpu", torch.float32, copy=True)
             for j, i in enumerate(todo):
                 request, length = rows[i]
                 try:
                     process_row(request, work[j], request.token_slice(0, length))
                 except Exception as error:
                     result.errors[i] = f"{type(error).__name__}: {error}"
-            tokens, _ = self._draw(work, params, position, index)
+            tokens, _ = self._draw(work.to(raw.device), params, position, index)
             logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
             for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
                 result.tokens[i], result.logprobs[i] = token, logprob

@@ -26,6 +26,10 @@ class Stats:
     prefix_hits: int = 0  # pages taken from the canonical prefix cache
     prefix_hit_tokens: int = 0
 
+    graph_captures: int = 0  # CUDA graphs: shapes that have one
+    graph_replays: int = 0
+    graph_misses: int = 0  # steps without one, run call by call
+
     probes: int = 0
     audits: int = 0
     audited_tokens: int = 0

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from llm42c.capture import kv_spec
+from llm42c.device import device_of_model
 from llm42c.errors import RequestError
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.hf import batch, generate, streaming
@@ -62,7 +63,7 @@ class Handle:
 
         Raises RequestError, naming the argument, for what cannot be kept.
         """
-        with _own_modes():
+        with _own_modes(self.model):
             call = generate.prepare(self.model, self._original, positional, keywords)
             return generate.generate(call, self._ready())
 
@@ -78,7 +79,7 @@ class Handle:
         """Hugging Face's `generate_batch`, deterministic; takes the arguments of `generate` besides."""
         if not len(inputs):
             return {}
-        with _own_modes():
+        with _own_modes(self.model):
             call, prompts = batch.prepare_batch(
                 self.model, self._original, inputs, generation_config, keywords
             )
@@ -99,7 +100,7 @@ class Handle:
         inputs: one prompt (ids, or a tensor [n]) or several (a list of those, or a tensor [B, W] with its
         attention_mask). Leaving the iterator aborts what has not ended.
         """
-        with _own_modes():
+        with _own_modes(self.model):
             prompts = streaming.prompts_of(inputs, attention_mask)
             call, prompts = batch.prepare_batch(
                 self.model, self._original, prompts, generation_config, keywords
@@ -130,7 +131,7 @@ class Handle:
 
     def settle(self) -> None:
         """Probe the batch shapes met so far now, instead of between the steps of later calls."""
-        with _own_modes():
+        with _own_modes(self.model):
             self._ready().settle()
 
     # -- installing and removing -----------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class Handle:
         keep = options.pop("keep_weights", False)
         if "kv_cache_bytes" not in options and "num_pages" not in options:
             options["kv_cache_bytes"] = self._kv_budget()
-        with _own_modes():
+        with _own_modes(self.model):
             self._built = build_engine(self.model, keep_originals=keep, **options)
         self.compilations += 1
         self._pump = Pump(self._built.engine)
@@ -279,9 +280,10 @@ class Handle:
 
 
 @contextlib.contextmanager
-def _own_modes() -> Iterator[None]:
+def _own_modes(model: Any) -> Iterator[None]:
     """Neither gradients nor the caller's inference mode or autocast: the dtype is that of the weights."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    place = device_of_model(model).type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(place, enabled=False):
         yield
 
 

@@ -1,0 +1,129 @@
+"""The device that a model lies on: whether it is there, what computes on it, and what its bits depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llm42c.codegen import target as targets
+from llm42c.codegen import triton as emitters
+from llm42c.codegen.ops import registry
+from llm42c.errors import DeviceError
+
+CPU = torch.device("cpu")
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def parse_device(name: str) -> torch.device:
+    """``cpu``, or ``cuda``: torch's current GPU. Raises DeviceError for others, and where there is none."""
+    if name == "cpu":
+        return CPU
+    if name != "cuda":
+        raise DeviceError(f"device must be cpu or cuda, not {name!r}; CUDA_VISIBLE_DEVICES chooses a GPU")
+    if not torch.cuda.is_available():
+        why = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is for CPUs"
+        raise DeviceError(f"device cuda was asked for, and there is no GPU that torch can use{why}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    require_operators(device)
+    return device
+
+
+def require_operators(device: torch.device) -> None:
+    """Raises DeviceError unless the operators can run on ``device``."""
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise DeviceError(f"there are operators for the CPU and for CUDA or ROCm GPUs, none for {device}")
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError(
+            f"operators on {device} are Triton kernels, and Triton is not installed: pip install triton"
+        )
+    if torch.cuda.is_available() and (current := torch.cuda.current_device()) != (device.index or 0):
+        raise DeviceError(f"the model is on {device}, and torch's current GPU is {current}: set_device first")
+
+
+def load_operators(device: torch.device) -> None:
+    """Make the operators callable on ``device``. Raises DeviceError, or BuildError (no C++ compiler)."""
+    require_operators(device)
+    if device.type == "cpu":
+        registry.load()
+    else:
+        registry.define()
+
+
+def has_implementation(operator: str, device: torch.device) -> bool:
+    """Whether ``llm42::<operator>`` has an implementation on ``device``."""
+    name = f"{registry.NAMESPACE}::{operator}"
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, device.type.upper())
+    return found
+
+
+def device_of_inputs(inputs: Iterable[object]) -> torch.device:
+    """Where a graph with these inputs runs: on the accelerator if any lies there."""
+    return next((x.device for x in inputs if isinstance(x, Tensor) and x.device.type != "cpu"), CPU)
+
+
+def device_of_model(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), CPU)
+
+
+def attention_step(device: torch.device) -> AbstractContextManager[None]:
+    """Attention calls inside share what is made once a step for all layers: the work list, the counters."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    from llm42c.codegen.triton import attention
+
+    return attention.step()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What bits depend on besides model and shapes, as a contract wants it."""
+
+    isa: str
+    versions: dict[str, str]
+    kernels: dict[str, str]
+
+
+def gpu_identity(device: torch.device) -> Identity:
+    """Model of the GPU; driver, CUDA and Triton; texts of the emitters, and the target that they see."""
+    import triton
+
+    target = targets.detect("cuda", device.index or 0)
+    found = {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": triton.__version__,
+        "driver": driver_version(),
+    }
+    return Identity(
+        isa=f"{target.name} {target.arch}",
+        versions={name: value for name, value in found.items() if value},
+        kernels={"triton": emitters_digest(), "target": target.hash},
+    )
+
+
+def driver_version(path: Path = _DRIVER) -> str:
+    """Of the NVIDIA driver: as its kernel module says, else the CUDA version that it serves."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", path.read_text()):
+            return found[1]
+    served = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return "" if served is None else f"CUDA {served()}"
+
+
+def emitters_digest() -> str:
+    """Hash of the sources that GPU kernels are emitted by."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(str(emitters.__file__)).parent.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
