@@ -112,7 +112,7 @@ class Case:
 
     def variants(self, tokens: int) -> dict[str, Callable[[], None]]:
         """The step woven whatever it costs, and not woven."""
-        return {"woven": self._when("on", tokens), "whole": self._when("off", tokens)}
+        return {"woven": self._when("always", tokens), "whole": self._when("off", tokens)}
 
     def _when(self, when: When, tokens: int) -> Callable[[], None]:
         run = self.run(tokens)

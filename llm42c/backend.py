@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from llm42c import inductor
-from llm42c.codegen.ops import registry
 from llm42c.codegen.target import local_decode_workers
+from llm42c.device import device_of_inputs, has_implementation, load_operators
 from llm42c.dump import Dump
-from llm42c.errors import UnsupportedModelError
+from llm42c.errors import DeviceError, UnsupportedModelError
 from llm42c.options import Options
 from llm42c.passes import pipeline
 from llm42c.passes.base import PLAIN, Context, Report
+from llm42c.passes.kinds import Kind, kind, plain_name
 from llm42c.recompiles import require_room
 
 _log = logging.getLogger(__name__)
@@ -32,39 +33,57 @@ def llm42(
     """Compile a Dynamo graph so that each row's bits do not depend on its batch.
 
     The graph is rewritten before Inductor and its caches see it, so that their keys cover the rewrite.
-    Raises OptionsError for bad options, UnsupportedModelError for another device than the CPU, and with
-    ``strict=True`` when a part of the model has no known order of reduction; RecompileLimitError before
-    Dynamo would begin to run the function eagerly.
+    On a GPU the operators are Triton kernels. Raises OptionsError for bad options, DeviceError where nothing
+    computes them (another device, or no Triton), UnsupportedModelError with ``strict=True`` when a part of
+    the model has no known order of reduction, and where an option asks for what this graph cannot have;
+    RecompileLimitError before Dynamo would begin to run the function eagerly.
     """
     opts = Options.parse(options, mode)
-    dump = Dump.for_options(opts, PLAIN if opts.reductions == "fixed" else "free")
+    free = opts.reductions == "free"
+    dump = Dump.for_options(opts, "free" if free else PLAIN)
     with dump.generated_code():
-        if opts.reductions == "free":
+        if free:
             dump.graph("00_input", gm.graph)
-            return inductor.compile_free(gm, example_inputs)
-        require_room()
-        rewrite_plain(gm, example_inputs, opts, dump)
-        return inductor.compile_fixed(gm, example_inputs)
+        else:
+            require_room()
+            rewrite_plain(gm, example_inputs, opts, dump)
+        plain = inductor.compile_free if free else inductor.compile_fixed
+        if opts.token_weave == "off":
+            return plain(gm, example_inputs)
+        from llm42c.weave_option import weave_or_leave  # sympy and networkx, for those who ask
+
+        style = "free" if free else "plain"
+        grad = needs_grad(example_inputs)
+        return weave_or_leave(gm, example_inputs, opts, style, plain, grad=grad, tell=dump.weaving)
 
 
 def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Options, dump: Dump) -> Report:
     """The part of :func:`llm42` before Inductor: rewrite ``gm`` in place and check the result."""
-    _require_cpu(example_inputs)
-    registry.load()
-    context = Context(target=PLAIN, grad=needs_grad(example_inputs), decode_workers=local_decode_workers())
+    device = device_of_inputs(example_inputs)
+    load_operators(device)
+    context = Context(
+        target=PLAIN,
+        grad=needs_grad(example_inputs),
+        residual_shards=options.residual_shards,
+        decode_workers=local_decode_workers() if device.type == "cpu" else 0,
+    )
     report = pipeline.run(gm, context, dump.graph)
     dump.report(report)
+    if options.residual_shards:
+        require_shards(report)
     require_placed(report, strict=options.strict)
+    require_implemented(gm.graph, device)
     return report
 
 
-def _require_cpu(example_inputs: list[Any]) -> None:
-    for device in {x.device for x in example_inputs if isinstance(x, Tensor)}:
-        if device.type != "cpu":
-            raise UnsupportedModelError(
-                f"reductions='fixed' has operators for the CPU only, and an input is on {device}; "
-                "reductions='free' leaves the model to Inductor"
-            )
+def require_implemented(graph: fx.Graph, device: torch.device) -> None:
+    """Raises DeviceError naming the operators of ``graph`` that nothing computes on ``device``."""
+    names = {plain_name(n).removeprefix("llm42::") for n in graph.nodes if kind(n) is Kind.OPERATOR}
+    if missing := sorted(name for name in names if not has_implementation(name, device)):
+        raise DeviceError(
+            f"on {device} nothing computes llm42::{', llm42::'.join(missing)}; "
+            "reductions='free' leaves the model to Inductor"
+        )
 
 
 def require_placed(report: Report, *, strict: bool) -> None:
@@ -77,6 +96,15 @@ def require_placed(report: Report, *, strict: bool) -> None:
     if strict:
         raise UnsupportedModelError(message)
     _log.warning("%s; rows that pass through these calls may depend on their batch", message)
+
+
+def require_shards(report: Report) -> None:
+    """Raises UnsupportedModelError where ``residual_shards`` was asked for and nothing was divided."""
+    found = report["residual_shards"]
+    if found.matches:
+        return
+    why = next(iter(found.reasons()), "the graph has no fused all-reduce, residual addition and RMSNorm")
+    raise UnsupportedModelError(f"residual_shards=True, but {why}")
 
 
 def needs_grad(example_inputs: list[Any]) -> bool:

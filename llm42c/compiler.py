@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import concurrent.futures
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from llm42c.backend import require_shards
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, graph_digest, new_kv_cache
 from llm42c.codegen.cpu import build
-from llm42c.codegen.ops import registry
 from llm42c.codegen.target import local_decode_workers
+from llm42c.device import CPU, attention_step, device_of_model, load_operators, require_operators
 from llm42c.digest import require_finite, weights_digest
 from llm42c.errors import UnsupportedModelError
+from llm42c.options import TokenWeave
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
@@ -28,13 +30,19 @@ from llm42c.ranks import ALONE, Ranks
 from llm42c.tensor_parallel import divide
 from llm42c.weights import WeightStore
 
+if TYPE_CHECKING:
+    from llm42c.weave_option import PackedWeaving
+
 Form = Literal["pinned", "stock"]
 _FLAT_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table", "logits_indices")
 
 
 @dataclass
 class CompiledModel:
-    """One compiled form of a model (a :class:`~llm42c.packed.PackedModel`)."""
+    """One compiled form of a model (a :class:`~llm42c.packed.PackedModel`).
+
+    ``weaving`` is what ``token_weave`` made of it, None where that is off.
+    """
 
     form: Form
     vocab_size: int
@@ -45,17 +53,29 @@ class CompiledModel:
     report: Report
     _inputs: list[str]
     _kv_spec: list[KVSpec]
+    weaving: PackedWeaving | None = None
+    device: torch.device = CPU
     _last: tuple[KVCache, list[Any]] | None = None  # the cache of the last call, and its arguments
 
     def new_kv_cache(self, num_pages: int, page_size: int) -> KVCache:
-        return new_kv_cache(self._kv_spec, num_pages, page_size, self.dtype)
+        return new_kv_cache(self._kv_spec, num_pages, page_size, self.dtype, self.device)
 
     def kv_bytes_per_page(self, page_size: int) -> int:
         elements = sum(2 * s.num_kv_heads * s.head_dim for s in self._kv_spec)
         return elements * page_size * self.dtype.itemsize
 
     def forward(self, inputs: PackedInputs, cache: KVCache) -> Tensor:
-        """Write K/V of every non-padding row; return logits [R, V] in the model's dtype."""
+        """Write K/V of every non-padding row; return logits [R, V] in the model's dtype.
+
+        Inputs are brought to the model's device; there, all layers share the work list of one step.
+        """
+        if self.device.type != "cpu":
+            inputs = inputs.to(self.device)
+            with attention_step(self.device):
+                return self._forward(inputs, cache)
+        return self._forward(inputs, cache)
+
+    def _forward(self, inputs: PackedInputs, cache: KVCache) -> Tensor:
         args = self._template(cache)
         for i, name in enumerate(self._inputs):
             if name == "input_ids" or name == "positions":
@@ -67,7 +87,7 @@ class CompiledModel:
             elif name == "sym:R":
                 args[i] = inputs.logits_indices.shape[0]
         with torch.no_grad():
-            (logits,) = self.program(*args)
+            (logits,) = self.program(*args) if self.weaving is None else self.weaving.run(*args)
         result: Tensor = logits.squeeze(0)
         return result
 
@@ -83,10 +103,12 @@ class CompiledModel:
 class ModelCompiler:
     """Captures ``model`` once and compiles forms of it on request.
 
-    ``keep_originals=True`` leaves the model's own parameters in memory beside the packed ones. With
+    ``keep_originals=True`` leaves the model's own parameters in memory beside the packed ones.
+    ``token_weave`` and ``residual_shards`` are those of :class:`~llm42c.options.Options`, for the pinned form
+    of a divided model; they change no bit. With
     ``ranks`` the model is divided in place; ``digest`` is that of the whole weights, and ranks whose weights
-    or graphs are not the same are named in a RanksDifferError. Raises UnsupportedModelError, WeightsError
-    (NaN or infinity) or BuildError (no C++ compiler).
+    or graphs are not the same are named in a RanksDifferError. It computes where the model lies. Raises
+    UnsupportedModelError, DeviceError, WeightsError (NaN or infinity) or BuildError (no C++ compiler).
     """
 
     def __init__(
@@ -96,19 +118,25 @@ class ModelCompiler:
         keep_originals: bool = False,
         strict: bool = True,
         ranks: Ranks = ALONE,
+        token_weave: TokenWeave = "off",
+        residual_shards: bool = False,
     ) -> None:
+        self.token_weave, self.residual_shards = token_weave, residual_shards
         self.model = model
         self.strict = strict
         self.ranks = ranks
+        self.device = device_of_model(model)
+        require_operators(self.device)
         require_finite(model)
         self.digest = weights_digest(model)
         ranks.require_same("the weights", self.digest)
         self.division = divide(model, ranks)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
-            kernels = pool.submit(build.build)
+            kernels = pool.submit(build.build) if self.device.type == "cpu" else None
             self.captured: CapturedGraph = capture_packed(model)
-            kernels.result()
-        registry.load()
+            if kernels is not None:
+                kernels.result()
+        load_operators(self.device)
         ranks.meet("the captured model")
         self.weights = WeightStore(model, keep_originals=keep_originals)
         self._compiled: dict[Form, CompiledModel] = {}
@@ -132,6 +160,20 @@ class ModelCompiler:
         nodes = [n for n in self.captured.gm.graph.nodes if n.op == "placeholder"]
         return next(n.name for n, i in zip(nodes, self.captured.inputs, strict=True) if i == name)
 
+    def _context(self, target: str, positions: PositionInput) -> Context:
+        return Context(
+            target=target,
+            positions=positions,
+            residual_shards=self.residual_shards and target == PACKED,
+            decode_workers=local_decode_workers() if self.device.type == "cpu" else 0,
+        )
+
+    def _weaving(self, gm: fx.GraphModule, whole: PiecewiseProgram) -> PackedWeaving:
+        from llm42c.weave_option import weave_packed  # sympy and networkx, for those who ask
+
+        with self.ranks.watch("the weaving plan"):
+            return weave_packed(gm, self.token_weave, whole)
+
     def _compile(self, form: Form) -> CompiledModel:
         if form == "stock":
             self.weights.restore()  # it reads the originals, which a packed form may have released
@@ -139,13 +181,16 @@ class ModelCompiler:
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         positions = PositionInput(self._placeholder("positions"), config.max_position_embeddings)
         target = PACKED if form == "pinned" else STOCK
-        report = pipeline.run(gm, _context(target, positions))
+        report = pipeline.run(gm, self._context(target, positions))
+        if self.residual_shards and form == "pinned":
+            require_shards(report)
         if self.strict and report.unplaced:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
         self.ranks.require_same(f"the {form} graph", graph_digest(gm))
         self.weights.materialise(gm)
         program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
+        weaving = self._weaving(gm, program) if form == "pinned" and self.token_weave != "off" else None
         self._graphs.append(gm)
         return CompiledModel(
             form=form,
@@ -157,11 +202,9 @@ class ModelCompiler:
             report=report,
             _inputs=self.captured.inputs,
             _kv_spec=self.captured.kv_spec,
+            weaving=weaving,
+            device=self.device,
         )
-
-
-def _context(target: str, positions: PositionInput) -> Context:
-    return Context(target=target, positions=positions, decode_workers=local_decode_workers())
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -6,6 +6,7 @@
                    04_attention_sdpa.txt after each pass that changed something
                    report.txt            what fired, what did not and why
                    inductor_0.py         what Inductor generated, C++ kernels included
+                   token_weave.txt       with that option: the plan, or why there is none; .dot: its pieces
     dir/0001_packed/program.py           the straight-line program of a packed graph
 """
 
@@ -15,12 +16,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from llm42c.options import Options
 from llm42c.passes import graph as g
 from llm42c.passes.base import Report
+
+if TYPE_CHECKING:
+    from llm42c.weave_option import Weaving
 
 
 def text(graph: fx.Graph) -> str:
@@ -76,6 +81,12 @@ class Dump:
     def report(self, report: Report) -> None:
         if self._folder is not None:
             self.write("report.txt", report.table())
+
+    def weaving(self, found: Weaving) -> None:
+        """What became of the option ``token_weave``: the plan, and its pieces for Graphviz."""
+        self.write("token_weave.txt", str(found))
+        if (drawing := found.drawing()) is not None:
+            self.write("token_weave.dot", drawing)
 
     @contextlib.contextmanager
     def generated_code(self) -> Iterator[None]:

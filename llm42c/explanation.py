@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import types
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from llm42c import backend
+from llm42c.codegen.target import Target
 from llm42c.dump import Dump
+from llm42c.errors import OptionsError
 from llm42c.options import Options
 from llm42c.passes.base import Report
 from llm42c.passes.kinds import Kind, kind, plain_name
+
+if TYPE_CHECKING:
+    from llm42c.weave_option import Weaving
 
 
 @dataclass
@@ -23,12 +29,14 @@ class GraphExplanation:
     """One graph of the model (there are several when Dynamo breaks it).
 
     ``operators`` counts the llm42 operators of the final graph, ``inductor`` the calls that Inductor
-    compiles, by name; views and sizes are in neither.
+    compiles, by name; views and sizes are in neither. ``weaving`` is what ``token_weave`` makes of it, None
+    where the option is off.
     """
 
     report: Report
     operators: dict[str, int]
     inductor: dict[str, int]
+    weaving: Weaving | None = None
 
 
 @dataclass
@@ -43,6 +51,21 @@ class Explanation:
         events = [e for graph in self.graphs for e in graph.report.unplaced]
         return [f"{e.module or '(top)'}: {e.reason}" for e in events]
 
+    def draw(self, path: str | Path) -> None:
+        """Write the woven graph's segments and collectives to ``*.dot`` (Graphviz) or ``*.mmd`` (Mermaid).
+
+        Raises OptionsError for another ending, and where no graph is woven.
+        """
+        path, plans = Path(path), [graph.weaving for graph in self.graphs if graph.weaving is not None]
+        if path.suffix not in (".dot", ".mmd"):
+            raise OptionsError(f"{path.name}: drawings are written as .dot or .mmd")
+        for plan in plans:
+            if (drawing := plan.drawing("dot" if path.suffix == ".dot" else "mermaid")) is not None:
+                path.write_text(drawing)
+                return
+        reason = plans[0].reason if plans else "token_weave is off"
+        raise OptionsError(f"there is no plan to draw: {reason}")
+
     def __str__(self) -> str:
         if not self.graphs:
             return "Dynamo captured no graph.\n"
@@ -53,30 +76,62 @@ def explain(
     model: Any,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     options: Mapping[str, Any] | None = None,
+    *,
+    target: Target | None = None,
 ) -> Explanation:
     """Capture ``model`` on ``example_inputs`` and report what each pass did.
 
     ``example_inputs``: a tensor, a sequence of positional arguments or a mapping of keyword arguments.
-    The rewritten graphs are executed once without Inductor. Raises OptionsError for bad options,
-    UnsupportedModelError with ``{"strict": True}``.
+    The rewritten graphs are executed once without Inductor. With ``token_weave`` sizes are captured as
+    symbols, and ``target``, if given, is the device that the plan is for; all ranks must call this.
+    Raises OptionsError for bad options, UnsupportedModelError with ``{"strict": True}`` and where an option
+    asks for what a graph cannot have.
     """
     opts = Options.parse(options)
     found = Explanation()
+    weaves = opts.token_weave != "off"
 
     def observe(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        report = backend.rewrite_plain(gm, inputs, opts, Dump.for_options(opts, "explain"))
-        found.graphs.append(GraphExplanation(report, *_census(gm.graph)))
-        return gm.forward
+        dump = Dump.for_options(opts, "explain")
+        report = backend.rewrite_plain(gm, inputs, opts, dump)
+        graph = GraphExplanation(report, *_census(gm.graph))
+        found.graphs.append(graph)
+        if not weaves:
+            return gm.forward
+
+        def tell(weaving: Weaving) -> None:
+            graph.weaving = weaving
+            dump.weaving(weaving)
+
+        return _planned(gm, inputs, opts, target, tell)
 
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     with torch.no_grad():
-        compiled = torch.compile(_callable(model), backend=observe)
+        compiled = torch.compile(_callable(model), backend=observe, dynamic=weaves or None)
         if isinstance(example_inputs, Mapping):
             compiled(**example_inputs)
         else:
             compiled(*example_inputs)
     return found
+
+
+def _planned(
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    options: Options,
+    target: Target | None,
+    tell: Callable[[Weaving], None],
+) -> Callable[..., Any]:
+    from llm42c.weave_option import weave_or_leave
+
+    grad = backend.needs_grad(inputs)
+    return weave_or_leave(gm, inputs, options, "eager", _as_it_is, grad=grad, target=target, tell=tell)
+
+
+def _as_it_is(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+    forward: Callable[..., Any] = gm.forward
+    return forward
 
 
 def _callable(model: Any) -> Any:
@@ -112,6 +167,8 @@ def _page(number: int, graph: GraphExplanation, total: int) -> str:
     if graph.report.unplaced:
         verdict = f"{len(graph.report.unplaced)} calls have no known order of arithmetic (listed above)"
     lines.append(f"check: {verdict}")
+    if graph.weaving is not None:
+        lines += ["", "token weaving:", str(graph.weaving).rstrip()]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from llm42c.errors import OptionsError
 
 Reductions = Literal["fixed", "free"]
+TokenWeave = Literal["off", "auto", "always"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,23 @@ class Options:
     reductions: ``"fixed"`` gives every row of a result the same bits whatever batch it stands in;
         ``"free"`` leaves the model to Inductor unchanged.
     strict: refuse a model with a part whose order of reduction is not known, instead of compiling it.
+    token_weave: what to do with the all-reduces of a model that is divided among ranks
+        (docs/token_weaving.md). ``"auto"`` overlaps them with the other half of the tokens where the cost
+        model predicts a gain, and leaves a graph as it is where that cannot be done; ``"always"`` does it
+        wherever there are two tokens, and refuses a graph that cannot be divided.
+    residual_shards: each rank keeps its own rows of the residual stream between two fused norms
+        (docs/tensor_parallel.md); refuses a graph in which nothing can be kept so. For long prefills.
+    target: file with the rates of the device and its link, as ``Target.to_json`` writes it, from which
+        ``token_weave`` decides; by default rank 0 measures them.
     dump: directory for graphs before and after each pass and for the generated kernels; the
         environment variable ``LLM42_DUMP`` gives the default.
     """
 
     reductions: Reductions = "fixed"
     strict: bool = False
+    token_weave: TokenWeave = "off"
+    residual_shards: bool = False
+    target: str | None = None
     dump: str | None = None
 
     @classmethod
@@ -32,7 +44,7 @@ class Options:
         """Check ``options`` as given by a user.
 
         Raises OptionsError for an unknown key (naming the nearest known one), for a value of the wrong
-        type, and for a ``mode``: modes are Inductor's.
+        type, for options that exclude each other, and for a ``mode``: modes are Inductor's.
         """
         if mode not in (None, "default"):
             raise OptionsError(
@@ -48,7 +60,10 @@ class Options:
                     f"unknown option {key!r}; did you mean {near[0]!r}? (known: {', '.join(known)})"
                 )
             _check(key, value, hints[key])
-        return cls(**(options or {}))
+        parsed = cls(**(options or {}))
+        if parsed.residual_shards and parsed.reductions == "free":
+            raise OptionsError("residual_shards needs reductions='fixed': it divides llm42 operators")
+        return parsed
 
 
 def _check(key: str, value: Any, hint: Any) -> None:

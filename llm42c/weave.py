@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import statistics
 import time
@@ -31,21 +32,24 @@ from llm42c.passes.weave_cost import Rates
 from llm42c.passes.weave_plan import Decision, Planner
 from llm42c.weave_runner import Lane, SegmentCompiler, Style, build_program, lane_for
 
-When = Literal["auto", "on", "off"]
+When = Literal["auto", "always", "off"]
 _log = logging.getLogger(__name__)
 
 
 class WovenProgram:
     """A compiled graph that is woven where the plan says so. Call it with the graph's inputs.
 
-    ``when``: ``"auto"`` weaves where the plan predicts a gain, ``"on"`` wherever there are two tokens,
-    ``"off"`` never; it may be changed between calls, on all ranks alike. ``sources`` are the programs made so
-    far, by what was decided; ``calls`` counts woven and other calls.
+    ``when``: ``"auto"`` weaves where the plan predicts a gain, ``"always"`` wherever there are two
+    tokens, ``"off"`` never; it may be changed between calls, on all ranks alike. ``whole`` is what runs
+    calls that are not woven, by default the unchanged graph compiled in the same style. ``sources`` are the
+    programs made so far, by what was decided; ``calls`` counts woven and other calls.
     """
 
-    def __init__(self, planner: Planner, style: Style, lane: Lane) -> None:
+    def __init__(
+        self, planner: Planner, style: Style, lane: Lane, whole: Callable[..., tuple[Any, ...]] | None = None
+    ) -> None:
         self.planner = planner
-        self.when: When = "on" if planner.always else "auto"
+        self.when: When = "always" if planner.always else "auto"
         split = planner.split
         self._lane = lane
         self.compiler = SegmentCompiler(style, [split.prime, *split.original.meta[SYMBOLS]])
@@ -55,7 +59,7 @@ class WovenProgram:
         self.sources: dict[str, str] = {}
         self.calls = {"woven": 0, "whole": 0}
         self._woven = functools.cache(self._build_woven)
-        self._whole = functools.cache(self._build_whole)
+        self._whole = functools.cache(self._build_whole if whole is None else lambda _: whole)
 
     @property
     def split(self) -> Split:
@@ -73,7 +77,7 @@ class WovenProgram:
 
     def decide(self, *inputs: Any) -> Decision:
         """What will be done with these inputs; only the number of tokens counts."""
-        decision = self.planner.decide(int(inputs[self._tokens_at]), self.when == "on")
+        decision = self.planner.decide(int(inputs[self._tokens_at]), self.when == "always")
         return dataclasses.replace(decision, tokens_0=0) if self.when == "off" else decision
 
     def run(self, decision: Decision, *inputs: Any) -> tuple[Any, ...]:
@@ -83,6 +87,12 @@ class WovenProgram:
             return self._woven(decision.order)(*inputs, decision.tokens_0)
         self.calls["whole"] += 1
         return self._whole(decision.plain.order)(*inputs)
+
+    def prepare(self, tokens: int) -> None:
+        """Compile now what a call with so many tokens will need, if it will be woven."""
+        decision = self.planner.decide(tokens, self.when == "always")
+        if decision.weaves and self.when != "off":
+            self._woven(decision.order)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self.run(self.decide(*inputs), *inputs)
@@ -95,20 +105,44 @@ def compile_woven(
     when: When = "auto",
     style: Style = "free",
     group: dist.ProcessGroup | None = None,
+    whole: Callable[..., tuple[Any, ...]] | None = None,
 ) -> WovenProgram:
-    """Divide ``gm``, agree with the other ranks of ``group`` on a plan, and compile lazily.
+    """:func:`plan` for ``gm``, compiled lazily; ``whole``: see :class:`WovenProgram`."""
+    planner = plan(gm, target, when=when, group=group)
+    return WovenProgram(planner, style, lane_for(_device(gm)), whole)
 
-    ``target`` must have the rates that :func:`measured` gives; without one they are measured here. Raises
-    UnsplittableError where the graph cannot be divided, RanksDifferError where plans differ.
+
+def plan(
+    gm: fx.GraphModule,
+    target: Target | None = None,
+    *,
+    when: When = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> Planner:
+    """Divide ``gm`` and agree with the other ranks of ``group`` on when to weave it.
+
+    ``target`` must have the rates that :func:`measured` gives; without one they are measured here. All ranks
+    of ``group`` must call this together. Raises UnsplittableError, on every rank, where the graph cannot be
+    divided, TargetError where a rate is missing, RanksDifferError where graphs or plans differ.
     """
-    split = split_tokens(gm)
-    device = _device(gm)
+    try:
+        split, refusal = split_tokens(gm), ""
+    except UnsplittableError as reason:
+        split, refusal = None, str(reason)
     with unset_fake_temporarily():  # a compiler may be at work around us
+        where = "measured rates" if target is None else f"rates {_digest(target)}"
+        require_equal(refusal or where, group, "the division of tokens")
+        if split is None:
+            raise UnsplittableError(refusal)
         if target is None:
-            target = measured(group, device)
-        planner = Planner(split, Rates.of(target), always=when == "on")
+            target = measured(group, _device(gm))
+        planner = Planner(split, Rates.of(target), always=when == "always")
         require_equal(planner.hash, group)
-    return WovenProgram(planner, style, lane_for(device))
+    return planner
+
+
+def _digest(target: Target) -> str:
+    return hashlib.sha256(target.to_json().encode()).hexdigest()[:12]
 
 
 def _device(gm: fx.GraphModule) -> torch.device:
@@ -116,17 +150,17 @@ def _device(gm: fx.GraphModule) -> torch.device:
     return g.fake(sent).device
 
 
-def require_equal(plan_hash: str, group: dist.ProcessGroup | None) -> None:
-    """Raises RanksDifferError, naming the ranks, unless all ranks of ``group`` have the same hash."""
+def require_equal(found_here: str, group: dist.ProcessGroup | None, what: str = "the weaving plan") -> None:
+    """Raises RanksDifferError, naming the ranks, unless all ranks of ``group`` have found the same."""
     if group is None or group.size() == 1:
         return
     found: list[Any] = [None] * group.size()
-    dist.all_gather_object(found, plan_hash, group=group)
+    dist.all_gather_object(found, found_here, group=group)
     differing = [rank for rank, other in enumerate(found) if other != found[0]]
     if differing:
         raise RanksDifferError(
-            f"the weaving plan of rank {', '.join(map(str, differing))} is not that of rank 0: "
-            f"{', '.join(h[:12] for h in found)}; ranks must hold the same model and the same versions"
+            f"{what} of rank {', '.join(map(str, differing))} is not that of rank 0: "
+            f"{found[differing[0]]} and {found[0]}; ranks must hold the same model and the same versions"
         )
 
 

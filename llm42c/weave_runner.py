@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -31,7 +32,7 @@ from llm42c.passes.weave_plan import Pieces
 from llm42c.piecewise import compile_cluster, compile_piecewise
 from llm42c.straightline import Step, emit
 
-Style = Literal["eager", "free", "fixed"]
+Style = Literal["eager", "free", "fixed", "plain"]
 _SMALLEST = 2  # Inductor takes a symbolic size to be at least this
 
 
@@ -142,8 +143,9 @@ class Symbols:
 class SegmentCompiler:
     """Compiles segments, each structure once.
 
-    ``"free"`` gives a segment to Inductor; ``"fixed"`` calls llm42 operators directly and gives what lies
-    between them to Inductor under its fixed settings; ``"eager"`` calls everything as it stands.
+    ``"free"`` gives a segment to Inductor; ``"plain"`` does so under the settings for fixed reductions;
+    ``"fixed"`` calls llm42 operators directly and gives what lies between them to Inductor under those
+    settings; ``"eager"`` calls everything as it stands.
     """
 
     def __init__(self, style: Style, primes: list[int]) -> None:
@@ -170,7 +172,8 @@ class SegmentCompiler:
         if self.style == "fixed":
             module.meta[SYMBOLS] = symbols
             return compile_piecewise(module)
-        compiled = compile_cluster(module, symbols or None, inductor.compile_free)
+        with_inductor = inductor.compile_fixed if self.style == "plain" else inductor.compile_free
+        compiled = compile_cluster(module, symbols or None, with_inductor)
         return _from_two_rows(module, compiled, symbols)
 
 
@@ -236,17 +239,26 @@ def build_program(
     steps: list[Step] = []
     labels: dict[int, str] = {}
     for turn in turns(p, order):
-        if turn.what == SEGMENT:
-            step = _segment(p, turn.key, compile_segment)
+        if turn.what != SEGMENT:
+            steps.append(_transfer(p, turn.key, turn.what == START, lane))
+            continue
+        nodes = p.segments[turn.key].nodes
+        accesses = [n for n in nodes if _is_access(n)]
+        steps += [Step((n,), operator.getitem, n.args, {}) for n in accesses]
+        if len(accesses) < len(nodes):
+            step = _segment([n for n in nodes if n not in accesses], compile_segment)
             labels.setdefault(id(step.function), f"segment_{turn.key.replace('.', '_')}")
-        else:
-            step = _transfer(p, turn.key, turn.what == START, lane)
-        steps.append(step)
+            steps.append(step)
     return emit(inputs, constants, steps, outputs, labels)
 
 
-def _segment(p: Pieces, key: str, compile_segment: Callable[[fx.GraphModule], Callable[..., Any]]) -> Step:
-    nodes = p.segments[key].nodes
+def _is_access(node: fx.Node) -> bool:
+    """One of several results of a collective: a tuple as input would hide sizes from Inductor."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and comm.is_wait(source)
+
+
+def _segment(nodes: list[fx.Node], compile_segment: Callable[[fx.GraphModule], Callable[..., Any]]) -> Step:
     inside = set(nodes)
     inputs = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]

@@ -111,6 +111,8 @@ def kind(node: fx.Node) -> Kind:
     tensors = [n for n in node.all_input_nodes if g.tensor(n) is not None]
     if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size)):
         return Kind.SIZE
+    if isinstance(value, tuple) and value and all(isinstance(v, (int, torch.SymInt)) for v in value):
+        return Kind.SIZE  # strides
     name = plain_name(node)
     if name == "getitem":
         return Kind.MOVE if _has_tensor_index(node) else Kind.VIEW

@@ -1,7 +1,8 @@
 """Which dimension of a value counts tokens, operator by operator.
 
 A value of a graph is either *whole* (None: the same for both halves of the tokens), or its rows along one
-dimension belong to tokens (:class:`Rows`), or it is what a rank keeps of such rows (:class:`Shard`). A rule
+dimension belong to tokens (:class:`Rows`), or it is what a rank keeps of such rows (:class:`Shard`), or such
+rows sorted by expert (:class:`~llm42c.passes.token_experts.Sorted`). A rule
 says, for one call, in which state it needs its arguments and in which state its result is then; it raises
 :class:`UnsplittableError` where a row of the result would need other rows of an argument. Nothing is assumed
 of an operator that has no rule.
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
+from llm42c.passes.token_experts import Sorted, SortedRowsError, sorted_rule
 
 SLACK = 1 << 20  # what sizes add to a multiple of the number of tokens
 
@@ -41,7 +43,7 @@ class Shard:
     """The rank's chunk of rows: ``ceil(T / group size)`` of them, the last ones possibly padding."""
 
 
-State = Rows | Shard | None
+State = Rows | Shard | Sorted | None
 States = State | tuple[Any, ...]
 
 
@@ -67,7 +69,7 @@ class Call:
 
     def state(self, node: Any) -> State:
         found = self._states.get(node) if isinstance(node, fx.Node) else None
-        return found if isinstance(found, (Rows, Shard)) else None
+        return found if isinstance(found, (Rows, Shard, Sorted)) else None
 
     def rows(self, node: Any) -> Rows | None:
         """Where the tokens of a value stand; a whole value, too, may have one row a token."""
@@ -444,11 +446,38 @@ def _is_own(call: Call, written: fx.Node) -> bool:
     return first and call.state(written) is not None and g.storage_of(written) not in sources
 
 
+def _sorted(call: Call) -> States:
+    """What a sort of rows gives, and what is computed from that."""
+    node, first = call.node, call.node.args[0]
+    if call.name == "sort":
+        rows = call.rows(first)
+        if rows is None or rows.outer != 1 or g.fake(first).dim() != 1:
+            raise UnsplittableError("mixes rows of different tokens")
+        call.need(first, rows)  # type: ignore[arg-type]
+        return Sorted(node, "keys", rows.inner), Sorted(node, "index", rows.inner)
+    for x in call.tensors:
+        if not isinstance(call.state(x), Sorted):
+            if call.token_dims(g.fake(x)) and x is not first:
+                raise UnsplittableError("reads sorted rows beside rows in order")
+            call.need(x, call.rows(x))
+    try:
+        found = sorted_rule(call.name, node, {x: call.state(x) for x in call.tensors}, call.rows)
+    except SortedRowsError as reason:
+        raise UnsplittableError(str(reason)) from None
+    return Rows(0, 1, found) if isinstance(found, int) else found  # type: ignore[no-any-return]
+
+
+def _is_sorted(call: Call) -> bool:
+    if any(isinstance(call.state(x), Sorted) for x in call.tensors):
+        return True
+    return call.name == "sort" and call.token_dims(g.fake(call.node.args[0])) == [0]
+
+
 def apply_rule(call: Call) -> States:
     """The state of the call's result; raises UnsplittableError."""
     if not all(_is_own(call, written) for written in g.mutated_arguments(call.node)):
         raise UnsplittableError(f"{call.name} writes to its argument")
-    rule = RULES.get(call.name)
+    rule = _sorted if _is_sorted(call) else RULES.get(call.name)
     if rule is None:
         raise UnsplittableError(f"no rule for {call.name}")
     try:

@@ -21,6 +21,7 @@ The order of writes into paged KV, half 0 first, is given as explicit edges (``S
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
 from llm42c.passes.sizes import SYMBOLS, concretise
 from llm42c.passes.token_attention import Emit, attention_rule, is_attention
+from llm42c.passes.token_experts import Sorted, inverse_of, is_inverse
 from llm42c.passes.token_rules import (
     SLACK,
     Call,
@@ -97,9 +99,7 @@ def split_tokens(gm: fx.GraphModule) -> Split:
     if not any(comm.is_collective(n) for n in original.graph.nodes):
         raise UnsplittableError("no collective in the graph")
     if SYMBOLS not in original.meta and not concretise(original):
-        raise UnsplittableError(
-            "no symbolic size in the graph, or a value too large to follow, or one that depends on data"
-        )
+        raise UnsplittableError(_without_symbols(original))
     inputs = {g.value(n): n for n in original.graph.nodes if n.op == "placeholder" and _is_int(g.value(n))}
     reasons = []
     for prime in _candidates(original):
@@ -110,6 +110,16 @@ def split_tokens(gm: fx.GraphModule) -> Split:
         except UnsplittableError as reason:
             reasons.append(str(reason))
     raise UnsplittableError("; ".join(reasons) or "no collective on a value with a symbolic size")
+
+
+def _without_symbols(gm: fx.GraphModule) -> str:
+    """Why sizes could not be followed."""
+    if any(isinstance(g.value(n), torch.SymInt) for n in gm.graph.nodes if n.op == "placeholder"):
+        return "more symbolic sizes than can be followed, a value too large, or one that depends on data"
+    return (
+        "no size of the graph is symbolic: compile with dynamic=True, or mark the tokens' dimension with "
+        "torch._dynamo.mark_dynamic(input_ids, 1)"
+    )
 
 
 def _is_int(v: Any) -> bool:
@@ -162,6 +172,8 @@ def _propagate(graph: fx.Graph, tokens: int) -> _Propagation:
         try:
             if is_attention(node):
                 p.states[node], p.emits[node] = attention_rule(call)
+            elif (index := is_inverse(call.name, node, p.states)) is not None:
+                p.states[node], p.emits[node] = _inverse_rule(index, call)
             else:
                 p.states[node] = apply_rule(call)
             p.needs[node] = dict(call.needs)
@@ -173,9 +185,19 @@ def _propagate(graph: fx.Graph, tokens: int) -> _Propagation:
     return p
 
 
+def _inverse_rule(index: fx.Node, call: Call) -> tuple[States, Emit]:
+    """A half's own sort is undone by the inverse of its own permutation."""
+    of = call.state(index)
+    if not isinstance(of, Sorted):
+        raise TypeError(f"{index} is no permutation")
+    return dataclasses.replace(of, what="inverse"), lambda b, half: b.call(inverse_of, (b.half(half, index),))
+
+
 def _begins(node: fx.Node, tokens: int) -> bool:
-    """A call with which the halves begin: a product, an attention or a collective on rows of tokens."""
-    if not (is_heavy(node) or is_attention(node) or comm.is_collective(node)):
+    """A call with which the halves begin: a product, an attention or a collective on rows of tokens, or what
+    gives each rank its rows."""
+    shares = operator_name(node) == "llm42::shard_rows"
+    if not (shares or is_heavy(node) or is_attention(node) or comm.is_collective(node)):
         return False
     values = [t for n in node.all_input_nodes if (t := g.tensor(n)) is not None]
     return any(size and size % tokens == 0 for t in values for size in t.shape)

@@ -6,6 +6,7 @@ from a ``Target``; an expression holds numbers, so it can be printed and compute
     product of [n * m, K] and [K, N]    max(waves * time of a tile, bytes of the weight and rows / bandwidth)
                                         waves = ceil(ceil(n * m / tile_m) * ceil(N / tile_n) / units)
     attention                           4 * Hq * D * n * (s + n / 2) / flops     (s + n with an explicit mask)
+    a collective that is one call       latency + bytes of the message / link, while nothing else runs
     everything else                     bytes of the result / bandwidth
     each call                           + call_seconds
 
@@ -79,6 +80,8 @@ def call_cost(node: fx.Node, tokens: int, rates: Rates) -> sympy.Expr:
     """Seconds of one call in whose values the prime ``tokens`` stands for n."""
     if is_attention(node):
         return _attention(node, rates) + rates.call
+    if comm.returns_when_done(node):  # in the undivided graph: the processor waits for it
+        return transfer_cost(node, tokens, rates) + rates.call
     value = g.value(node)
     values = [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Tensor)]
     if not values:

@@ -8,8 +8,8 @@ import sympy  # type: ignore[import-untyped]
 
 from llm42c.passes import communication as comm
 from llm42c.passes.token_split import Split
-from llm42c.passes.weave_cost import rounded
-from llm42c.passes.weave_plan import COMPUTE, WHOLE, Decision, Pieces, Planner, critical_path
+from llm42c.passes.weave_cost import Rates, rounded
+from llm42c.passes.weave_plan import COMPUTE, MARGIN, WHOLE, Decision, Pieces, Planner, critical_path
 
 _TOKENS = (1, 2, 16, 64, 256, 1024, 4096)
 _WIDTH = 100  # columns of the drawn schedule
@@ -19,12 +19,19 @@ _FIRST = 12  # pieces that a drawing shows
 def describe_plan(planner: Planner, tokens: Iterable[int] = _TOKENS) -> str:
     """What a plan does for these numbers of tokens, and why."""
     decisions = [planner.decide(n) for n in tokens]
-    lines = [f"plan {planner.hash[:16]}", "", *_split(planner.split), "", *_costs(planner), ""]
+    lines = [f"plan {planner.hash[:16]}", _rates(planner.rates), *_split(planner.split), ""]
+    lines += [*_costs(planner), ""]
     lines += _decisions(decisions)
     woven = [d for d in decisions if d.weaves]
     if woven:
         lines += ["", *_critical(planner, woven[-1]), "", *_timeline(planner, woven[-1])]
     return "\n".join(lines) + "\n"
+
+
+def _rates(r: Rates) -> str:
+    link = f"a collective {r.latency * 1e6:.3g} µs + bytes / {r.link / 1e9:.3g} GB/s"
+    tiles = f", {r.units} × tiles of {r.tile_m} × {r.tile_n}" if r.units > 1 else ""
+    return f"{r.flops / 1e9:.3g} GFLOP/s{tiles}, memory {r.bandwidth / 1e9:.3g} GB/s, {link}"
 
 
 def _split(split: Split) -> list[str]:
@@ -50,13 +57,25 @@ def _costs(planner: Planner) -> list[str]:
 
 
 def _decisions(decisions: list[Decision]) -> list[str]:
-    lines = [f"{'tokens':>8}{'cut at':>8}{'whole ms':>11}{'woven ms':>11}{'hidden':>8}"]
+    lines = [f"{'tokens':>8}{'cut at':>8}{'whole ms':>11}{'woven ms':>11}{'hidden':>8}  verdict"]
     for d in decisions:
         woven = f"{d.woven_seconds * 1e3:.3f}" if d.woven is not None else "–"
         hidden = f"{d.woven.hidden:.0%}" if d.woven is not None else "–"
         cut = str(d.tokens_0) if d.weaves else "no"
-        lines.append(f"{d.tokens:>8}{cut:>8}{d.plain_seconds * 1e3:>11.3f}{woven:>11}{hidden:>8}")
+        numbers = f"{d.tokens:>8}{cut:>8}{d.plain_seconds * 1e3:>11.3f}{woven:>11}{hidden:>8}"
+        lines.append(f"{numbers}  {verdict(d)}")
     return lines
+
+
+def verdict(d: Decision) -> str:
+    """What was decided, and why."""
+    if d.woven is None:
+        return "whole: there is nothing to divide"
+    saved = 1.0 - d.woven_seconds / d.plain_seconds
+    change = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%} more"
+    if d.weaves:
+        return f"woven: {change}" if saved >= MARGIN else f"woven because it was asked for: {change}"
+    return f"whole: weaving {change}" + (f", less than {MARGIN:.0%}" if saved >= 0 else "")
 
 
 def _critical(planner: Planner, d: Decision) -> list[str]:

@@ -12,12 +12,15 @@ from torch import nn
 from llm42c import models
 from llm42c.codegen.cpu import build
 from llm42c.compiler import Form, ModelCompiler
+from llm42c.device import gpu_identity, parse_device
 from llm42c.errors import ConfigError
+from llm42c.options import TokenWeave
 from llm42c.packed import PackedModel
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import engine_contract
 from llm42c.runtime.engine import Engine
+from llm42c.runtime.graphs import CudaGraphs
 from llm42c.runtime.lockstep import LockstepModel
 
 
@@ -57,36 +60,50 @@ def build_engine(
     fast: Form = "pinned",
     keep_originals: bool = False,
     compiler: ModelCompiler | None = None,
+    device: str | None = None,
     persist_certificates: bool = True,
     ranks: Ranks = ALONE,
+    token_weave: TokenWeave = "off",
+    residual_shards: bool = False,
     **config: Any,
 ) -> BuiltEngine:
     """Compile ``model`` (a Hugging Face decoder, or MODEL as the command line takes it) into an engine.
 
     ``fast`` is the form that decodes: ``"pinned"`` has the verifier's own kernels and is certified;
     ``"stock"`` is unpinned Inductor and MKL, whose tokens are verified and may roll back. ``ranks`` run the
-    model together, and the engine; see docs/tensor_parallel.md. Further keywords are fields of EngineConfig.
-    Raises ConfigError for an unknown one, naming the nearest.
+    model together, and the engine; ``token_weave`` and ``residual_shards`` say what becomes of their
+    all-reduces, and change no bit; see docs/tensor_parallel.md. ``device`` is where the model goes before
+    it is compiled ("cpu" or "cuda"); by default it stays where it lies. Further keywords are fields
+    of EngineConfig. Raises ConfigError for an unknown one, naming the nearest, and DeviceError.
     """
+    place = None if device is None else parse_device(device)
     if isinstance(model, (str, Path)):
         module, loaded = models.load_model(model)
         tokenizer = tokenizer or loaded
     else:
         module = model
     _check_keys(config)
+    if place is not None:
+        module = module.to(place)
     config.setdefault("eos_token_ids", eos_token_ids(module))
     if persist_certificates:
         config.setdefault("certificates_path", str(build.cache_dir() / "certificates"))
     engine_config = EngineConfig(**config)
     if compiler is None:
         ranks.meet("the loaded model")
-        compiler = ModelCompiler(module, keep_originals=keep_originals, ranks=ranks)
+        compiler = ModelCompiler(
+            module,
+            keep_originals=keep_originals,
+            ranks=ranks,
+            token_weave=token_weave,
+            residual_shards=residual_shards,
+        )
     compiler.compile("pinned")
     compiler.compile(fast)
     compiler.ranks.meet("the compiled model")
     compiler.release_originals()
     # The fast form is not part of the contract: committed bits are the verifier's.
-    kernels = {"cpu": build.build_key()}
+    kernels = {"cpu": build.build_key()} if compiler.device.type == "cpu" else {}
     engine = _engine(compiler, fast, engine_config, tokenizer, compiler.digest, kernels)
     return BuiltEngine(engine, compiler, module, tokenizer, fast)
 
@@ -99,7 +116,8 @@ def _engine(
     weights: str,
     kernels: dict[str, str],
 ) -> Engine:
-    ranks = compiler.ranks
+    ranks, device = compiler.ranks, compiler.device
+    on_gpu = device.type != "cpu"
     decoder: PackedModel = compiler.compile(fast)
     verifier: PackedModel = compiler.compile("pinned")
     if ranks.size > 1:
@@ -109,8 +127,17 @@ def _engine(
         verifier,
         config,
         decode=None if tokenizer is None else _decoder(tokenizer),
-        contract=engine_contract(verifier, config, weights=weights, kernels=kernels, tp_size=ranks.size),
+        contract=engine_contract(
+            verifier,
+            config,
+            weights=weights,
+            kernels=kernels,
+            tp_size=ranks.size,
+            gpu=gpu_identity(device) if on_gpu else None,
+        ),
         ranks=ranks,
+        # Ranks compare their batches on the host, which no graph can hold.
+        graphs=CudaGraphs(device) if on_gpu and ranks.size == 1 and config.cuda_graphs == "auto" else None,
     )
 
 

@@ -17,12 +17,15 @@ from rich.table import Table
 from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
+    DeviceOption,
     DtypeOption,
     FastOption,
     KvOption,
     ModelOption,
     Report,
+    TokenWeaveOption,
     VerifyOption,
+    check_device,
     choice,
     open_engine,
     out,
@@ -61,7 +64,9 @@ def throughput(
         int, typer.Option("--rounds", min=1, help="Times that each engine takes its turn.")
     ] = 3,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     kv_mb: KvOption = 256,
+    token_weave: TokenWeaveOption = "off",
     csv: CsvOption = None,
 ) -> None:
     """Output tokens per second on fixed workloads; the engines take turns.
@@ -80,7 +85,9 @@ def throughput(
     rows = []
     with (
         progress_bars() as report,
-        _contenders(report, model, dtype, fast, modes, percents, hf, peer_python, kv_mb) as contenders,
+        _contenders(
+            report, model, dtype, device, fast, modes, percents, hf, peer_python, kv_mb, token_weave
+        ) as contenders,
     ):
         for case in todo:
             rows += [r.as_row() for r in harness.measure(contenders, case, rounds, report)]
@@ -110,6 +117,7 @@ def soak(
     model: ModelOption = DEFAULT_MODEL,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Deterministic requests.")] = 500,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens of each.")] = 128,
+    device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
     pages: Annotated[int, typer.Option("--pages", min=1, help="KV pages; few, so that requests wait.")] = 200,
@@ -123,7 +131,7 @@ def soak(
     from llm42c.runtime.bench.soak import make_requests, run_soak
 
     with progress_bars() as report:
-        built = open_engine(model, report, fast=fast, verify=verify)
+        built = open_engine(model, report, device=device, fast=fast, verify=verify)
         requests = make_requests(prompts, tokens, vocab_size=built.engine.limits.vocab_size, seed=seed)
         crowded = built.variant(num_pages=pages)
         result = run_soak(built.engine, crowded, requests, report)
@@ -140,12 +148,14 @@ def _contenders(
     report: Report,
     model: str,
     dtype: str | None,
+    device: str,
     fast: str,
     modes: Sequence[str],
     percents: Sequence[int],
     hf: bool,
     peer_python: Path | None,
     kv_mb: int,
+    token_weave: str,
 ) -> Iterator[list[Contender]]:
     """llm42 at every fraction and mode, then the others; their processes end with the block."""
     from llm42c import models
@@ -162,14 +172,25 @@ def _contenders(
             peer = VllmCpu(peer_python, source, dtype=dtype or "bfloat16")
             stack.callback(peer.close)
             others.append(peer)
-        built = open_engine(model, report, dtype=dtype, fast=fast, kv_mb=kv_mb, **LIMITS)
+        built = open_engine(
+            model,
+            report,
+            dtype=dtype,
+            device=device,
+            fast=fast,
+            kv_mb=kv_mb,
+            token_weave=token_weave,
+            **LIMITS,
+        )
         ours: list[Contender] = []
         for mode in modes:
             engine = built.variant(verify=mode)
             ours += [Llm42(f"llm42 {fast} {mode} {percent}%", engine, percent) for percent in percents]
         if hf and not parallel.announced():  # every rank would run the whole model beside the others
             report("loading for generate", 0, 0)
-            others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0]))
+            others.append(
+                HfGenerate(models.load_model(model, parse_dtype(dtype))[0].to(check_device(device)))
+            )
         yield [*ours, *others]
 
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -20,8 +20,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from llm42c.cli.parallel import silent
+from llm42c.cli.parallel import announced, silent
 from llm42c.errors import ConfigError
+from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
     from llm42c.runtime.loader import BuiltEngine
@@ -36,6 +37,7 @@ ModelOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help=f"{', '.join(_DTYPES)}; default: the checkpoint's own.")
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, or cuda: a GPU that runs Triton.")]
 FastOption = Annotated[
     str,
     typer.Option(
@@ -44,6 +46,13 @@ FastOption = Annotated[
 ]
 VerifyOption = Annotated[
     str, typer.Option("--verify", help="auto: replay what no certificate covers; always: replay everything.")
+]
+TokenWeaveOption = Annotated[
+    str,
+    typer.Option(
+        "--token-weave",
+        help="Under torchrun: off; auto: overlap all-reduces where that gains; always. Changes no bit.",
+    ),
 ]
 KvOption = Annotated[int, typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB.")]
 JsonFileOption = Annotated[
@@ -72,23 +81,37 @@ def parse_dtype(name: str | None) -> Any:
     return getattr(torch, choice("--dtype", name, _DTYPES))
 
 
+def check_device(name: str) -> Any:
+    """The torch device of that name, before anything is loaded. Raises DeviceError or ConfigError."""
+    from llm42c.device import parse_device
+
+    device = parse_device(name)
+    if device.type != "cpu" and announced():
+        raise ConfigError(f"--device {name} runs on one GPU; under torchrun models are divided among CPUs")
+    return device
+
+
 def open_engine(
     model: str,
     report: Report,
     *,
     dtype: str | None = None,
+    device: str = "cpu",
     fast: str = "pinned",
     verify: str = "auto",
     kv_mb: int = 256,
+    token_weave: str = "off",
     **config: Any,
 ) -> BuiltEngine:
     """Load MODEL and build an engine, under `torchrun` divided among the ranks.
 
-    Raises the errors of both, and ConfigError for a bad choice.
+    Raises the errors of both, ConfigError for a bad choice, and DeviceError for a device that is not there.
     """
     form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
     choice("--verify", verify, ("auto", "always"))
+    weave: TokenWeave = choice("--token-weave", token_weave, get_args(TokenWeave))
     wanted = parse_dtype(dtype)
+    check_device(device)
     report("loading", 0, 0)
     from llm42c import models
 
@@ -99,9 +122,13 @@ def open_engine(
 
     place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
-    built = build_engine(loaded, tokenizer, fast=form, ranks=place, **config)
+    built = build_engine(
+        loaded, tokenizer, device=device, fast=form, ranks=place, token_weave=weave, **config
+    )
     if place.size > 1 and not silent():
         err.print(f"{place.size} ranks; {built.compiler.division.text()}", soft_wrap=True)
+        if (weaving := built.compiler.compile("pinned").weaving) is not None:
+            err.print(f"token weaving: {weaving.summary()}", soft_wrap=True)
     return built
 
 

@@ -16,6 +16,7 @@ from llm42c.cli.common import (
     JsonFileOption,
     ModelOption,
     Report,
+    TokenWeaveOption,
     VerifyOption,
     choice,
     open_engine,
@@ -43,6 +44,7 @@ def demo(
     ] = 96,
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
+    token_weave: TokenWeaveOption = "off",
     control: Annotated[
         str, typer.Option("--control", help="Plain PyTorch to compare with: eager, inductor, off.")
     ] = "eager",
@@ -67,7 +69,7 @@ def demo(
         texts, tokens = texts[:QUICK_PROMPTS], min(tokens, QUICK_TOKENS)
         control_tokens = min(control_tokens, tokens)
     with progress_bars() as report:
-        built = open_engine(model, report, fast=fast, verify=verify)
+        built = open_engine(model, report, fast=fast, verify=verify, token_weave=token_weave)
         from llm42c.runtime import demo as job
 
         named = [(p.name, p.token_ids(built.tokenizer)) for p in texts]

@@ -11,10 +11,12 @@ import typer
 from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
+    DeviceOption,
     DtypeOption,
     FastOption,
     KvOption,
     ModelOption,
+    TokenWeaveOption,
     VerifyOption,
     open_engine,
     print_json,
@@ -62,9 +64,11 @@ def generate(
     ] = None,
     json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a prompt.")] = False,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
     kv_mb: KvOption = 256,
+    token_weave: TokenWeaveOption = "off",
 ) -> None:
     """Generate text. One prompt is printed as it comes; several are run together and printed in order."""
     texts = _texts(prompts or [], file or [])
@@ -86,7 +90,16 @@ def generate(
         logprobs=logprobs,
     )
     with progress_bars() as report:
-        built = open_engine(model, report, dtype=dtype, fast=fast, verify=verify, kv_mb=kv_mb)
+        built = open_engine(
+            model,
+            report,
+            dtype=dtype,
+            device=device,
+            fast=fast,
+            verify=verify,
+            kv_mb=kv_mb,
+            token_weave=token_weave,
+        )
         ids = [Prompt(str(i), text, chat).token_ids(built.tokenizer) for i, text in enumerate(texts)]
         for prompt in ids:
             built.engine.submit(prompt, params, deterministic=deterministic)

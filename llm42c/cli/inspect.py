@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
 from llm42c.cli.common import (
+    DeviceOption,
     DtypeOption,
     FastOption,
     JsonFileOption,
     ModelArgument,
+    TokenWeaveOption,
+    choice,
     open_engine,
     out,
     parse_dtype,
@@ -20,6 +26,9 @@ from llm42c.cli.common import (
     progress_bars,
     write_json,
 )
+from llm42c.cli.parallel import silent
+from llm42c.errors import ConfigError
+from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
     from llm42c.compiler import CompiledModel
@@ -30,8 +39,33 @@ def explain(
     model: ModelArgument,
     dtype: DtypeOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of the example prompt.")] = 8,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", min=2, help="As one of so many ranks sees it; under torchrun: all of them."),
+    ] = None,
+    token_weave: TokenWeaveOption = "off",
+    residual_shards: Annotated[
+        bool, typer.Option("--residual-shards", help="Divide the residual stream among the ranks.")
+    ] = False,
+    link_gb_s: Annotated[
+        float, typer.Option("--link-gb-s", min=1e-6, help="With --ranks: bandwidth of the imagined link.")
+    ] = 10.0,
+    link_us: Annotated[
+        float, typer.Option("--link-us", min=1e-6, help="With --ranks: latency of a collective.")
+    ] = 20.0,
+    target: Annotated[
+        Path | None, typer.Option("--target", help="JSON with the rates of another device and its link.")
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option("--draw", metavar="FILE", help="Write the woven graph: .dot or .mmd.")
+    ] = None,
 ) -> None:
     """Say which pass fired where in the model, why the others did not, and what has no fixed order."""
+    options: dict[str, Any] = {
+        "token_weave": choice("--token-weave", token_weave, get_args(TokenWeave)),
+        "residual_shards": residual_shards,
+        "target": None if target is None else str(target),
+    }
     with progress_bars() as report:
         report("loading", 0, 0)
         from llm42c import models
@@ -42,13 +76,46 @@ def explain(
 
         from llm42c.explanation import explain as explain_model
 
-        found = explain_model(loaded, {"input_ids": torch.arange(tokens).unsqueeze(0), "use_cache": False})
+        ids = torch.arange(tokens).unsqueeze(0)
+        with _divided(loaded, ranks) as line:
+            link = None
+            if ranks is not None and token_weave != "off" and target is None:
+                from llm42c.imagined import with_link
+
+                link = with_link(link_gb_s, link_us)
+            found = explain_model(loaded, {"input_ids": ids, "use_cache": False}, options, target=link)
+    if line:
+        print(f"{line}\n")
     print(found)
+    if draw is not None and not silent():
+        found.draw(draw)
+
+
+@contextlib.contextmanager
+def _divided(model: Any, size: int | None) -> Iterator[str]:
+    """The model among the ranks of `torchrun`, or among imagined ones; what was divided, or nothing."""
+    from llm42c import ranks
+
+    place = ranks.world()
+    if place.size > 1:
+        if size is not None and size != place.size:
+            raise ConfigError(f"--ranks {size}, and torchrun has started {place.size}")
+        from llm42c.tensor_parallel import divide
+
+        yield f"{place.size} ranks; {divide(model, place).text()}"
+    elif size is not None:
+        from llm42c.imagined import imagined_ranks
+
+        with imagined_ranks(model, size) as division:
+            yield f"{size} ranks; {division.text()}"
+    else:
+        yield ""
 
 
 def certify(
     model: ModelArgument,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Largest batch to certify, in tokens.")
@@ -58,7 +125,7 @@ def certify(
     """Compare every batch shape of the fast graph with the verifier graph, bit for bit."""
     with progress_bars() as report:
         config: dict[str, Any] = {"max_num_batched_tokens": max_tokens, "max_num_seqs": min(32, max_tokens)}
-        built = open_engine(model, report, dtype=dtype, fast=fast, **config)
+        built = open_engine(model, report, dtype=dtype, device=device, fast=fast, **config)
         engine = built.engine
         shapes = engine.config.shapes()
         engine.certificates.may_run(deterministic=True)
@@ -95,12 +162,13 @@ def _culprits(fast: CompiledModel, engine: Engine) -> list[str]:
 def contract(
     model: ModelArgument,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     json_out: Annotated[bool, typer.Option("--json", help="Print it as one line of JSON.")] = False,
 ) -> None:
     """Print what the bits of this model's deterministic answers depend on, and its hash."""
     with progress_bars() as report:
-        value = open_engine(model, report, dtype=dtype, fast=fast).engine.contract
+        value = open_engine(model, report, dtype=dtype, device=device, fast=fast).engine.contract
     fields = dataclasses.asdict(value)
     if json_out:
         print_json({"hash": value.hash, **fields})

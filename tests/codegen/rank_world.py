@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Ranks are forks of one process that has imported these and done nothing else; each import costs seconds.
+_IMPORTED_ONCE = ["torch.distributed", "torch._dynamo", "llm42c.compiler", "transformers.models.llama"]
+
 
 def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """``fn(rank, *args)`` in ``size`` processes of one default group; what each returned, in rank order.
@@ -39,7 +42,8 @@ def start(
 
     Only the ranks in ``wait_for`` are waited for, if given.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     processes = [
         context.Process(target=_main, args=(r, size, folder, collective_s, fn, args)) for r in range(size)
     ]

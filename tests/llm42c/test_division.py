@@ -1,4 +1,5 @@
-"""Dividing models by their own plans, and the graphs that come of it (fake process group: shapes only)."""
+"""Dividing models by their own plans (fake process group: shapes only). What is fused in the graphs that come
+of it: test_weave_families.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm42c.capture import capture_packed, graph_digest
 from llm42c.errors import UnsupportedModelError
-from llm42c.passes import graph as g
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, Context, Report
 from llm42c.ranks import Ranks
@@ -35,31 +35,6 @@ def pipelined(model: Any) -> tuple[Any, Report]:
     captured = capture_packed(model)
     report = pipeline.run(captured.gm, Context(target=PACKED))
     return captured, report
-
-
-def count(captured: Any, name: str) -> int:
-    return sum(g.name(n) == f"llm42::{name}" for n in captured.gm.graph.nodes)
-
-
-@pytest.mark.parametrize("family", tp_families.CONFIGS)
-def test_every_site_of_every_family(family: str):
-    model = tp_families.model(family)
-    division = divide(model, place(0))
-    assert not division.whole
-    captured, report = pipelined(model)
-    sites = 2 * tp_families.LAYERS
-    fused = report["allreduce_rmsnorm"]
-    if family in tp_families.FUSED:
-        assert len(fused.matches) == count(captured, "all_reduce_add_rms_norm") == sites
-        assert not fused.misses
-    else:
-        assert not fused.matches
-        assert len(fused.misses) == count(captured, "all_reduce") == sites
-        assert all(tp_families.REASONS[family] in miss.reason for miss in fused.misses)
-    assert captured.gm is not None
-    assert not report.unplaced
-    gathers = {"phi3": 1 + 2 * tp_families.LAYERS, "olmo2": 1 + 3 * tp_families.LAYERS}
-    assert count(captured, "all_gather_last") == gathers.get(family, 1)  # 1: the logits
 
 
 def test_all_ranks_have_one_graph():

@@ -39,11 +39,11 @@ def _packed(rank: int) -> dict[str, Any]:
     captured = capture_packed(model)
     pipeline.run(captured.gm, Context(target=PACKED))
     WeightStore(model).materialise(captured.gm)
-    program = compile_woven(captured.gm, when="on", style="fixed", group=dist.group.WORLD)
-    out: dict[str, Any] = {"hash": program.planner.hash}
+    program = compile_woven(captured.gm, when="always", style="fixed", group=dist.group.WORLD)
+    out: dict[str, Any] = {"hash": program.planner.hash, "unlike": _unlike(rank, captured.gm, program)}
     with torch.no_grad():
         for tokens in SIZES:
-            for when in ("on", "off"):
+            for when in ("always", "off"):
                 program.when = when
                 arguments = tiny.packed_arguments(captured, tiny.ids(tokens) % 96, torch.float32)
                 (logits,) = program(*arguments)
@@ -72,21 +72,34 @@ def _functional(rank: int) -> dict[str, Any]:
 
     x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(5))
     torch._dynamo.mark_dynamic(x, 1)
-    backend = weaving_backend(when="on", style="eager", group=dist.group.WORLD, made=made)
+    backend = weaving_backend(when="always", style="eager", group=dist.group.WORLD, made=made)
     with torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         return {"woven": compiled(x), "eager": model(x), "calls": made[0].calls}
 
 
-def _unlike(rank: int) -> str:
-    """Ranks with other plans."""
-    from llm42c.weave import require_equal
+def _unlike(rank: int, gm: Any, program: Any) -> list[str]:
+    """What ranks say that see another link, another graph or another plan than rank 0."""
+    from llm42c.codegen.target import Target, Value
+    from llm42c.passes.token_rules import UnsplittableError
+    from llm42c.weave import plan, require_equal
 
-    try:
-        require_equal("same" if rank != 1 else "other", dist.group.WORLD)
-    except RanksDifferError as error:
-        return str(error)
-    return ""
+    names = ("fp32_flops", "memory_bandwidth", "link_latency", "link_bandwidth")
+    values = {n: Value(1e9 if rank else 2e9, "test") for n in names}
+    other = Target("cpu", "test", "x86_64", values)
+    empty = torch.fx.symbolic_trace(torch.nn.Identity())
+    attempts = (
+        lambda: plan(gm, other, group=dist.group.WORLD),
+        lambda: plan(empty if rank else gm, group=dist.group.WORLD),
+        lambda: require_equal(program.planner.hash[rank:], dist.group.WORLD),
+    )
+    said = []
+    for attempt in attempts:
+        try:
+            attempt()
+        except (RanksDifferError, UnsplittableError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 @pytest.mark.slow
@@ -101,12 +114,14 @@ def test_woven_ranks_give_the_bits_of_unwoven_ones(size: int):
         return
     assert len({out["hash"] for out in ranks}) == 1
     for out in ranks:
+        rates, graph, order = out["unlike"]
+        assert "the division of tokens of rank 1 is not that of rank 0: rates" in rates
+        assert "the division of tokens of rank 1 is not that of rank 0: no collective in the graph" in graph
+        assert "the weaving plan of rank 1 is not that of rank 0" in order
+        assert all(said.startswith("RanksDifferError") for said in out["unlike"])
+    for out in ranks:
         assert out["calls"] == {"woven": len(SIZES) - 1, "whole": len(SIZES) + 1}
         for tokens in SIZES:
-            for woven, whole in zip(out[f"on {tokens}"], out[f"off {tokens}"], strict=True):
+            for woven, whole in zip(out[f"always {tokens}"], out[f"off {tokens}"], strict=True):
                 assert torch.equal(woven.view(torch.uint8), whole.view(torch.uint8))
-            assert torch.equal(out[f"on {tokens}"][0], ranks[0][f"on {tokens}"][0])
-
-
-def test_ranks_with_other_plans_are_named():
-    assert all("of rank 1 is not that of rank 0" in text for text in rank_world.run(2, _unlike))
+            assert torch.equal(out[f"always {tokens}"][0], ranks[0][f"always {tokens}"][0])

@@ -50,7 +50,7 @@ def test_layers_and_halves_share_what_is_compiled(graph):
 def test_when_may_be_changed_between_calls(graph):
     program = WovenProgram(Planner(split_tokens(graph.gm), wg.RATES), "eager", SameThread())
     x = graph.arguments(wg.tokens(9))
-    for when in ("on", "off"):
+    for when in ("always", "off"):
         program.when = when
         program(*x)
     assert program.calls == {"woven": 1, "whole": 1}
@@ -98,7 +98,7 @@ def test_the_backend_weaves_or_leaves_the_graph_to_inductor(graph):
     torch._dynamo.reset()
     model, x = wg.model(1), wg.tokens(12)
     torch._dynamo.mark_dynamic(x, 1)
-    backend = weaving_backend(_target(), when="on", style="eager", made=made)
+    backend = weaving_backend(_target(), when="always", style="eager", made=made)
     with wg.group(), torch.no_grad():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         assert (compiled(x) - model(x)).abs().max() <= BOUND * model(x).abs().max()

@@ -54,15 +54,39 @@ def serve(rank: int) -> dict[str, Any]:
 
     alone = [run(built.variant(), [i], False)[0][0] for i in range(len(PROMPTS))]
     together, _ = run(built.variant(verify="always"), [0, 1, 2, 3], False)
+    woven, weaving = run_woven(limits, params, run)
     scarce = built.variant(num_pages=7)
     pressure, everything = run(scarce, [2, 0, 3, 1], True)
     return {
-        "runs": [alone, together, pressure],
+        "runs": [alone, together, pressure, *woven],
+        "weaving": weaving,
         "everything": everything,
         "preemptions": scarce.stats().preemptions,
         "contract": built.engine.contract,
         "division": built.compiler.division.text(),
         "operators": built.compiler.compile("pinned").program.operators,
+    }
+
+
+def run_woven(limits: dict[str, Any], params: list[Any], run: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The prompts together on an engine that divides all it can, and what it did."""
+    import tiny
+    import torch
+
+    from llm42c import ranks
+    from llm42c.runtime.loader import build_engine
+
+    model = tiny.model("llama", torch.bfloat16)
+    options = {"token_weave": "always", "residual_shards": True, "persist_certificates": False}
+    built = build_engine(model, ranks=ranks.world(), **options, **limits)
+    everything = list(range(len(params)))
+    runs = [run(built.engine, everything, True)[0], run(built.variant(verify="always"), everything, False)[0]]
+    weaving = built.compiler.compile("pinned").weaving
+    return runs, {
+        "calls": weaving.program.calls,
+        "plan": weaving.planner.hash,
+        "summary": weaving.summary(),
+        "contract": built.engine.contract,
     }
 
 
@@ -75,12 +99,23 @@ def world() -> list[dict[str, Any]]:
 def test_committed_bits_do_not_depend_on_the_mixture():
     results = world()
     for out in results:
-        alone, together, pressure = out["runs"]
-        assert alone == together == pressure
+        alone, *others = out["runs"]
+        assert all(other == alone for other in others)
         assert out["everything"] == results[0]["everything"]  # ordinary requests too: one answer on all ranks
         assert out["contract"] == results[0]["contract"]
         assert out["preemptions"] > 0
     assert len({tuple(tokens) for tokens, _ in results[0]["runs"][0]}) > 2
+
+
+@pytest.mark.slow
+def test_weaving_and_shards_change_no_committed_bit():
+    """The runs of the test above, where every batch of two tokens or more was woven."""
+    results = world()
+    for out in results:
+        weaving = out["weaving"]
+        assert weaving["calls"]["woven"] > 20
+        assert weaving["plan"] == results[0]["weaving"]["plan"]
+        assert weaving["contract"] == out["contract"]  # same contract, same bits: nothing to tell apart
 
 
 @pytest.mark.slow
