@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
 
 from llm42c import backend
 from llm42c.codegen.target import Target
 from llm42c.dump import Dump
-from llm42c.errors import OptionsError
+from llm42c.errors import Llm42Error, OptionsError
 from llm42c.options import Options
 from llm42c.passes.base import Report
 from llm42c.passes.kinds import Kind, kind, plain_name
@@ -109,10 +110,15 @@ def explain(
         example_inputs = (example_inputs,)
     with torch.no_grad():
         compiled = torch.compile(_callable(model), backend=observe, dynamic=weaves or None)
-        if isinstance(example_inputs, Mapping):
-            compiled(**example_inputs)
-        else:
-            compiled(*example_inputs)
+        try:
+            if isinstance(example_inputs, Mapping):
+                compiled(**example_inputs)
+            else:
+                compiled(*example_inputs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, Llm42Error):
+                raise error.inner_exception from None
+            raise
     return found
 
 

@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 Plain = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
+_NOT_DIVIDED = "the graph has no all-reduce: the model is not divided among ranks"
 _SHOWN = tuple(2**i for i in range(13))  # tokens
 
 
@@ -175,7 +176,7 @@ def _hopeless(gm: fx.GraphModule, grad: bool) -> str | None:
     if grad:
         return "the graph is differentiated"
     if not any(_communicates(n) for n in gm.graph.nodes):
-        return "the graph has no all-reduce: the model is not divided among ranks"
+        return _NOT_DIVIDED
     return None
 
 
@@ -195,9 +196,7 @@ def asked_group(gm: fx.GraphModule) -> dist.ProcessGroup | None:
     """
     names = {comm.group_name(n) for n in gm.graph.nodes if comm.is_collective(n)}
     if len(names) != 1:
-        raise UnsplittableError(
-            "its collectives belong to several groups" if names else "no collective in the graph"
-        )
+        raise UnsplittableError("its collectives belong to several groups" if names else _NOT_DIVIDED)
     group = group_of(names.pop())
     if group.size() == 1:
         raise UnsplittableError("its group has one rank")

@@ -147,18 +147,23 @@ def check_halves(found: Compiled, family: str) -> None:
             assert torch.equal(halves, whole)
 
 
-def refusal(model: Any) -> str:
-    with torch.no_grad(), simulated(dist.group.WORLD.group_name, Link(0.0, 1e12, VirtualClock())):
-        try:
-            return f"{split_tokens(Compiled(model, passes=False).traced).collectives} divided"
-        except UnsplittableError as reason:
-            return str(reason)
-
-
 @pytest.mark.slow
-def test_without_passes_an_attention_of_products_is_refused(tmp_path: Path):
-    """``reductions="free"``: Gemma 2's soft-capped attention stays two products with a softmax between them,
-    rows of queries against columns of keys; the passes see one attention, and so do they not."""
-    assert "the result does not have one row a token (model.layers.0.self_attn)" in refusal(
-        divided("gemma2", tmp_path)
-    )
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        ("mixtral", "4 divided"),
+        # Soft-capped attention stays products of queries and keys with a softmax between them, where the
+        # passes would see one operator.
+        ("gemma2", "the result does not have one row a token (model.layers.0.self_attn)"),
+    ],
+)
+def test_without_passes(family: str, found: str, tmp_path: Path):
+    """``reductions="free"``"""
+    model = divided(family, tmp_path)
+    with torch.no_grad(), simulated(dist.group.WORLD.group_name, Link(0.0, 1e12, VirtualClock())):
+        traced = Compiled(model, passes=False).traced
+        try:
+            said = f"{split_tokens(traced).collectives} divided"
+        except UnsplittableError as reason:
+            said = str(reason)
+    assert found in said

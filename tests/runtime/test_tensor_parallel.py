@@ -134,7 +134,7 @@ def test_torchrun(tmp_path: Path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "llm42c", "generate", "w5 w9 w30", "w7 w8", "--model", str(model), "-n", "8", "--ignore-eos",
-        "--json",
+        "--json", "--token-weave", "auto",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -142,3 +142,4 @@ def test_torchrun(tmp_path: Path):
     assert [line["index"] for line in lines] == [0, 1]
     assert all(len(line["token_ids"]) == 8 for line in lines)
     assert "2 ranks; divided: " in done.stderr
+    assert "token weaving: " in done.stderr
