@@ -119,8 +119,9 @@ class HfGenerate:
 
     def run(self, prompts: Prompts, new_tokens: int) -> Sample:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        device = self._model.device
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         start = time.perf_counter()
         with torch.no_grad():
             out = self._model.generate(

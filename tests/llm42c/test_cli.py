@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_folder
+import torch
 
 from llm42c import cli
 from llm42c.cli import exits
@@ -150,6 +151,12 @@ def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
         (["generate", "--model", "MODEL", "--fast", "quick", "w5"], "--fast must be one of pinned, stock"),
         (["generate", "--model", "MODEL", "--verify", "never", "w5"], "--verify must be one of"),
         (["generate", "--model", "MODEL", "--dtype", "int8", "w5"], "--dtype must be one of"),
+        (["generate", "--model", "MODEL", "--device", "tpu", "w5"], "device must be cpu or cuda, not 'tpu'"),
+        pytest.param(
+            ["bench", "soak", "--device", "cuda"],
+            "device cuda was asked for, and there is no GPU that torch can use",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["generate", "--model", "MODEL", "-n", "1000", "w5"], "exceed the context of 96"),
         (["demo", "--prompts", "/nowhere"], "no such folder of prompts"),
         (["demo", "--control", "none"], "--control must be one of"),
