@@ -7,6 +7,7 @@ import pytest
 import torch
 from toy import ToyModel, make_engine, small_config
 
+from llm42c.device import Identity
 from llm42c.errors import ConfigError, ContractMismatchError
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
@@ -68,6 +69,32 @@ def test_the_verifier_shape_is() -> None:
         assert engine_contract(ToyModel(), dataclasses.replace(config, **change)) != engine_contract(
             ToyModel(), config
         )
+
+
+def test_a_gpu_stands_for_the_cpu_that_feeds_it() -> None:
+    gpu = Identity(
+        "NVIDIA H200 sm_90", {"cuda": "13.0", "triton": "3.6.0", "driver": "570.1"}, {"target": "t0"}
+    )
+
+    def on(gpu: Identity) -> Contract:
+        return engine_contract(ToyModel(), small_config(), weights="w0", gpu=gpu)
+
+    mine = on(gpu)
+    assert mine != contract()
+    assert mine.isa == "NVIDIA H200 sm_90"
+    assert {"torch", "cuda", "triton", "driver"} <= mine.versions.keys()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert on(gpu) == mine
+    finally:
+        torch.set_num_threads(threads)
+    for other in (
+        dataclasses.replace(gpu, isa="NVIDIA H100 sm_90"),
+        dataclasses.replace(gpu, versions={**gpu.versions, "driver": "575.2"}),
+        dataclasses.replace(gpu, kernels={"target": "t1"}),
+    ):
+        assert on(other).hash != mine.hash
 
 
 def test_threads_are() -> None:
