@@ -1,116 +1,202 @@
-"""The engine on a GPU: throughput at several shares of deterministic requests, certified shapes, rollbacks.
+"""The engine on a GPU: throughput at several shares of deterministic requests, beside plain Inductor.
 
-    python benchmarks/gpu/engine.py [--model smollm2] [--out benchmarks/gpu/engine.csv] [--budget 420]
+    python benchmarks/gpu/engine.py [--models smollm2,random-1b] [--out benchmarks/gpu/engine.csv]
+                                    [--budget 420] [--dry-run]
 
-Writes one CSV whose rows are measurements, or say why one could not be made. ``--model random-1b`` and
-``random-8b`` are Llamas of those sizes with random weights. Plain Inductor stands beside it as the decode of
-one batch with ``torch.compile`` and a static cache.
+Writes one CSV whose rows are measurements, or say why one could not be made. For each model (``random-1b``
+and ``random-8b`` are Llamas of those sizes with random weights): tokens per second of one set of requests, of
+which 0, 10, 50 and 100 % are deterministic, with the model's own kernels and with Inductor's behind the same
+engine (``stock``: what it computes is verified, and rolled back where it differs); the share of batch shapes
+that are certified, of tokens committed without replay, rollbacks, CUDA graphs; deterministic requests whose
+tokens are not those of their solo run (0 is right). Plain Inductor beside it: one static batch through
+``generate`` with a static cache, and the same engine with Inductor's kernels and nothing verified. Every
+contender runs once before it is measured. ``--dry-run`` runs the same code on the CPU with a tiny model, and
+writes a file only if ``--out`` names one.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Results, gpu_or_dry, machine, options_of
 
-SHARES = (0.0, 0.1, 0.5, 1.0)
-REQUESTS, PROMPT, NEW = 32, 128, 64
-RANDOM = {
+SHARES = (0, 10, 50, 100)
+LLAMAS: dict[str, dict[str, Any]] = {
     "random-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
     "random-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+    "random-tiny": {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 64},
 }
 
 
-def load(name: str) -> Any:
-    """A model in bf16 on the GPU."""
-    if name not in RANDOM:
+class Workload:
+    """Prompts of random ids, and the limits that engines are made with."""
+
+    def __init__(self, dry: bool) -> None:
+        self.requests, self.prompt, self.new = (3, 5, 4) if dry else (32, 128, 128)
+        self.limits: dict[str, Any] = {
+            "max_num_seqs": self.requests,
+            "max_num_batched_tokens": 8 if dry else 512,
+            "max_model_len": 32 if dry else 1024,
+            "kv_cache_bytes": 1 << 20 if dry else 8 << 30,
+            "prefix_cache": False,
+            "persist_certificates": False,
+        }
+        if dry:
+            self.limits |= {"verify_tokens": 8, "verify_seqs": 4, "verify_window": 4}
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        g = torch.Generator().manual_seed(0)
+        return torch.randint(0, vocab_size, (self.requests, self.prompt), generator=g).tolist()
+
+
+def load(name: str, results: Results) -> Any:
+    """A model on the device, in bf16 (fp32 on a dry run)."""
+    dtype = torch.float32 if results.dry else torch.bfloat16
+    if name not in LLAMAS:
         from llm42c import models
 
-        return models.load_model(name, torch.bfloat16)[0].cuda()
+        return models.load_model(name, dtype)[0].to(results.device)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = RANDOM[name]
+    shape = LLAMAS[name]
     heads = shape["hidden_size"] // shape["head_dim"]
-    config = LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=8, vocab_size=128256)
-    with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    config = LlamaConfig(
+        **shape,
+        num_attention_heads=heads,
+        num_key_value_heads=min(8, heads),
+        vocab_size=64 if results.dry else 128256,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    with results.device:
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def serve(model: Any, share: float) -> dict[str, float]:
-    """Tokens per second of a batch of which ``share`` is deterministic, and what verification did."""
-    from llm42c.runtime.loader import build_engine
-    from llm42c.runtime.sampling import SamplingParams
-
-    engine = build_engine(model).engine
-    g = torch.Generator().manual_seed(0)
-    size = model.config.vocab_size
-    prompts = [torch.randint(0, size, (PROMPT,), generator=g).tolist() for _ in range(REQUESTS)]
-    params = SamplingParams(max_tokens=NEW, ignore_eos=True)
-    for i, prompt in enumerate(prompts):
-        engine.submit(prompt, params, deterministic=i < share * REQUESTS)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    while engine.has_unfinished():
-        engine.step()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    states = list(engine.certificates.status.values())
-    certified = sum(s == "certified" for s in states) / max(1, len(states))
-    return {"tokens_per_s": REQUESTS * NEW / seconds, "certified_share": certified}
-
-
-def inductor(model: Any) -> dict[str, float]:
-    """Tokens per second of one static batch under plain ``torch.compile``."""
-    ids = torch.randint(0, model.config.vocab_size, (REQUESTS, PROMPT), device="cuda")
-    options = {
-        "max_new_tokens": NEW,
-        "min_new_tokens": NEW,
+def static_batch(results: Results, model: Any, load_: Workload) -> float:
+    """Tokens per second of one batch through ``generate`` with a static cache, which Inductor compiles."""
+    ids = torch.tensor(load_.prompts(model.config.vocab_size), device=results.device)
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": load_.new,
+        "min_new_tokens": load_.new,
         "do_sample": False,
+        "pad_token_id": 0,
         "cache_implementation": "static",
     }
-    with torch.no_grad():
-        model.generate(ids, **options)
-        torch.cuda.synchronize()
+
+    def once() -> float:
         start = time.perf_counter()
-        model.generate(ids, **options)
-        torch.cuda.synchronize()
-    return {"tokens_per_s": REQUESTS * NEW / (time.perf_counter() - start)}
+        with torch.no_grad():
+            out = model.generate(ids, **options)
+        out.tolist()  # waits
+        return float(load_.requests * load_.new / (time.perf_counter() - start))
+
+    once()
+    return once()
+
+
+def engines(results: Results, case: str, model: Any, load_: Workload) -> None:
+    """The engine with the model's own kernels, then with Inductor's; both on one capture."""
+    from llm42c.runtime.loader import build_engine
+
+    start = time.perf_counter()
+    pinned = build_engine(model, **load_.limits)
+    results.add(case, "capture and compile", time.perf_counter() - start, "s")
+    prompts = load_.prompts(model.config.vocab_size)
+    solo = alone(pinned.engine, prompts[:4], load_.new)
+    for percent in SHARES:
+        serve(results, case, "llm42", pinned.variant(), percent, prompts, load_.new, solo)
+    stock = build_engine(model, compiler=pinned.compiler, fast="stock", **load_.limits)
+    for percent in (0, 10, 100):
+        serve(results, case, "llm42, stock", stock.variant(), percent, prompts, load_.new, solo)
+    pinned.close()
+
+
+def alone(engine: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Each prompt by itself: what a deterministic request must answer in any company."""
+    from llm42c.runtime.sampling import SamplingParams
+
+    params = SamplingParams(max_tokens=new, ignore_eos=True)
+    return [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
+
+
+def serve(
+    results: Results,
+    case: str,
+    name: str,
+    engine: Any,
+    percent: int,
+    prompts: list[list[int]],
+    new: int,
+    solo: list[list[int]],
+) -> None:
+    """One engine at one share; every number is a row."""
+    from llm42c.runtime.bench.contenders import Llm42, spread
+
+    what = f"{name}, {percent} %"
+    if results.spent:
+        results.not_run(case, what, "tokens/s", "the budget was spent")
+        return
+    contender = Llm42(what, engine, percent)
+    try:
+        contender.warm_up(prompts, new)
+        before = engine.stats().as_dict()
+        sample = contender.run(prompts, new)
+    except Exception as error:
+        results.not_run(case, what, "tokens/s", error)
+        return
+    results.add(case, what, sample.rate, "tokens/s")
+    after = engine.stats().as_dict()
+    gained = {n: after[n] - before[n] for n in before if isinstance(before[n], (int, float))}
+    states = list(engine.certificates.status.values())
+    certified = sum(s == "certified" for s in states) / max(1, len(states))
+    results.add(case, f"{what}: shapes certified", certified, "1", f"of {len(states)}")
+    committed = gained["certified_tokens"] + gained["verified_tokens"]
+    share = gained["certified_tokens"] / max(1, committed)
+    results.add(case, f"{what}: tokens without replay", share, "1", f"of {committed}")
+    for count in ("rollbacks", "recomputed_tokens", "graph_replays", "graph_misses"):
+        results.add(case, f"{what}: {count.replace('_', ' ')}", gained[count], "1")
+    results.add(case, f"{what}: graphs", after["graph_captures"], "1")
+    overhead = 1e6 * gained["seconds_overhead"] / max(1, gained["steps"])
+    results.add(case, f"{what}: Python", overhead, "us/step")
+    wrong = sum(
+        spread(i, percent) and tokens != solo[i] for i, tokens in enumerate(sample.tokens[: len(solo)])
+    )
+    checked = sum(spread(i, percent) for i in range(len(solo)))
+    results.add(case, f"{what}: differ from solo", wrong, "1", f"of {checked} requests")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("engine.csv"))
-    parser.add_argument("--budget", type=float, default=420.0)
+    default = Path(__file__).with_name("engine.csv")
+    parser = options_of(__doc__, default)
+    parser.add_argument("--models", default="smollm2,random-1b")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no GPU here: nothing was measured and no file was written")
+    if not gpu_or_dry(options, default):
         return 1
-    end = time.monotonic() + options.budget
-    rows: list[dict[str, object]] = []
-    model = load(options.model)
-    steps = [(f"llm42, {share:.0%} deterministic", lambda s=share: serve(model, s)) for share in SHARES]
-    for what, call in [*steps, ("inductor, one static batch", lambda: inductor(model))]:
-        head = {"gpu": torch.cuda.get_device_name(), "model": options.model, "what": what}
+    results = Results(options.budget, options.dry_run)
+    machine(results)
+    load_, status = Workload(options.dry_run), 0
+    for name in ["random-tiny"] if options.dry_run else options.models.split(","):
         try:
-            found = call() if time.monotonic() < end else {"not run: the budget was spent": ""}
+            model = load(name, results)
+            # First, because an engine takes the weights out of the model.
+            results.attempt(
+                name, "plain Inductor, one static batch", "tokens/s",
+                lambda m=model: static_batch(results, m, load_),
+            )  # fmt: skip
+            torch._dynamo.reset()
+            engines(results, name, model, load_)
         except Exception as error:
-            found = {f"not run: {type(error).__name__}: {str(error)[:160]}": ""}
-        for name, value in found.items():
-            rows.append({**head, "name": name, "value": value})
-            print(f"{what:<32}{name} {value}", flush=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["gpu", "model", "what", "name", "value"])
-        writer.writeheader()
-        writer.writerows(rows)
-    return 0
+            results.not_run(name, "stopped", "", error)
+            status = 1
+        results.write(options.out)
+        model = None
+        results.free()
+    return status
 
 
 if __name__ == "__main__":
