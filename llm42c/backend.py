@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from llm42c import inductor
 from llm42c.codegen.target import local_decode_workers
-from llm42c.device import device_of_inputs, has_implementation, load_operators
+from llm42c.device import device_of_inputs, has_implementation, in_steps, load_operators
 from llm42c.dump import Dump
 from llm42c.errors import DeviceError, UnsupportedModelError
 from llm42c.options import Options
@@ -49,7 +49,7 @@ def llm42(
             rewrite_plain(gm, example_inputs, opts, dump)
         plain = inductor.compile_free if free else inductor.compile_fixed
         if opts.token_weave == "off":
-            return plain(gm, example_inputs)
+            return in_steps(plain(gm, example_inputs), device_of_inputs(example_inputs))
         from llm42c.weave_option import weave_or_leave  # sympy and networkx, for those who ask
 
         style = "free" if free else "plain"

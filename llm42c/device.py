@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,18 @@ def attention_step(device: torch.device) -> AbstractContextManager[None]:
     from llm42c.codegen.triton import attention
 
     return attention.step()
+
+
+def in_steps(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """``call``, each time in an :func:`attention_step` of its own."""
+    if device.type == "cpu":
+        return call
+
+    def step(*args: Any) -> Any:
+        with attention_step(device):
+            return call(*args)
+
+    return step
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,15 @@ def run_control(
     alone = []
     for i, (_, ids) in enumerate(jobs):
         progress("control", i, total)
-        alone += _decode(step, [ids], new_tokens)
+        alone += _decode(step, [ids], new_tokens, model.device)
     together: list[tuple[Tensor, Tensor]] = [alone[0]] * len(jobs)
     order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][1]))
     for first in range(0, len(order), BATCH):
         progress("control", len(jobs) + first, total)
         group = order[first : first + BATCH]
-        for i, answer in zip(group, _decode(step, [jobs[i][1] for i in group], new_tokens), strict=True):
+        for i, answer in zip(
+            group, _decode(step, [jobs[i][1] for i in group], new_tokens, model.device), strict=True
+        ):
             together[i] = answer
     progress("control", total, total)
     return _compare(backend, [name for name, _ in jobs], new_tokens, alone, together, start)
@@ -75,12 +77,12 @@ def _compiled(model: Any, backend: Backend) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _decode(
-    step: Callable[..., Any], prompts: list[list[int]], new_tokens: int
+    step: Callable[..., Any], prompts: list[list[int]], new_tokens: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Greedy tokens [N] and their fp32 log-probs [N] of each prompt, padded on the left to one length."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])  # [B, S]
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [B, S]
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, tokens, logprobs = None, [], []
     for _ in range(new_tokens):
@@ -99,7 +101,7 @@ def _decode(
         logprobs.append(best)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
-    return list(zip(torch.stack(tokens, 1), torch.stack(logprobs, 1), strict=True))
+    return list(zip(torch.stack(tokens, 1).cpu(), torch.stack(logprobs, 1).cpu(), strict=True))
 
 
 def _compare(

@@ -12,12 +12,14 @@ from rich.table import Table
 from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
+    DeviceOption,
     FastOption,
     JsonFileOption,
     ModelOption,
     Report,
     TokenWeaveOption,
     VerifyOption,
+    check_device,
     choice,
     open_engine,
     out,
@@ -42,6 +44,7 @@ def demo(
     tokens: Annotated[
         int, typer.Option("--tokens", "-n", min=1, help="Tokens to decode for each prompt.")
     ] = 96,
+    device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
     token_weave: TokenWeaveOption = "off",
@@ -69,7 +72,7 @@ def demo(
         texts, tokens = texts[:QUICK_PROMPTS], min(tokens, QUICK_TOKENS)
         control_tokens = min(control_tokens, tokens)
     with progress_bars() as report:
-        built = open_engine(model, report, fast=fast, verify=verify, token_weave=token_weave)
+        built = open_engine(model, report, device=device, fast=fast, verify=verify, token_weave=token_weave)
         from llm42c.runtime import demo as job
 
         named = [(p.name, p.token_ids(built.tokenizer)) for p in texts]
@@ -78,7 +81,7 @@ def demo(
         if backend != "off" and not parallel.silent():
             built.close()
             del built
-            result.control = _control(model, named, control_tokens, backend, report)
+            result.control = _control(model, device, named, control_tokens, backend, report)
     _show(result, jobs, model)
     if json_file is not None:
         write_json(json_file, result.as_dict())
@@ -87,7 +90,7 @@ def demo(
 
 
 def _control(
-    model: str, named: list[tuple[str, list[int]]], tokens: int, backend: Any, report: Report
+    model: str, device: str, named: list[tuple[str, list[int]]], tokens: int, backend: Any, report: Report
 ) -> Control:
     import torch
 
@@ -96,7 +99,7 @@ def _control(
 
     report("control", 0, 2 * len(named))
     plain, _ = models.load_model(model, torch.float32)
-    return run_control(plain, named, tokens, backend=backend, progress=report)
+    return run_control(plain.to(check_device(device)), named, tokens, backend=backend, progress=report)
 
 
 def _show(result: DemoResult, jobs: list[Job], model: str) -> None:

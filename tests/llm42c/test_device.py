@@ -109,6 +109,17 @@ def test_the_backend_takes_a_model_on_another_device(
     assert not found[0].unplaced
 
 
+def test_a_compiled_graph_shares_work_lists_among_its_calls() -> None:
+    from llm42c.codegen.triton import attention
+
+    def shared(*args: Any) -> bool:
+        return attention._current.get() is not None
+
+    assert device.in_steps(shared, PLACE)()
+    assert not device.in_steps(shared, device.CPU)()
+    assert attention._current.get() is None
+
+
 def test_operators_that_nothing_computes_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.define()
     graph = torch.fx.Graph()

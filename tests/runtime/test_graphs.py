@@ -6,7 +6,9 @@ stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from llm42c.errors import ConfigError
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
-from llm42c.runtime.graphs import ALIGNMENT, GraphedModel, StaticInputs
+from llm42c.runtime.graphs import ALIGNMENT, WARM_UPS, CudaGraphs, GraphedModel, StaticInputs
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.sampling import SamplingParams
 from llm42c.runtime.stats import Stats
@@ -265,6 +267,77 @@ def test_static_inputs_are_aligned_and_alike() -> None:
     static.fill(batch)
     for name, want in vars(batch).items():
         assert torch.equal(getattr(static.inputs, name), want)
+
+
+class _FakeStream:
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def wait_stream(self, other: object) -> None:
+        self.log.append("wait")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda as far as CudaGraphs calls it, on the CPU; every call must fit torch's own signature."""
+    log: list[str] = []
+    real = inspect.signature(torch.cuda.graph.__init__)
+
+    @contextlib.contextmanager
+    def graph(*args: Any, **kwargs: Any) -> Iterator[None]:
+        real.bind(None, *args, **kwargs)
+        log.append("begin")
+        yield
+        log.append("end")
+
+    @contextlib.contextmanager
+    def stream(stream: Any) -> Iterator[None]:
+        log.append("side")
+        yield
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("uploaded")
+
+    fakes = {
+        "graph": graph,
+        "stream": stream,
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "Stream": lambda device: _FakeStream(log),
+        "current_stream": lambda device: _FakeStream(log),
+        "synchronize": lambda device: log.append("synchronize"),
+        "graph_pool_handle": lambda: (0, 1),
+    }
+    for name, fake in fakes.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(
+        CudaGraphs, "host_buffer", lambda self, nbytes: torch.zeros(nbytes, dtype=torch.uint8)
+    )
+    return log
+
+
+def test_cuda_graphs_warm_up_aside_then_record_then_replay(cuda: list[str]) -> None:
+    graphs = CudaGraphs(torch.device("cpu"))
+    model = Witness()
+    cache = model.new_kv_cache(2, 4)
+    graphed = GraphedModel(model, cache, graphs, Stats(), 16, 2)
+    graphed.forward(_batch([1, 2]), cache)
+    first = ["record", "wait", "side", "wait", "synchronize", "begin", "end", "replay"]
+    assert cuda == [*first, "uploaded", "record", "replay"]
+    assert len(model.seen) == WARM_UPS + 1, "calls to warm up, and the recorded one"
+    cuda.clear()
+    graphed.forward(_batch([3, 4]), cache)
+    assert cuda == ["uploaded", "record", "replay"]
+    assert len(model.seen) == WARM_UPS + 1
 
 
 def test_options() -> None:
