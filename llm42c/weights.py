@@ -3,6 +3,10 @@
 A packed weight replaces its originals in memory. The originals come back bit for bit, because packing
 only permutes elements: :meth:`WeightStore.restore` undoes the release, and while it lasts
 ``model.state_dict()`` (and so ``save_pretrained``) still returns the original tensors.
+
+A released parameter keeps its shape: one NaN in memory, seen through strides of 0. Reading it gives NaN,
+writing to its elements is an error of torch, and one value for all of them (``zero_``) is kept by
+:meth:`WeightStore.restore`: nothing is lost in silence.
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ class WeightStore:
                 continue
             freed += parameter.untyped_storage().nbytes()
             self._released[id(parameter)] = parameter
-            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_full((1,), torch.nan).expand(parameter.shape)
         if self._hook is None and self._released:
             # A plain function: torch sets an attribute on the hook.
             def hook(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
@@ -76,10 +80,13 @@ class WeightStore:
             self._hook = self._model.register_state_dict_post_hook(hook)
         return freed
 
+    def is_released(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._released
+
     def restore(self) -> None:
-        """Give the model its parameters back, bit for bit."""
-        for key, parameter in self._released.items():
-            parameter.data = self._original(self._places[key])
+        """Give the model its parameters back, bit for bit, but for those that somebody has overwritten."""
+        for parameter in self._released.values():
+            parameter.data = self._value(parameter)
         self._released.clear()
         if self._hook is not None:
             self._hook.remove()
@@ -110,10 +117,17 @@ class WeightStore:
     def _source(self, gm: fx.GraphModule, part: Part) -> Tensor:
         tensor = getattr(gm, part.attribute)
         if id(tensor) in self._released:
-            return self._original(self._places[id(tensor)])
+            return self._value(tensor)
         if not isinstance(tensor, Tensor):
             raise WeightsError(f"{part.attribute} is no tensor")
         return tensor
+
+    def _value(self, parameter: Tensor) -> Tensor:
+        """What a released parameter holds: its original, unless it was overwritten meanwhile."""
+        data = parameter.data
+        if data.untyped_storage().nbytes() > data.itemsize or not data.isnan().all():
+            return data.contiguous()
+        return self._original(self._places[id(parameter)])
 
     def _original(self, place: _Place) -> Tensor:
         whole = torch.ops.llm42.linear_unpack(self._packed[place.label], place.total, place.k)
@@ -129,7 +143,7 @@ class WeightStore:
         for name, parameter in names.items():
             if prefix + name in state:
                 key = id(parameter)
-                made.setdefault(key, self._original(self._places[key]))
+                made.setdefault(key, self._value(parameter))
                 state[prefix + name] = made[key]
 
 

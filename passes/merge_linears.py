@@ -53,8 +53,12 @@ def _merge(graph: fx.Graph, members: list[tuple[fx.Node, Product]]) -> None:
     args = (members[0][1].x, packed, bias, sum(sizes))
     merged = g.insert(first, torch.ops.llm42.linear.default, args)
     pieces = g.insert(first, g.FUNCTIONS["split"], (merged, sizes), {"dim": -1})
-    for i, (node, _) in enumerate(members):
-        g.replace(node, g.insert(first, operator.getitem, (pieces, i), like=node))
+    # All of them before any replacement: `first` marks their place, and it is a member itself.
+    parts_of = [
+        g.insert(first, operator.getitem, (pieces, i), like=node) for i, (node, _) in enumerate(members)
+    ]
+    for (node, _), piece in zip(members, parts_of, strict=True):
+        g.replace(node, piece)
 
 
 def merge_linears(graph: fx.Graph, ctx: Context, report: PassReport) -> None:

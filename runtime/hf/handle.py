@@ -8,12 +8,12 @@ needs them: a direct forward pass, `to`, `load_state_dict`, `off`, `undo`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from llm42c.capture import kv_spec
@@ -21,6 +21,7 @@ from llm42c.device import device_of_model
 from llm42c.errors import RequestError
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.hf import batch, generate, streaming
+from llm42c.runtime.hf.fingerprint import Fingerprint
 from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.streaming import StreamedToken
 from llm42c.runtime.loader import BuiltEngine, build_engine
@@ -33,7 +34,8 @@ _KV_BUDGET = 256 * 2**20
 class Handle:
     """The deterministic side of one model, as its attribute `llm42`.
 
-    `compilations` counts how often the model was compiled: once, unless its weights or dtype change.
+    `compilations` counts how often the model was compiled: once, unless its weights, dtype, modules or hooks
+    change.
     """
 
     def __init__(self, model: Any, original: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -48,8 +50,9 @@ class Handle:
         self._built: BuiltEngine | None = None
         self._pump: Pump | None = None
         self._released = False
-        self._fingerprint: tuple[Any, ...] = ()
+        self._fingerprint: Fingerprint | None = None
         self._hooks: list[Any] = []
+        self._owners: set[torch.nn.Module] = set()  # modules whose own weights are packed
 
     def __repr__(self) -> str:
         if self._pump is None:
@@ -161,7 +164,6 @@ class Handle:
             "generate": self.generate,
             "generate_batch": self.generate_batch,
             "init_continuous_batching": self.init_continuous_batching,
-            "num_parameters": self._num_parameters,
             "_apply": self._apply,
             "__getstate__": self._refuse_copy,
         }
@@ -201,16 +203,21 @@ class Handle:
         return max(one, min(_KV_BUDGET, one * self.options.get("max_num_seqs", 32)))
 
     def _watch(self) -> None:
-        """Remember the weights as they are, and notice who else needs them."""
+        """Remember the model as it is, and notice who else needs its weights."""
         if self._released:
-            self._hooks = [self.model.register_load_state_dict_pre_hook(self._give_back)]
-            owners = {
-                m for m in self.model.modules() if any(not p.numel() for p in m.parameters(recurse=False))
+            assert self._built is not None
+            is_released = self._built.compiler.weights.is_released
+            self._owners = {
+                m for m in self.model.modules() if any(map(is_released, m.parameters(recurse=False)))
             }
-            for module in owners | {self.model, self.model.base_model}:
+            self._hooks = [self.model.register_load_state_dict_pre_hook(self._give_back)]
+            for module in self._owners | {self.model, self.model.base_model}:
                 self._hooks.append(module.register_forward_pre_hook(self._give_back))
+            for module in self._owners - {self.model}:
+                module.__dict__["_apply"] = functools.partial(self._apply_to, module)
         self._fingerprint = self._current_fingerprint()
 
+    @torch.compiler.disable
     def _give_back(self, *_: Any) -> None:
         """Put the original weights into the model, unless they are there."""
         with self._lock:
@@ -225,16 +232,16 @@ class Handle:
         assert self._built is not None
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        replaced = [(p, p.data) for p in self._changed_parameters()]
+        for module in self._owners - {self.model}:
+            module.__dict__.pop("_apply", None)
+        self._hooks, self._owners = [], set()
         self._built.close()
-        for parameter, data in replaced:
-            parameter.data = data
         self._released = False
 
-    def _changed_parameters(self) -> list[nn.Parameter]:
-        known = set(self._fingerprint)
-        return [p for p in self.model.parameters() if p.numel() and _identity(p) not in known]
+    def unpack(self) -> None:
+        """Put the weights into the model, to be changed there; `release` packs them away again."""
+        self._ready()
+        self._give_back()
 
     def release(self) -> None:
         """Free the model's own copy of the weights again, after something needed them."""
@@ -249,23 +256,19 @@ class Handle:
             self._restore()
         self._built = self._pump = None
 
-    def _current_fingerprint(self) -> tuple[Any, ...]:
-        return tuple(_identity(t) for t in (*self.model.parameters(), *self.model.buffers()))
+    def _current_fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self.model, {hook.id for hook in self._hooks})
+
+    def _apply_to(self, module: torch.nn.Module, *positional: Any, **keywords: Any) -> Any:
+        """`to`, `half`, ... of a part of the model whose weights are packed."""
+        self._give_back()
+        return type(module)._apply(module, *positional, **keywords)
 
     def _apply(self, *positional: Any, **keywords: Any) -> Any:
         """`to`, `half`, `float`, ...: they convert the model's own weights."""
         self._give_back()
         own = self._before.get("_apply") or type(self.model)._apply.__get__(self.model)
         return own(*positional, **keywords)
-
-    def _num_parameters(self, *positional: Any, **keywords: Any) -> int:
-        """Packed weights count as well."""
-        released = self._released
-        self._give_back()
-        count: int = type(self.model).num_parameters(self.model, *positional, **keywords)
-        if released:
-            self.release()
-        return count
 
     # -- copies ----------------------------------------------------------------------------------------------
 
@@ -285,11 +288,3 @@ def _own_modes(model: Any) -> Iterator[None]:
     place = device_of_model(model).type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(place, enabled=False):
         yield
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int, int, torch.dtype]:
-    try:
-        version = tensor._version
-    except RuntimeError:  # made in inference mode, where changes are not counted
-        version = 0
-    return (id(tensor), version, tensor.data_ptr(), tensor.dtype)
