@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ MEASURABLE = frozenset(
         "call_seconds",
         "link_bandwidth",
         "link_latency",
+        "link_processor_share",
     }
 )
 UNITS = {
@@ -45,6 +47,7 @@ UNITS = {
     "call_seconds": "s",  # what a call costs beside its work
     "link_bandwidth": "B/s",  # one direction
     "link_latency": "s",  # of a collective
+    "link_processor_share": "1",  # of the processor, that a collective under way takes from computing
     "cores": "1",
 }
 
@@ -117,7 +120,7 @@ class Target:
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise TargetError(f"not the JSON of a target: {error}") from error
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of all but rates: those may be measured, and choose schedules, never bits."""
         fixed = {n: float(v.value) for n, v in self.values.items() if n not in MEASURABLE}

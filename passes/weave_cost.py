@@ -38,7 +38,9 @@ BEFORE = sympy.Symbol("s", nonnegative=True, integer=True)
 class Rates:
     """The numbers of a target that costs need, in SI units.
 
-    ``flops`` are of all units together; ``latency`` and ``link`` of one collective of the group.
+    ``flops`` are of all units together; ``latency`` and ``link`` of one collective of the group. ``taken`` is
+    the share of the processor that a collective under way takes from computing: copying and adding are work
+    too, 0 only where the network does them.
     """
 
     flops: float
@@ -49,6 +51,7 @@ class Rates:
     units: int
     tile_m: int
     tile_n: int
+    taken: float = 0.0
 
     @classmethod
     def of(cls, target: Target) -> Rates:
@@ -63,6 +66,7 @@ class Rates:
             units=target.count("sms") if gpu else 1,
             tile_m=target.count("tile_m", 128 if gpu else 1),
             tile_n=target.count("tile_n", 128 if gpu else 1),
+            taken=target.get("link_processor_share", 0.0),
         )
 
 

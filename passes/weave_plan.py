@@ -4,8 +4,10 @@ A *segment* is what one half computes between two of its collectives; a *transfe
 a directed acyclic graph. There is one processor, which runs segments, and one link, which runs transfers in
 the order in which they are started. :func:`schedule` runs through this in simulated time: whenever the
 processor is free it takes the segment that can begin first and, of several, the one with the longest way to
-the end (list scheduling by critical path). The order that results is what is executed; nothing is decided
-while tensors are there, so every rank that has the same graph and the same rates does the same.
+the end (list scheduling by critical path). While a transfer is under way the processor computes at
+``1 - taken`` of its speed: sending and adding may be its work too. The order that results is what is
+executed; nothing is decided while tensors are there, so every rank that has the same graph and the same rates
+does the same.
 
 :class:`Planner` compares the time of the woven graph with that of the unchanged one for a number of tokens
 and for a few ways to cut it (half, and the multiples of the tile next to it, where the waves of the halves
@@ -17,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -121,19 +124,19 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The order in which segments run, and the simulated time of every piece."""
+    """The order in which segments run, the simulated time of every piece, and how long they compute when
+    nothing is under way."""
 
     order: tuple[str, ...]
     events: tuple[Event, ...]
     seconds: float
+    compute: float
 
     @property
     def hidden(self) -> float:
-        """The share of the transfers' time during which the processor computes."""
-        busy = [e for e in self.events if e.resource == COMPUTE]
-        moving = [e for e in self.events if e.resource == LINK]
-        total = sum(e.end - e.begin for e in moving)
-        exposed = self.seconds - sum(e.end - e.begin for e in busy)
+        """The share of the transfers' time that does not make the step longer."""
+        total = sum(e.end - e.begin for e in self.events if e.resource == LINK)
+        exposed = self.seconds - self.compute
         return 1.0 - min(max(exposed, 0.0) / total, 1.0) if total else 1.0
 
 
@@ -160,8 +163,8 @@ def critical_path(dag: nx.DiGraph, seconds: dict[str, float]) -> tuple[list[str]
     return path, left
 
 
-def schedule(p: Pieces, dag: nx.DiGraph, seconds: dict[str, float]) -> Schedule:
-    """List scheduling by critical path on one processor and one link."""
+def schedule(p: Pieces, dag: nx.DiGraph, seconds: dict[str, float], taken: float = 0.0) -> Schedule:
+    """List scheduling by critical path on one processor and one link; ``taken``: see ``Rates``."""
     _, left = critical_path(dag, seconds)
     missing = {key: dag.in_degree(key) for key in dag.nodes}
     ready = {key for key in p.segments if not missing[key]}
@@ -169,11 +172,17 @@ def schedule(p: Pieces, dag: nx.DiGraph, seconds: dict[str, float]) -> Schedule:
     clock = {COMPUTE: 0.0, LINK: 0.0}
     events: list[Event] = []
     order: list[str] = []
+    under_way: deque[tuple[float, float]] = deque()  # transfers, by time
 
     def finish(key: str, resource: str) -> None:
         possible = max((ended[n] for n in dag.predecessors(key)), default=0.0)
         begin = max(clock[resource], possible)
-        clock[resource] = ended[key] = begin + seconds[key]
+        if resource == LINK:
+            end = begin + seconds[key]
+            under_way.append((begin, end))
+        else:
+            end = _slowed(begin, seconds[key], under_way, taken)
+        clock[resource] = ended[key] = end
         events.append(Event(key, resource, begin, ended[key]))
         for follower in sorted(dag.successors(key), key=lambda k: (_index(p, k), k)):
             missing[follower] -= 1
@@ -194,7 +203,25 @@ def schedule(p: Pieces, dag: nx.DiGraph, seconds: dict[str, float]) -> Schedule:
         ready.discard(chosen)
         order.append(chosen)
         finish(chosen, COMPUTE)
-    return Schedule(tuple(order), tuple(events), max(clock.values()))
+    compute = sum(seconds[key] for key in order)
+    return Schedule(tuple(order), tuple(events), max(clock.values()), compute)
+
+
+def _slowed(begin: float, seconds: float, under_way: deque[tuple[float, float]], taken: float) -> float:
+    """When a segment of ``seconds`` ends that runs from ``begin`` beside transfers; forgets earlier ones."""
+    while under_way and under_way[0][1] <= begin:
+        under_way.popleft()
+    now, left = begin, seconds
+    for start, end in under_way if taken else ():
+        free = max(start - now, 0.0)
+        if free >= left:
+            break
+        now, left = max(start, now), left - free
+        done = (end - now) * (1.0 - taken)
+        if done >= left:
+            return now + left / (1.0 - taken)
+        now, left = end, left - done
+    return now + left
 
 
 def _index(p: Pieces, key: str) -> int:
@@ -252,10 +279,11 @@ class Planner:
         return sorted({n for n in (middle, *near) if 0 < n < tokens}, key=lambda n: (abs(n - middle), n))
 
     def _decide(self, tokens: int, always: bool) -> Decision:
-        plain = schedule(self.plain, self.plain_dag, self.plain_seconds(tokens))
+        plain = schedule(self.plain, self.plain_dag, self.plain_seconds(tokens), self.rates.taken)
         best: tuple[float, int, Schedule] | None = None
         for tokens_0 in self.candidates(tokens):
-            found = schedule(self.woven, self.woven_dag, self.woven_seconds(tokens, tokens_0))
+            seconds = self.woven_seconds(tokens, tokens_0)
+            found = schedule(self.woven, self.woven_dag, seconds, self.rates.taken)
             if best is None or found.seconds < best[0]:
                 best = (found.seconds, tokens_0, found)
         if best is None:
@@ -282,6 +310,7 @@ class Planner:
             {key: str(e) for key, e in self.woven_cost.items()},
             {key: str(e) for key, e in self.plain_cost.items()},
             self.rates.tile_m,
+            self.rates.taken,
             self.always,
             MARGIN,
         ]

@@ -30,6 +30,7 @@ def describe_plan(planner: Planner, tokens: Iterable[int] = _TOKENS) -> str:
 
 def _rates(r: Rates) -> str:
     link = f"a collective {r.latency * 1e6:.3g} µs + bytes / {r.link / 1e9:.3g} GB/s"
+    link += f", taking {r.taken:.0%} of the processor" if r.taken else ""
     tiles = f", {r.units} × tiles of {r.tile_m} × {r.tile_n}" if r.units > 1 else ""
     return f"{r.flops / 1e9:.3g} GFLOP/s{tiles}, memory {r.bandwidth / 1e9:.3g} GB/s, {link}"
 

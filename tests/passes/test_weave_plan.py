@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import deque
 
 import networkx as nx
 import pytest
 import weave_graphs as wg
 
 from llm42c.codegen.target import Target, TargetError, Value, from_table
+from llm42c.passes import weave_plan
 from llm42c.passes.token_split import split_tokens
 from llm42c.passes.token_weave import SEGMENT, START, WAIT, in_order, sequential_order, token_weave, turns
 from llm42c.passes.weave_cost import N, Rates
@@ -81,6 +83,27 @@ def test_a_link_that_only_has_latency_is_not_woven_for(split):
 
 def test_too_little_communication_is_not_worth_it(split):
     assert not Planner(split, _slow_link(split, 0.01)).decide(512).weaves
+
+
+def test_a_transfer_that_takes_the_whole_processor_hides_nothing(split):
+    """Negative control: the same link, its work done by the processor; and half of it in between."""
+    rates = _slow_link(split)
+    free, half, all_of_it = (
+        Planner(split, dataclasses.replace(rates, taken=taken)).decide(512) for taken in (0.0, 0.5, 1.0)
+    )
+    assert free.weaves
+    assert not all_of_it.weaves
+    assert free.woven_seconds < half.woven_seconds < all_of_it.woven_seconds
+    assert all_of_it.woven_seconds >= all_of_it.plain_seconds
+    assert free.plain_seconds == half.plain_seconds  # an unwoven step waits anyway
+    assert half.woven.hidden < free.woven.hidden
+
+
+@pytest.mark.parametrize("taken", [0.0, 0.25, 1.0])
+def test_a_segment_beside_transfers_is_slowed(taken):
+    """Transfers from 1 to 3 and from 5 to 6 s, a segment of 4 s of work from 0 s."""
+    end = weave_plan._slowed(0.0, 4.0, deque([(1.0, 3.0), (5.0, 6.0)]), taken)
+    assert end == {0.0: 4.0, 0.25: 4.5, 1.0: 7.0}[taken]
 
 
 def test_weights_that_are_read_twice_are_counted(split):
