@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c import inductor
@@ -197,23 +198,44 @@ def compute_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> d
 
 
 def link_rates(group: dist.ProcessGroup, device: torch.device) -> dict[str, Value]:
-    """Latency and bandwidth of an all-reduce, from a small and a large message."""
+    """Latency and bandwidth of an all-reduce, from a small and a large message, and how much of the large
+    one's time products that run beside it lose."""
     small, large = torch.zeros(64, device=device), torch.zeros(1 << 20, device=device)
+    x, w = torch.ones(256, 1024, device=device), torch.ones(1024, 1024, device=device)
 
-    def seconds(t: Tensor) -> float:
+    def seconds(run: Callable[[], Any]) -> float:
         times = []
         for _ in range(7):
+            dist.barrier(group)
             start = time.perf_counter()
-            dist.all_reduce(t, group=group)
+            run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[2:])
 
-    latency, whole = seconds(small), seconds(large)
+    def compute(count: int) -> None:
+        for _ in range(count):
+            torch.nn.functional.linear(x, w)
+
+    def both(count: int) -> None:
+        work = dist.all_reduce(large, group=group, async_op=True)
+        compute(count)
+        work.wait()
+
+    latency = seconds(lambda: dist.all_reduce(small, group=group))
+    whole = seconds(lambda: dist.all_reduce(large, group=group))
+    count = math.ceil(1.5 * whole / seconds(lambda: compute(1)))  # products outlast the message
+    lost = seconds(lambda: both(count)) - seconds(lambda: compute(count))
     bandwidth = (large.nbytes - small.nbytes) / max(whole - latency, 1e-9)
     source = f"{MEASURED}: all_reduce of 256 B and 4 MiB over {group.size()} ranks"
-    return {"link_latency": Value(latency, source), "link_bandwidth": Value(bandwidth, source)}
+    return {
+        "link_latency": Value(latency, source),
+        "link_bandwidth": Value(bandwidth, source),
+        "link_processor_share": Value(
+            min(max(lost / whole, 0.0), 1.0), f"{MEASURED}: {count} products beside an all_reduce of 4 MiB"
+        ),
+    }
 
 
 def _best(run: Callable[[], Any], times: int) -> float:
@@ -246,7 +268,8 @@ def weaving_backend(
             program = compile_woven(gm, target, when=when, style=style, group=group)
         except UnsplittableError as reason:
             _log.info("not woven: %s", reason)
-            return inductor.compile_free(gm, inputs)
+            plain = inductor.compile_free(gm, inputs)
+            return lambda *args: plain(*args)  # which AOTAutograd must not take for a function of one list
         if made is not None:
             made.append(program)
 
