@@ -17,7 +17,6 @@ copy and a product. ``--dry-run`` runs the same code once on the CPU at a tiny s
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import sys
@@ -199,7 +198,8 @@ def bound(shape: Shape, b: Batch) -> float:
     The result is rounded once to its own dtype; sums are kept in fp32, and weights in the dtype of V.
     """
     small, wide = torch.finfo(shape.dtype).eps, torch.finfo(torch.float32).eps
-    score = 2 * shape.dim * wide * shape.scale * float(b.q.float().norm(dim=-1).max()) * math.sqrt(shape.dim)
+    q, k = b.q.float().norm(dim=-1).max(), b.k_cache.float().norm(dim=2).max()
+    score = 2 * shape.dim * wide * shape.scale * float(q * k)
     return float(b.v_cache.float().abs().max()) * (4 * small + 2 * score + 2 * max(b.keys) * wide)
 
 

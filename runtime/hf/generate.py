@@ -111,7 +111,7 @@ def make_rows(call: Call, prompts: Sequence[list[int]]) -> list[Row]:
 
 
 def _row(call: Call, index: int, prompt: list[int], seed: int) -> Row:
-    config = copy.copy(call.config)
+    config = _on_cpu(call.config)
     padding = call.width - len(prompt)
     max_new_tokens = call.stopping.max_new_tokens
     if call.shift_max:
@@ -147,6 +147,15 @@ def _row(call: Call, index: int, prompt: list[int], seed: int) -> Row:
         recorder,
         processors if call.wants_scores else None,
     )
+
+
+def _on_cpu(config: Any) -> Any:
+    """A copy whose tensors of special tokens lie where rows are processed."""
+    copied = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, Tensor):
+            setattr(copied, name, value.cpu())
+    return copied
 
 
 def _processors(call: Call, config: Any, index: int, prompt: list[int]) -> list[Any]:

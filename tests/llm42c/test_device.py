@@ -69,8 +69,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_a_packed_model_stays_on_its_device(family: str, pretended: None) -> None:
+def test_a_packed_model_stays_on_its_device(
+    family: str, pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Captured, packed and called without one tensor on the CPU, and without a C++ compiler."""
+    steps: list[torch.device] = []
+    step = compiler.attention_step
+    monkeypatch.setattr(compiler, "attention_step", lambda place: (steps.append(place), step(place))[1])
     forms = ModelCompiler(tiny.model(family).to(PLACE), keep_originals=True)
     model = forms.compile("pinned")
     cache = model.new_kv_cache(4, 16)
@@ -79,6 +84,7 @@ def test_a_packed_model_stays_on_its_device(family: str, pretended: None) -> Non
         logits = model.forward(_batch(), cache)
     assert (logits.shape, logits.device) == ((3, model.vocab_size), PLACE)
     assert seen.called.count("pod_attention") == 2
+    assert steps == [PLACE], "one step around all layers"
     for name in {*seen.called, "linear_pack", "linear_unpack", "sample", "token_logprobs", "top_logprobs"}:
         assert device.has_implementation(name, CUDA), name
 

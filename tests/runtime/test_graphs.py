@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from toy import NoisyModel, ToyModel, ToySampler, make_engine, small_config, toy_decode
+from toy import VOCAB, NoisyModel, ToyModel, ToySampler, make_engine, small_config, toy_decode
 
+from llm42c.compiler import ModelCompiler
 from llm42c.errors import ConfigError
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.runtime.config import EngineConfig
@@ -112,6 +114,20 @@ def test_an_engine_answers_the_same_with_graphs() -> None:
     assert stats.graph_replays == stats.fast_steps + stats.verifier_steps
     assert stats.graph_misses == 0
     assert 3 < graphs.recorded < stats.graph_replays / 2
+
+
+def test_a_compiled_model_takes_static_buffers() -> None:
+    """The real operators on views of one block: the same bits as on the packer's own arrays."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=VOCAB)).eval()
+    config = small_config(max_model_len=96, page_size=16)
+    compiled = ModelCompiler(model).compile("pinned")
+    plain = Engine(compiled, compiled, config, decode=toy_decode)
+    graphed = Engine(compiled, compiled, config, decode=toy_decode, graphs=(graphs := FakeGraphs()))
+    assert _answers(_serve(graphed)) == _answers(_serve(plain))
+    assert graphs.recorded == graphed.stats().graph_captures > 3
+    assert graphed.stats().graph_misses == 0
 
 
 def test_each_shape_is_recorded_once() -> None:
