@@ -22,6 +22,7 @@ it by name and give up the promise.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -204,6 +205,7 @@ class FusedSpec:
         return min(16, max(1, power_of_two(self.size) // 512))
 
 
+@functools.cache
 def emit(spec: FusedSpec) -> str:
     """The file of one specialisation; its kernel is ``all_reduce_norm``."""
     meeting = _FIRST if spec.meetings else ""
@@ -231,6 +233,7 @@ def emit(spec: FusedSpec) -> str:
     return module(title, subject, constants, *texts)
 
 
+@functools.cache
 def emit_multimem(size: int, world: int) -> str:
     """The file of ``multimem_sum`` for bf16 rows; not deterministic. Raises SpecError for odd sizes."""
     if size % 8:

@@ -2,12 +2,14 @@
 
 A :class:`Plan` belongs to the metadata of one step. Calls inside one :func:`step` share the plans made from
 the same tensors; a call outside builds its own. Nothing is kept between steps, so a captured CUDA graph
-holds the building of its own plan, and its own counters.
+holds the building of its own plan, and its own counters. What was made outside of a capture is not used
+inside of it, nor the other way round.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -18,11 +20,13 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen.ops.pod_attention import check_metadata
-from llm42c.codegen.triton import attention_combine, attention_plan, kernel, kv_write
+from llm42c.codegen.triton import attention_combine, attention_plan, fragments, kernel, kv_write
 from llm42c.codegen.triton import pod_attention as hybrid
 from llm42c.codegen.triton.cost import Choice, Composition, choose
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec, power_of_two, with_scheduler
+
+WORKSPACE_BYTES = 256 << 20  # of partial results of a call; sequences for which it has no room are not split
 
 _lock = threading.Lock()
 _counters: dict[tuple[int, int], Tensor] = {}
@@ -46,7 +50,7 @@ class Plan:
 @dataclass
 class _Step:
     plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
-    counters: Tensor | None = None
+    counters: dict[int, Tensor] = field(default_factory=dict)  # by stream, of the graph being captured
 
 
 _current: ContextVar[_Step | None] = ContextVar("llm42_attention_step", default=None)
@@ -62,62 +66,81 @@ def step() -> Iterator[None]:
         _current.reset(token)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether launches on the current stream are recorded for a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def counters_of(device: torch.device) -> Tensor:
     """The counters of the current stream: zero between launches, because the last program zeroes them.
 
-    A graph that is being captured gets counters of its own, zeroed in the graph.
+    A graph that is being captured gets counters of its own, zeroed in the graph; one set a stream of it, as
+    branches of a graph run at the same time.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        scope = _current.get() or _Step()
-        if scope.counters is None:
-            scope.counters = torch.zeros(hybrid.COUNTERS, dtype=torch.int32, device=device)
-        return scope.counters
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if capturing(device):
+        kept = (_current.get() or _Step()).counters
+        if stream not in kept:
+            kept[stream] = torch.zeros(fragments.COUNTERS, dtype=torch.int32, device=device)
+        return kept[stream]
     key = (device.index or 0, stream)
     with _lock:
         if key not in _counters:
-            _counters[key] = torch.zeros(hybrid.COUNTERS, dtype=torch.int32, device=device)
+            _counters[key] = torch.zeros(fragments.COUNTERS, dtype=torch.int32, device=device)
         return _counters[key]
 
 
+def slots_for(spec: AttentionSpec, tokens: int, sequences: int, most_keys: int) -> int:
+    """Partial results that a call has room for: all that there can be, or what the workspace holds."""
+    line = spec.kv_heads * spec.decode_rows * (spec.head_dim + 2) * 4
+    most = min(sequences, tokens) * -(-most_keys // spec.split)
+    return max(1, min(most, WORKSPACE_BYTES // line))
+
+
 def make_plan(
-    spec: AttentionSpec, tokens: int, cu_seqlens_q: Tensor, kv_lens: Tensor, table_width: int
+    spec: AttentionSpec,
+    tokens: int,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    most_keys: int,
+    slots: int | None = None,
 ) -> Plan:
-    """Build the work list on the device. Sizes come from shapes alone, so a captured graph can replay it."""
+    """Build the work list on the device; no sequence has more than ``most_keys``.
+
+    Sizes come from shapes alone, so a captured graph can replay it.
+    """
     sequences = kv_lens.shape[0]
     device = kv_lens.device
-    most_splits = -(-table_width * spec.page // spec.split)
     tiles = -(-tokens * spec.group // (spec.rows // spec.group * spec.group)) + sequences
-    slots = max(1, min(sequences, tokens) * most_splits)
-    items = torch.empty(tiles + slots, 4, dtype=torch.int32, device=device)
+    slots = slots_for(spec, tokens, sequences, most_keys) if slots is None else slots
+    items = torch.empty(tiles + slots + sequences, 4, dtype=torch.int32, device=device)
     plan = torch.empty(max(sequences, 1), 2, dtype=torch.int32, device=device)
     counts = torch.zeros(2, dtype=torch.int32, device=device)
     if sequences:
         fn = kernel.load("attention_plan", attention_plan.emit(spec), target_of(device))
         fn[(sequences,)](
-            cu_seqlens_q, kv_lens, items, plan, counts, sequences, tiles,
+            cu_seqlens_q, kv_lens, items, plan, counts, sequences, tiles, slots,
             SEQUENCES=power_of_two(max(sequences, 2)), num_warps=4,
         )  # fmt: skip
     return Plan(items, plan, counts, tiles, slots, (cu_seqlens_q, kv_lens))
 
 
-def plan_of(
-    spec: AttentionSpec, tokens: int, cu_seqlens_q: Tensor, kv_lens: Tensor, table_width: int
-) -> Plan:
+def plan_of(spec: AttentionSpec, tokens: int, cu_seqlens_q: Tensor, kv_lens: Tensor, most_keys: int) -> Plan:
     """The plan made for an earlier layer of this :func:`step`, or a new one."""
     scope = _current.get()
     if scope is None:
-        return make_plan(spec, tokens, cu_seqlens_q, kv_lens, table_width)
-    tiles = (spec.window, spec.rows, spec.decode_rows, spec.split, spec.group, spec.page)
-    key = (id(cu_seqlens_q), id(kv_lens), tokens, table_width, *tiles)
+        return make_plan(spec, tokens, cu_seqlens_q, kv_lens, most_keys)
+    slots = slots_for(spec, tokens, kv_lens.shape[0], most_keys)
+    shape = (spec.window, spec.rows, spec.decode_rows, spec.split, spec.group, slots)
+    key = (capturing(kv_lens.device), id(cu_seqlens_q), id(kv_lens), tokens, *shape)
     if key not in scope.plans:
-        scope.plans[key] = make_plan(spec, tokens, cu_seqlens_q, kv_lens, table_width)
+        scope.plans[key] = make_plan(spec, tokens, cu_seqlens_q, kv_lens, most_keys)
     return scope.plans[key]
 
 
-def composition(spec: AttentionSpec, tokens: int, sequences: int, table_width: int) -> Composition:
+def composition(spec: AttentionSpec, tokens: int, sequences: int, most_keys: int) -> Composition:
     """What shapes tell of a batch: the lengths themselves are on the device."""
-    keys = max(1, table_width * spec.page // 2)
+    keys = max(1, most_keys // 2)
     if tokens <= sequences * spec.decode_tokens:
         return Composition(decode_rows=sequences, decode_keys=keys)
     decodes = max(0, sequences - 1)
@@ -130,6 +153,7 @@ def write_kv(
     """Write the keys and values of a call. k, v: [T, Hkv, D]."""
     if not len(slots):
         return
+    k, v = kernel.aligned(k), kernel.aligned(v)
     fn = kernel.load("kv_write", kv_write.emit(spec), target_of(k.device))
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     fn[(len(slots), spec.kv_heads)](k, v, k_cache, v_cache, slots, *strides, num_warps=1)
@@ -144,7 +168,7 @@ def attend(
     v_cache: Tensor,
     cu_seqlens_q: Tensor,
     kv_lens: Tensor,
-    block_table: Tensor,
+    table: Tensor,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
@@ -153,27 +177,30 @@ def attend(
 ) -> Tensor:
     """The hybrid kernel and the fold of its splits. q: [T, Hq, D] → [T, Hq, D]; rows of no sequence are 0.
 
-    ``sm_order`` [programs] int32 says which SM a program thinks it runs on, where ``spec.smid`` is off.
+    ``table`` is ``block_table``, or ``cu_seqlens_k`` where keys lie in packed rows. ``sm_order`` [programs]
+    int32 says which SM a program thinks it runs on, where ``spec.sm`` is ``table``.
     """
     target = target_of(q.device)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     sequences = kv_lens.shape[0]
     if not sequences or not len(q):
         return out
+    q = kernel.aligned(q)
     lines = plan.slots * spec.kv_heads * spec.decode_rows
     partial = torch.empty(lines * spec.head_dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(lines * 2, dtype=torch.float32, device=q.device)
-    some_sinks = stats if sinks is None else sinks.float().contiguous()
+    some_sinks = stats if sinks is None else kernel.aligned(sinks.float().contiguous())
     programs = choice.programs or plan.items_at_most() * spec.kv_heads
-    if sm_order is None:
-        sm_order = plan.counts if spec.smid else _round_robin(programs, spec.sms, q.device)
+    table_stride = () if spec.layout == "rows" else (table.stride(0),)
     run = kernel.load("pod_attention", hybrid.emit(spec), target)
     run[(programs,)](
         q, k_cache, v_cache, some_sinks, out, partial, stats,
-        cu_seqlens_q, kv_lens, block_table, plan.items, plan.counts, counters_of(q.device), sm_order,
-        q.stride(0), q.stride(1), block_table.stride(0), plan.decode_base, scale, softcap or 1.0,
+        cu_seqlens_q, kv_lens, table, plan.items, plan.counts, counters_of(q.device),
+        plan.counts if sm_order is None else sm_order,
+        q.stride(0), q.stride(1), *table_stride, plan.decode_base, scale, softcap or 1.0,
         choice.prefill_share, choice.decode_share, 1,
         num_warps=spec.warps, num_stages=spec.stages, **kernel.OPTIONS,
+        **kernel.registers_for(target, spec.warps),
     )  # fmt: skip
     combine = kernel.load("attention_combine", attention_combine.emit(spec), target)
     combine[(sequences, spec.kv_heads)](
@@ -183,14 +210,33 @@ def attend(
     return out
 
 
-_orders: dict[tuple[int, int, str], Tensor] = {}
+@functools.cache
+def _fitted(spec: AttentionSpec, device: torch.device) -> AttentionSpec:
+    from llm42c.codegen.triton import catalog
+
+    return catalog.fitted(spec, target_of(device))
 
 
-def _round_robin(programs: int, sms: int, device: torch.device) -> Tensor:
-    key = (programs, sms, str(device))
-    if key not in _orders:
-        _orders[key] = torch.arange(programs, dtype=torch.int32, device=device) % sms
-    return _orders[key]
+def _run(
+    spec: AttentionSpec,
+    most_keys: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    table: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Schedule by the cost model, make or find the plan, attend."""
+    shape = composition(spec, q.shape[0], kv_lens.shape[0], most_keys)
+    choice = choose(shape, spec, target_of(q.device))
+    spec = with_scheduler(spec, choice.scheduler)
+    spec = _fitted(spec, q.device) if q.is_cuda else spec
+    plan = plan_of(spec, q.shape[0], cu_seqlens_q, kv_lens, most_keys)
+    return attend(spec, plan, choice, q, k, v, cu_seqlens_q, kv_lens, table, scale, softcap, sinks)
 
 
 def paged_attention(
@@ -220,16 +266,53 @@ def paged_attention(
         softcap=softcap > 0,
         sinks=sinks is not None,
     )
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    target = target_of(q.device)
-    shape = composition(spec, q.shape[0], kv_lens.shape[0], block_table.shape[1])
-    choice = choose(shape, spec, target)
-    spec = with_scheduler(spec, choice.scheduler)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("paged_attention: expected contiguous caches of keys and values")
     write_kv(spec, k, v, k_cache, v_cache, slot_mapping)
-    plan = plan_of(spec, q.shape[0], cu_seqlens_q, kv_lens, block_table.shape[1])
-    return attend(
-        spec, plan, choice, q, k_cache, v_cache, cu_seqlens_q, kv_lens, block_table, scale, softcap, sinks
+    most_keys = block_table.shape[1] * spec.page
+    where = (cu_seqlens_q, kv_lens, block_table)
+    return _run(spec, most_keys, q, k_cache, v_cache, *where, scale, softcap, sinks)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    decode_workers: int = 0,
+) -> Tensor:
+    """``llm42::pod_varlen_attention`` on a GPU. Metadata is trusted; raises ValueError for other mistakes."""
+    table = cu_seqlens_k if block_table is None else block_table
+    if table is None or (cu_seqlens_k is not None and block_table is not None):
+        raise ValueError("pod_varlen_attention: expected either cu_seqlens_k or block_table")
+    if k.dim() != (3 if block_table is None else 4) or k.shape != v.shape:
+        raise ValueError(
+            f"pod_varlen_attention: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a table"
+        )
+    k, v = kernel.aligned(k), kernel.aligned(v)
+    strides = tuple(n for x in (k, v) for n in (x.stride(0), x.stride(-3), x.stride(-2)))
+    spec = default_spec(
+        target_of(q.device),
+        heads=q.shape[1],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[2],
+        page=16 if block_table is None else k.shape[1],
+        dtype=str(q.dtype).removeprefix("torch."),
+        window=window,
+        softcap=softcap > 0,
+        sinks=sinks is not None,
+        layout="rows" if block_table is None else "pool",
+        strides=strides,
     )
+    most_keys = k.shape[0] if block_table is None else block_table.shape[1] * spec.page
+    return _run(spec, most_keys, q, k, v, cu_seqlens_q, kv_lens, table, scale, softcap, sinks)
 
 
 def pod_attention(
@@ -247,8 +330,12 @@ def pod_attention(
     softcap: float,
     sinks: Tensor | None,
     checked: bool,
+    decode_workers: int = 0,
 ) -> Tensor:
-    """``llm42::pod_attention``. Raises ValueError if ``checked`` and the metadata does not fit together."""
+    """``llm42::pod_attention``; ``decode_workers`` is for CPUs.
+
+    Raises ValueError if ``checked`` and the metadata does not fit together.
+    """
     if checked:
         pages, page = k_cache.shape[0], k_cache.shape[3]
         check_metadata(pages, page, q.shape[0], slot_mapping, cu_seqlens_q, kv_lens, block_table)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from llm42c.codegen.triton import fragments
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import AttentionSpec
 
 _COMBINE = '''
-@triton.jit
+@triton.jit(do_not_specialize=["cu_seqlens_ptr"])
 def attention_combine(
     partial_ptr, stats_ptr, sinks_ptr, out_ptr, cu_seqlens_ptr, plan_ptr, out_stride_t,
 ):
@@ -30,8 +32,8 @@ def attention_combine(
         total = tl.zeros([DECODE_ROWS, DIM], tl.float32)
         for i in tl.range(0, splits):
             line = ((slot + i).to(tl.int64) * KV_HEADS + kv_head) * DECODE_ROWS + row
-            row_max = tl.load(stats_ptr + line * 2)
-            row_sum = tl.load(stats_ptr + line * 2 + 1)
+            row_max = tl.load(stats_ptr + line * 2, mask=live, other=float("-inf"))
+            row_sum = tl.load(stats_ptr + line * 2 + 1, mask=live, other=0.0)
             acc = tl.load(partial_ptr + line[:, None] * HEAD_DIM + dim[None, :], mask=held, other=0.0)
             total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
         result = finish(total_max, total_sum, total, sinks_ptr, head)
@@ -40,6 +42,7 @@ def attention_combine(
 '''
 
 
+@functools.cache
 def emit(spec: AttentionSpec) -> str:
     """The file of one specialisation; its kernel is ``attention_combine``."""
     return module(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import AttentionSpec
 
 _PLAN = '''
-@triton.jit
+@triton.jit(do_not_specialize=["cu_seqlens_ptr", "kv_lens_ptr", "sequences", "decode_base", "slots"])
 def attention_plan(
-    cu_seqlens_ptr, kv_lens_ptr, items_ptr, plan_ptr, counts_ptr, sequences, decode_base,
+    cu_seqlens_ptr, kv_lens_ptr, items_ptr, plan_ptr, counts_ptr, sequences, decode_base, slots,
     SEQUENCES: tl.constexpr,
 ):
     """Program s writes the items of sequence s; sequences with more keys come first.
 
     An item is (sequence, first token, split or -1, slot of the partial result). plan[s] is (first slot,
     number of splits) of a decoding sequence, (0, 0) of another. counts is (prefill items, decode items).
+    A sequence whose partial results would not fit into the slots is one item; its bits are the same.
     """
     mine = tl.program_id(0)
     other = tl.arange(0, SEQUENCES)
@@ -25,6 +28,7 @@ def attention_plan(
     decodes = (q_len > 0) & (q_len <= DECODE_TOKENS)
     begin = tl.maximum(kv_len - q_len - WINDOW + 1, 0) if WINDOW > 0 else tl.zeros_like(kv_len)
     splits = tl.where(decodes, (kv_len + SPLIT - 1) // SPLIT - begin // SPLIT, 0)
+    splits = tl.where(tl.cumsum(splits, 0) <= slots, splits, tl.minimum(splits, 1))
     tiles = tl.where(decodes, 0, (q_len + PREFILL_TOKENS - 1) // PREFILL_TOKENS)
 
     is_mine = other == mine
@@ -62,6 +66,7 @@ def attention_plan(
 '''
 
 
+@functools.cache
 def emit(spec: AttentionSpec) -> str:
     """The file of one specialisation; its kernel is ``attention_plan``."""
     return module("Work list of hybrid attention", spec.subject(), {**spec.constants(), "LANES": 64}, _PLAN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -11,10 +12,13 @@ from llm42c.codegen.triton import (
     attention_combine,
     attention_plan,
     dense_attention,
+    dense_tile,
+    grouped_linear,
     kv_write,
     linear,
     norm,
     pod_attention,
+    pod_dense_attention,
     reduce,
     rotary,
     sample,
@@ -27,13 +31,23 @@ _ATTENTION = {
     "q_ptr": "*T", "k_cache_ptr": "*T", "v_cache_ptr": "*T", "sinks_ptr": "*fp32", "out_ptr": "*T",
     "partial_ptr": "*fp32", "stats_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "kv_lens_ptr": "*i32",
     "block_table_ptr": "*i32", "items_ptr": "*i32", "counts_ptr": "*i32", "counters_ptr": "*i32",
-    "sm_order_ptr": "*i32", "plan_ptr": "*i32", "scale": "fp32", "softcap": "fp32",
+    "sm_order_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "plan_ptr": "*i32",
+    "scale": "fp32", "softcap": "fp32",
 }  # fmt: skip
 _SAMPLE = {
-    "sorted_ptr": "*T", "index_ptr": "*i64", "token_ptr": "*i64", "logprob_ptr": "*fp32",
+    "sorted_ptr": "*T", "index_ptr": "*i64", "token_ptr": "*i64",
     "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32",
     "seed_ptr": "*i64", "position_ptr": "*i64",
 }  # fmt: skip
+_DENSE = {
+    "counters_ptr": "*i32", "sm_order_ptr": "*i32",
+    **{
+        f"{role}{name}": kind
+        for role in ("", "decode_")
+        for name, kind in (("mask_ptr", "*u8"), ("first_ptr", "*i32"), ("scale", "fp32"), ("softcap", "fp32"))
+    },
+}  # fmt: skip
+_GROUPED = dict.fromkeys(("order_ptr", "tile_expert_ptr", "tile_first_ptr", "expert_end_ptr"), "*i32")
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,22 @@ class Kernel:
     stages: int = 2
     types: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, int] = field(default_factory=dict)
+    all_registers: bool = False
+    variants: tuple[Kernel, ...] = ()  # others with the same bits, to be taken if this one spills
 
     def compile(self, target: Target) -> Compiled:
-        """Ahead of time, for a device that need not be here."""
+        """Ahead of time, for a device that need not be here: the first variant that does not spill.
+
+        If all do, the one that spills least.
+        """
+        best = self._compile(target)
+        for other in self.variants:
+            if best.resources.spills == 0:
+                break
+            best = min(best, other._compile(target), key=lambda c: c.resources.spills)
+        return best
+
+    def _compile(self, target: Target) -> Compiled:
         element = DTYPES[self.dtype]
 
         class Types(dict[str, str]):
@@ -66,23 +93,41 @@ class Kernel:
             constants=self.constants,
             warps=self.warps,
             stages=self.stages,
+            all_registers=self.all_registers,
         )
 
 
 def attention_kernel(spec: AttentionSpec) -> Kernel:
-    """The hybrid kernel of one specialisation."""
+    """The hybrid kernel of one specialisation, with its variants."""
     label = f"pod_attention/{spec.scheduler}/{'uniform' if spec.uniform else 'roles'}/d{spec.head_dim}"
-    source = pod_attention.emit(spec)
-    return Kernel(label, "pod_attention", source, spec.dtype, spec.warps, spec.stages, _ATTENTION)
+    label += "" if spec.layout == "cache" else f"/{spec.layout}"
+    first, *others = (
+        Kernel(label, "pod_attention", pod_attention.emit(s), s.dtype, s.warps, s.stages, _ATTENTION)
+        for s in spec.variants()
+    )
+    whole = [dataclasses.replace(kernel, all_registers=True) for kernel in (first, *others)]
+    return dataclasses.replace(whole[0], variants=tuple(whole[1:]))
+
+
+def fitted(spec: AttentionSpec, target: Target) -> AttentionSpec:
+    """The variant of a specialisation that spills least on a target; from the cache, if it is known."""
+    spills = []
+    for variant in spec.variants():
+        kernel = dataclasses.replace(attention_kernel(variant), variants=())
+        spills.append((kernel.compile(target).resources.spills, variant))
+        if spills[-1][0] == 0:
+            break
+    return min(spills, key=lambda found: found[0])[1]
 
 
 def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16) -> Iterator[Kernel]:
     """The kernels that a Llama-3-8B runs, for ``target``."""
     shape = {"heads": 32, "kv_heads": 8, "head_dim": head_dim, "page": page, "dtype": dtype}
     for scheduler in SCHEDULERS:
-        # With one item a program, two tile shapes in one kernel spill on sm_90: ``cost.choose`` never asks.
-        for uniform in (True,) if scheduler == "tickets" else (True, False):
+        for uniform in (True, False):
             yield attention_kernel(default_spec(target, **shape, scheduler=scheduler, uniform=uniform))  # type: ignore[arg-type]
+    for layout in ("pool", "rows"):
+        yield attention_kernel(default_spec(target, **shape, layout=layout))  # type: ignore[arg-type]
     spec = default_spec(target, **shape)  # type: ignore[arg-type]
     sizes = {"SEQUENCES": 256}
     yield Kernel(
@@ -101,6 +146,10 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
         product = linear.spec_for(target, rows, dtype, packed=True, bias=False)
         source = linear.emit(product)
         yield Kernel(f"linear/m{product.rows}", "linear", source, dtype, product.warps, product.stages)
+    product = linear.spec_for(target, 16, dtype, packed=False, bias=False)
+    source, name = grouped_linear.emit(product), "grouped_linear"
+    along_k = {"w_stride_k": 1}
+    yield Kernel(name, name, source, dtype, product.warps, product.stages, _GROUPED, along_k)
     for residual in (False, True):
         row = norm.NormSpec(4096, dtype, residual=residual, cast_first=True)
         label = "add_rms_norm" if residual else "rms_norm"
@@ -110,11 +159,31 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
     yield Kernel("rotary", "rotary", rotary.emit(head_dim, head_dim), dtype, 1)
     for name in ("row_sum", "row_softmax", "row_log_softmax"):
         yield Kernel(name, name, reduce.emit(name, reduce.block(4096)), dtype)
-    dense = dense_attention.spec_for(target, 4, head_dim, dtype, True, False, False, "")
-    floats = {"scale": "fp32", "softcap": "fp32"}
-    source = dense_attention.emit(dense)
-    yield Kernel("dense_attention", "dense_attention", source, dtype, dense.warps, dense.stages, floats)
+    yield from dense_kernels(target, dtype, head_dim)
     yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE)
+    logprobs = {"token_ptr": "*i64", "y_ptr": "*fp32"}
+    yield Kernel("token_logprobs", "token_logprobs", sample.emit_logprobs(), "float32", types=logprobs)
+    yield from fused_kernels(target, dtype)
+
+
+def dense_kernels(target: Target, dtype: str, head_dim: int) -> Iterator[Kernel]:
+    """Attention over dense keys, and two calls of it in one launch."""
+    causal = dense_tile.spec_for(target, 4, head_dim, dtype, True, False, False, "")
+    masked = dense_tile.spec_for(target, 4, head_dim, dtype, False, False, False, "bool")
+    for label, spec in (("", causal), ("/mask", masked)):
+        source = dense_attention.emit(spec)
+        label = f"dense_attention{label}"
+        yield Kernel(
+            label, "dense_attention", source, dtype, spec.warps, spec.stages, _DENSE, all_registers=True
+        )
+    sm = "register" if target.kind == "cuda" else "program"
+    source = pod_dense_attention.emit(causal, masked, sm, target.count("sms", 132))
+    name = "pod_dense_attention"
+    yield Kernel(name, name, source, dtype, causal.warps, causal.stages, _DENSE, all_registers=True)
+
+
+def fused_kernels(target: Target, dtype: str) -> Iterator[Kernel]:
+    """Collectives over symmetric memory."""
     tables = {"buffers": "i64", "signals": "i64", "multicast": "i64", "eps": "fp32", "offset": "fp32"}
     for form in all_reduce_norm.FORMS:
         fused = all_reduce_norm.FusedSpec(4096, dtype, 8, form)

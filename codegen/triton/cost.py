@@ -54,21 +54,21 @@ def choose(c: Composition, spec: AttentionSpec, target: Target, resident: int = 
         share = (1, 0) if prefill else (0, 1)
         return Choice("persistent", *share, sms * resident, "one role only")
     part = prefill / (prefill + decode)
-    shares = _shares(part)
+    share = shares(part)
     balance = max(part, 1 - part) / min(part, 1 - part)
     if balance > 8:
-        return Choice("partition", *shares, sms * resident, f"one role takes {balance:.0f} times the other")
+        return Choice("partition", *share, sms * resident, f"one role takes {balance:.0f} times the other")
     items = spec.kv_heads * (
         math.ceil(c.prefill_tokens * spec.group / spec.rows)
         + c.decode_rows * math.ceil(max(c.decode_keys, 1) / spec.split)
     )
     if items <= 4 * sms * resident and spec.uniform:  # tickets over two tile shapes would spill
-        return Choice("tickets", *shares, 0, f"{items} items are at most four waves")
+        return Choice("tickets", *share, 0, f"{items} items are at most four waves")
     waves = "more than four waves" if spec.uniform else "of two shapes"
-    return Choice("persistent", *shares, sms * resident, f"{items} items are {waves}")
+    return Choice("persistent", *share, sms * resident, f"{items} items are {waves}")
 
 
-def _shares(part: float) -> tuple[int, int]:
+def shares(part: float) -> tuple[int, int]:
     """Small integers in about the proportion ``part`` to ``1 - part``; each at least 1."""
     prefill = min(7, max(1, round(8 * part)))
     divisor = math.gcd(prefill, 8 - prefill)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
+import json
+import math
 import os
 import platform
 import re
@@ -21,8 +24,30 @@ from llm42c.codegen.target import Target
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 
+class CacheError(RuntimeError):
+    """Emitted kernels cannot be kept: there is no folder that can be written."""
+
+
+def aligned(x: Any) -> Any:
+    """``x``, or a copy of it whose data begins at, and whose rows are apart by, a multiple of 16.
+
+    Triton compiles another binary for arguments that are not, and other binaries may add in another order.
+    So every launch has pointers and strides that are multiples of 16 wherever the row's length allows it;
+    arguments that follow the batch are not specialised at all.
+    """
+    dense = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
+    strides = list(x.stride())
+    even = strides[-1:] == dense[-1:] and all(s % 16 == 0 for s in strides[:-1])
+    if x.data_ptr() % 16 == 0 and (strides == dense or even):
+        return x
+    return x.new_empty(x.shape).copy_(x)
+
+
 def cache_dir() -> Path:
-    """Where emitted files are kept: readable, one a kernel."""
+    """Where emitted files are kept, readable, one a kernel; and what they compiled to ahead of time.
+
+    What a launch compiles is in Triton's own cache, under a key of text, device, options and versions.
+    """
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("llm42")) / "triton"
@@ -36,32 +61,63 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def cache_key(source: str, target: Target | None = None, options: Mapping[str, Any] | None = None) -> str:
+def cache_key(source: str, target_hash: str = "", options: Mapping[str, Any] | None = None) -> str:
     """SHA-256 of text, target, launch options and versions."""
-    parts = [source, target.hash if target else "", repr(sorted((options or {}).items()))]
+    parts = [source, target_hash, repr(sorted((options or {}).items()))]
     parts.append(repr(sorted(versions().items())))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def load(name: str, source: str, target: Target | None = None) -> Any:
-    """The function ``name`` of an emitted file, after writing the file to the cache."""
-    return _load(name, source, cache_key(source, target), cache_dir())
+    """The function ``name`` of an emitted file, after writing the file to the cache. Raises CacheError."""
+    return _load(name, source, target.hash if target else "", cache_dir())
 
 
 @functools.cache
-def _load(name: str, source: str, key: str, folder: Path) -> Any:
+def _load(name: str, source: str, target_hash: str, folder: Path) -> Any:
+    key = cache_key(source, target_hash)
     path = folder / f"{name}-{key[:16]}.py"
-    if not path.exists() or path.read_text() != source:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(source)
-        scratch.replace(path)
+    if _read(path) != source:
+        _write(path, source)
     spec = importlib.util.spec_from_file_location(f"llm42_emitted_{name}_{key[:16]}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot import the emitted kernel {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, whoever else writes the same file. Raises CacheError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as scratch:
+            scratch.write(text)
+        Path(scratch.name).replace(path)
+    except OSError as error:
+        raise CacheError(f"no cache folder for emitted kernels: {error}; set XDG_CACHE_HOME") from error
+
+
+def registers_for(target: Target, warps: int) -> dict[str, int]:
+    """Launch option that lets a kernel of so many warps use all registers that a thread can have.
+
+    Without it ptxas may spill some to make room for one more block. Not known on AMD.
+    """
+    return {"maxnreg": min(255, 65536 // (32 * warps))} if target.kind == "cuda" else {}
+
+
+def divisible(fn: Any, signature: Mapping[str, str]) -> list[int]:
+    """Numbers of the arguments that are multiples of 16 at every launch."""
+    free = {p.name for p in fn.params if p.do_not_specialize}
+    integers = ("*", "i32", "i64")
+    return [i for i, n in enumerate(fn.arg_names) if signature[n].startswith(integers) and n not in free]
 
 
 @dataclass(frozen=True)
@@ -76,7 +132,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel compiled for a device that need not be here."""
+    """A kernel compiled for a device that need not be here. asm: "ttgir", and "ptx" or "amdgcn"."""
 
     name: str
     target: Target
@@ -93,20 +149,50 @@ def compile_ahead(
     constants: Mapping[str, Any] | None = None,
     warps: int = 4,
     stages: int = 2,
+    all_registers: bool = False,
 ) -> Compiled:
     """Compile for ``target`` without its hardware. ``signature``: Triton's type of every argument.
 
-    Pointers and strides are taken to be multiples of 16, as they are for ordinary tensors.
+    Pointers, and integers that are specialised, are taken to be multiples of 16: see :func:`aligned`. What
+    was compiled once is taken from the cache.
     """
+    options = {**OPTIONS, "num_warps": warps, "num_stages": stages}
+    options |= registers_for(target, warps) if all_registers else {}
+    fixed = dict(constants or {})
+    key = cache_key(source, target.hash, {**options, "signature": repr(signature), "constants": repr(fixed)})
+    path = cache_dir() / f"{name}-{key[:16]}.json"
+    kept = _compiled_before(path, key)
+    if kept is None:
+        kept = _compile(name, source, signature, target, fixed, options)
+        _write(path, json.dumps({"key": key, **kept}))
+    return Compiled(name, target, Resources(**kept["resources"]), kept["asm"])
+
+
+def _compiled_before(path: Path, key: str) -> dict[str, Any] | None:
+    """What :func:`_compile` returned for this key, if the cache has it whole."""
+    try:
+        found: dict[str, Any] = json.loads(_read(path) or "null")
+        return {n: found[n] for n in ("resources", "asm")} if found["key"] == key else None
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return None
+
+
+def _compile(
+    name: str,
+    source: str,
+    signature: Mapping[str, str],
+    target: Target,
+    fixed: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """{"resources": ..., "asm": ...} as JSON takes them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     fn = load(name, source, target)
-    fixed = dict(constants or {})
     full = {n: "constexpr" if n in fixed else signature[n] for n in fn.arg_names}
-    aligned = [i for i, n in enumerate(fn.arg_names) if full[n].startswith("*")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible(fn, full)}
     ast = ASTSource(
         fn=fn,
         signature=full,
@@ -117,14 +203,13 @@ def compile_ahead(
         where = GPUTarget("cuda", target.capability, 32)
     else:
         where = GPUTarget("hip", target.arch, 64)
-    options = {**OPTIONS, "num_warps": warps, "num_stages": stages}
-    built = triton.compile(ast, target=where, options=options)
-    asm = {k: v for k, v in built.asm.items() if isinstance(v, str)}
+    built = triton.compile(ast, target=where, options=dict(options))
+    asm = {k: built.asm[k] for k in ("ttgir", "ptx", "amdgcn") if k in built.asm}
     registers, spills = (
         _amd_usage(asm["amdgcn"]) if target.kind == "hip" else _ptxas_usage(asm["ptx"], target)
     )
-    shared = built.metadata.shared
-    return Compiled(name, target, Resources(registers, spills, shared, warps), asm)
+    used = Resources(registers, spills, built.metadata.shared, options["num_warps"])
+    return {"resources": dataclasses.asdict(used), "asm": asm}
 
 
 def _amd_usage(text: str) -> tuple[int, int]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import AttentionSpec
 
 _WRITE = '''
-@triton.jit
+@triton.jit(do_not_specialize=["slot_mapping_ptr"])
 def kv_write(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h,
 ):
     """Program (token, KV head). k_cache: [pages, Hkv, D, page], v_cache: [pages, Hkv, page, D]."""
     token = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     if slot >= 0:
         at_page = (slot // PAGE * KV_HEADS + kv_head) * (HEAD_DIM * PAGE)
@@ -27,6 +29,7 @@ def kv_write(
 '''
 
 
+@functools.cache
 def emit(spec: AttentionSpec) -> str:
     """The file of one specialisation; its kernel is ``kv_write``."""
     return module("Writes of paged keys and values", spec.subject(), spec.constants(), _WRITE)

@@ -7,6 +7,7 @@ the same instruction (a target where they would not be has one bucket), so a row
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,11 @@ from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import DTYPES
 
+# `m` follows the batch: it must not select another binary. The rest belongs to the weight.
 _KERNEL = '''
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
-    """y = x w^T + bias. x: [M, K], y: [M, N]; w: @LAYOUT@. Program (tile of rows, tile of columns)."""
+    """y = x w^T + bias. x: [M, K], y: [M, N]; w: @LAYOUT@. Program (columns, rows)."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < m
@@ -87,6 +89,7 @@ def spec_for(target: Target, rows: int, dtype: str, packed: bool, bias: bool) ->
     return LinearSpec(dtype, packed, bias, chosen, 64, 64, warps, 2 if target.kind == "hip" else 3)
 
 
+@functools.cache
 def emit(spec: LinearSpec) -> str:
     """The file of one specialisation; its kernel is ``linear``."""
     body = _KERNEL.replace("@WEIGHT@", (_PANELS if spec.packed else _ROWS_OF_WEIGHT).strip("\n"))
@@ -101,8 +104,8 @@ def emit(spec: LinearSpec) -> str:
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool) -> Tensor:
     k = x.shape[-1]
-    rows = x.reshape(-1, k)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = kernel.aligned(x.reshape(-1, k))
+    weight = weight.contiguous()
     y = torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
     if y.numel():
         target = target_of(x.device)
@@ -110,7 +113,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool
         fn = kernel.load("linear", emit(spec), target)
         grid = (-(-n // spec.columns), -(-len(rows) // spec.rows))
         fn[grid](
-            rows, weight, y if bias is None else bias, y, len(rows), n, k, rows.stride(0), n,
+            rows, kernel.aligned(weight), y if bias is None else kernel.aligned(bias), y, len(rows), n, k,
+            k if len(rows) == 1 else rows.stride(0), n,
             num_warps=spec.warps, num_stages=spec.stages, **kernel.OPTIONS,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
@@ -123,7 +127,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``llm42::linear_dense``. weight: [N, K]."""
-    return _launch(x, weight.contiguous(), bias, weight.shape[0], packed=False)
+    return _launch(x, weight, bias, weight.shape[0], packed=False)
 
 
 def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:

@@ -1,11 +1,13 @@
 """RMSNorm, residual and RMSNorm, and LayerNorm on a GPU: one program a row, one layout for a row length.
 
 The sum over a row is a tree whose shape follows from the row's length alone, so a row's bits do not depend
-on the other rows. Roundings are those of ``codegen/ops/norm.py``.
+on the other rows. (The compiler lays a row out by how wide it can be loaded. So rows are contiguous and
+aligned here, and others are copied.) Roundings are those of ``codegen/ops/norm.py``.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +20,12 @@ from llm42c.codegen.triton.spec import DTYPES, power_of_two
 
 _KERNEL = '''
 @triton.jit
-def norm(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, stride, residual_stride, eps, offset):
+def norm(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, eps, offset):
     """@DOC@ x: [R, H]. Program: row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
     held = i < SIZE
-    x = tl.load(x_ptr + row * stride + i, mask=held, other=0.0)
+    x = tl.load(x_ptr + row * SIZE + i, mask=held, other=0.0)
 @RESIDUAL@
     wide = x.to(tl.float32)
 @SCALE@
@@ -31,7 +33,7 @@ def norm(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, stride, re
     tl.store(y_ptr + row * SIZE + i, y.to(y_ptr.dtype.element_ty), mask=held)
 '''
 _RESIDUAL = """
-    residual = tl.load(residual_ptr + row * residual_stride + i, mask=held, other=0.0)
+    residual = tl.load(residual_ptr + row * SIZE + i, mask=held, other=0.0)
     x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
     tl.store(total_ptr + row * SIZE + i, x, mask=held)
 """
@@ -78,6 +80,7 @@ class NormSpec:
         return min(16, max(1, power_of_two(self.size) // 512))
 
 
+@functools.cache
 def emit(spec: NormSpec) -> str:
     """The file of one specialisation; its kernel is ``norm``."""
     weight = _PLAIN if not spec.weight else _CAST_FIRST if spec.cast_first else _IN_FP32
@@ -105,17 +108,17 @@ def _launch(
     total = y if residual is None else torch.empty_like(y)
     if y.numel():
         fn = kernel.load("norm", emit(spec), target_of(x.device))
-        some_weight, some_bias = (y if t is None else t.contiguous() for t in (weight, bias))
+        some_weight, some_bias = (y if t is None else kernel.aligned(t.contiguous()) for t in (weight, bias))
         fn[(len(rows),)](
-            rows, other, some_weight, some_bias, y, total, rows.stride(0), other.stride(0), eps, offset,
+            rows, other, some_weight, some_bias, y, total, eps, offset,
             num_warps=spec.warps, **kernel.OPTIONS,
         )  # fmt: skip
     return y.reshape(x.shape), total.reshape(x.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows: Tensor = kernel.aligned(x.reshape(-1, x.shape[-1]).contiguous())
+    return rows
 
 
 def _dtype(x: Tensor) -> str:

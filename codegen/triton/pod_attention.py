@@ -14,12 +14,12 @@ the keys. Who runs an item is up to the scheduler; what an item computes is not:
 
 from __future__ import annotations
 
+import functools
+
 from llm42c.codegen.triton import fragments
+from llm42c.codegen.triton.fragments import indent
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import AttentionSpec
-
-COUNTERS = 2048  # next prefill item, next decode item, finished programs, then a ticket counter an SM
-_FIRST_TICKET = 8
 
 _TILE = '''
 @triton.jit
@@ -44,7 +44,7 @@ def attend(
     live = (row < TOKENS * GROUP) & (token < q_len)
     position = kv_len - q_len + token  # [M]
     dim = tl.arange(0, DIM)
-    at_row = (q_begin + token).to(tl.int64) * q_stride_t + head * q_stride_h
+    at_row = (q_begin + token).to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h
     inside = live[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + at_row[:, None] + dim[None, :], mask=inside, other=0.0)  # [M, D]
 
@@ -57,29 +57,23 @@ def attend(
         split_begin = only_split
         split_end = only_split + 1
 
-    pages_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
-    k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (HEAD_DIM * PAGE)
-    v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (HEAD_DIM * PAGE)
+@HEAD@
     total_max = tl.full([ROWS], float("-inf"), tl.float32)
     total_sum = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, DIM], tl.float32)
     for split in tl.range(split_begin, split_end, num_stages=1, disable_licm=True):
-        low = tl.maximum(split * SPLIT, begin // KEYS * KEYS)
+        low = tl.maximum(split * (SPLIT // KEYS), begin // KEYS)
         high = tl.minimum(split * SPLIT + SPLIT, end)
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM], tl.float32)
-        for start in tl.range(low, high, KEYS, num_stages=STAGES, disable_licm=True):
-            key = start + tl.arange(0, KEYS)
+        for block in tl.range(low, (high + KEYS - 1) // KEYS, num_stages=STAGES, disable_licm=NO_HOISTING):
+            key = block * KEYS + tl.arange(0, KEYS)
             held = (key >= begin) & (key < end)
-@PAGES@
-            k = tl.load(
-                k_ptr + at_page[None, :] + dim[:, None] * PAGE + (key % PAGE)[None, :],
-                mask=held[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
-            )  # [D, N]
+@KEYS@
             score = tl.dot(q, k, input_precision="ieee")  # [M, N]
 @SCORE@
-            seen = (key[None, :] <= position[:, None]) & (key < end)[None, :]
+            seen = key[None, :] <= position[:, None]  # the positions of rows that are kept are before the end
             if WINDOW > 0:
                 seen = seen & (key[None, :] > position[:, None] - WINDOW)
             score = tl.where(seen, score, float("-inf"))
@@ -90,7 +84,7 @@ def attend(
             row_sum = tl.fma(row_sum, decay, tl.sum(weight, 1))
             acc = acc * decay[:, None]
             v = tl.load(
-                v_ptr + at_page[:, None] + (key % PAGE)[:, None] * HEAD_DIM + dim[None, :],
+                v_ptr + v_at[:, None] + dim[None, :],
                 mask=held[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
             )  # [N, D]
             acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
@@ -99,7 +93,7 @@ def attend(
 
     if only_split >= 0:
         line = (slot.to(tl.int64) * KV_HEADS + kv_head) * DECODE_ROWS + row
-        kept = row < DECODE_ROWS
+        kept = live & (row < DECODE_ROWS)
         tl.store(stats_ptr + line * 2, total_max, mask=kept)
         tl.store(stats_ptr + line * 2 + 1, total_sum, mask=kept)
         where = partial_ptr + line[:, None] * HEAD_DIM + dim[None, :]
@@ -110,13 +104,54 @@ def attend(
         tl.store(out_ptr + at_out[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
 '''
 
-_PAGE_OF_EACH_KEY = """
-            page = tl.load(pages_ptr + key // PAGE, mask=held, other=0)
-            at_page = page.to(tl.int64) * (KV_HEADS * HEAD_DIM * PAGE)  # [N]
+# Keys and values of one head; then, for a block, where its keys and values begin.
+_HEAD_OF_CACHE = """
+    pages_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
+    k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (HEAD_DIM * PAGE)
+    v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (HEAD_DIM * PAGE)
+"""
+_HEAD_OF_POOL = """
+    pages_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
+    k_ptr = k_cache_ptr + kv_head.to(tl.int64) * K_HEAD
+    v_ptr = v_cache_ptr + kv_head.to(tl.int64) * V_HEAD
+"""
+_HEAD_OF_ROWS = """
+    first_key = tl.load(cu_seqlens_k_ptr + sequence).to(tl.int64)
+    k_ptr = k_cache_ptr + kv_head.to(tl.int64) * K_HEAD
+    v_ptr = v_cache_ptr + kv_head.to(tl.int64) * V_HEAD
+"""
+# Sixteen keys lie in one page, so they are fetched together, in wide loads; what stands after the last key
+# is looked at by nobody. Values must not be fetched there: 0 times NaN is NaN.
+_PAGE_OF_KEYS = """
+            near = (key // 16 * 16 < end) & (key // 16 * 16 + 16 > begin)  # [N]
+            page = tl.load(pages_ptr + key // PAGE, mask=near, other=0).to(tl.int64)
+            page = tl.max_constancy(page, 16)
 """
 _ONE_PAGE = """
-            page = tl.load(pages_ptr + start // PAGE)  # a block of keys lies in one page
-            at_page = (page.to(tl.int64) * (KV_HEADS * HEAD_DIM * PAGE)) + tl.zeros([KEYS], tl.int64)
+            near = (key // 16 * 16 < end) & (key // 16 * 16 + 16 > begin)  # [N]
+            page = tl.load(pages_ptr + block * KEYS // PAGE).to(tl.int64)  # a block of keys lies in one page
+"""
+_IN_CACHE = """
+            k_at = page * (KV_HEADS * HEAD_DIM * PAGE) + key % PAGE
+            v_at = page * (KV_HEADS * HEAD_DIM * PAGE) + key % PAGE * HEAD_DIM
+            k = tl.load(
+                k_ptr + k_at[None, :] + dim[:, None] * PAGE,
+                mask=near[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
+            )  # [D, N]
+"""
+_IN_POOL = """
+            k_at = page * K_PAGE + key % PAGE * K_TOKEN
+            v_at = page * V_PAGE + key % PAGE * V_TOKEN
+"""
+_IN_ROWS = """
+            k_at = (first_key + key) * K_TOKEN
+            v_at = (first_key + key) * V_TOKEN
+"""
+_KEYS_OF_TOKENS = """
+            k = tl.load(
+                k_ptr + k_at[None, :] + dim[:, None],
+                mask=held[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
+            )  # [D, N]
 """
 _SCALE = """
             score = score * (scale * LOG2E)
@@ -126,33 +161,18 @@ _SCALE_AND_CAP = """
             score = capped * (softcap * LOG2E)
 """
 
-_DRAW = '''
-@triton.jit
-def draw(counters_ptr, decode_first, prefills, decodes):
-    """(role, index) of the next item: role 0 is prefill, 1 decode, 2 means that nothing is left.
-
-    Whose role has run dry takes over the other's.
-    """
-    role = decode_first.to(tl.int32)
-    index = tl.atomic_add(counters_ptr + role, 1)
-    if index >= tl.where(role == 1, decodes, prefills):
-        role = 1 - role
-        index = tl.atomic_add(counters_ptr + role, 1)
-        if index >= tl.where(role == 1, decodes, prefills):
-            role = role * 0 + 2
-    return role, index
-'''
-
+# Counts and shares follow the batch, and `one` must stay unknown: none may select another binary.
 _MAIN_HEAD = '''
-@triton.jit
+@triton.jit(do_not_specialize=[
+    "cu_seqlens_ptr", "kv_lens_ptr", "block_table_ptr", "table_stride", "decode_base", "prefill_share",
+    "decode_share", "one",
+])
 def pod_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
     cu_seqlens_ptr, kv_lens_ptr, block_table_ptr, items_ptr, counts_ptr, counters_ptr, sm_order_ptr,
     q_stride_t, q_stride_h, table_stride, decode_base, scale, softcap, prefill_share, decode_share, one,
 ):
     """@DOC@"""
-    prefills = tl.load(counts_ptr) * KV_HEADS
-    decodes = tl.load(counts_ptr + 1) * KV_HEADS
     program = tl.program_id(0)
     sm = @SM@
 '''
@@ -185,11 +205,10 @@ attend(
 )
 """
 
-_TICKET = """
-ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1)
-role, index = draw(
-    counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
-)
+# Read again for every item: registers are dear in the loop.
+_COUNTS = """
+prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
+decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
 """
 _SIDE = """
 decodes_first = sm % (prefill_share + decode_share) >= prefill_share
@@ -206,17 +225,10 @@ while role < 2:
 {again}
 """
 _ONCE = """
-if program < prefills + decodes:
+if program < (tl.load(counts_ptr) + tl.load(counts_ptr + 1)) * KV_HEADS:
 {draw}
 {run}
 """
-_RESET = """
-# The last program to finish leaves the counters as it found them: zero.
-finished = tl.atomic_add(counters_ptr + 2, 1)
-if finished == tl.num_programs(0) - 1:
-    tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
-"""
-
 _DOCS = {
     "tickets": "One item a program: an SM's programs take roles in turn by the tickets of their SM.",
     "persistent": "Resident programs draw items until none is left, in roles by the tickets of their SM.",
@@ -224,47 +236,62 @@ _DOCS = {
 }
 
 
-def _indent(text: str, by: int) -> str:
-    pad = " " * by
-    return "\n".join(pad + line if line else line for line in text.strip("\n").split("\n"))
-
-
 def _main(spec: AttentionSpec) -> str:
-    sm = "smid() % MAX_SMS" if spec.smid else "tl.load(sm_order_ptr + program) % MAX_SMS"
-    head = _MAIN_HEAD.replace("@SM@", sm).replace("@DOC@", _DOCS[spec.scheduler])
+    head = _MAIN_HEAD.replace("@SM@", fragments.SM[spec.sm]).replace("@DOC@", _DOCS[spec.scheduler])
     run = _RUN_UNIFORM if spec.uniform else _RUN
     if spec.scheduler == "tickets":
-        body = _ONCE.format(draw=_indent(_TICKET, 4), run=_indent(run, 4))
+        body = _ONCE.format(draw=indent(_COUNTS + fragments.TICKET.lstrip("\n"), 4), run=indent(run, 4))
     else:
-        draw = (_TICKET if spec.scheduler == "persistent" else _SIDE).strip("\n")
-        body = _LOOP.format(draw=draw, run=_indent(run, 8), again=_indent(draw, 4))
-    return head.rstrip("\n") + "\n" + _indent(body, 4) + "\n" + _indent(_RESET, 4)
+        order = fragments.TICKET if spec.scheduler == "persistent" else _SIDE
+        draw = (_COUNTS + order.lstrip("\n")).strip("\n")
+        body = _LOOP.format(draw=draw, run=indent(run, 8), again=indent(draw, 4))
+    return head.rstrip("\n") + "\n" + indent(body, 4) + "\n" + indent(fragments.RESET, 4)
 
 
+def _tile(spec: AttentionSpec) -> str:
+    """The body of a work item for a layout of keys."""
+    pages = _ONE_PAGE if spec.page % spec.keys == 0 else _PAGE_OF_KEYS
+    head, keys = {
+        "cache": (_HEAD_OF_CACHE, pages + _IN_CACHE.lstrip("\n")),
+        "pool": (_HEAD_OF_POOL, pages + _IN_POOL.lstrip("\n") + _KEYS_OF_TOKENS.lstrip("\n")),
+        "rows": (_HEAD_OF_ROWS, _IN_ROWS + _KEYS_OF_TOKENS.lstrip("\n")),
+    }[spec.layout]
+    tile = _TILE.replace("@HEAD@", head.strip("\n")).replace("@KEYS@", keys.strip("\n"))
+    return tile.replace("@SCORE@", (_SCALE_AND_CAP if spec.softcap else _SCALE).strip("\n"))
+
+
+def _for_layout(text: str, layout: str) -> str:
+    """Packed rows have no pages: where each sequence's keys begin stands in place of the table."""
+    if layout != "rows":
+        return text
+    text = text.replace('"table_stride", ', "").replace("table_stride, ", "")
+    return text.replace("block_table_ptr", "cu_seqlens_k_ptr")
+
+
+@functools.cache
 def emit(spec: AttentionSpec) -> str:
     """The file of one specialisation; its kernel is ``pod_attention``."""
     constants = {
         **spec.constants(),
+        **spec.stride_constants(),
         "PREFILL_ROWS": spec.rows,
         "SPLIT_ROWS": spec.decode_rows,
         "KEYS": spec.keys,
         "STAGES": spec.stages,
-        "COUNTERS": COUNTERS,
-        "TICKETS": _FIRST_TICKET,
-        "MAX_SMS": COUNTERS - _FIRST_TICKET,
+        "NO_HOISTING": not spec.hoist,
+        **fragments.COUNTER_CONSTANTS,
         "LOG2E": 1.4426950408889634,
     }
-    pages = _ONE_PAGE if spec.page % spec.keys == 0 else _PAGE_OF_EACH_KEY
-    tile = _TILE.replace("@PAGES@", pages.strip("\n"))
-    tile = tile.replace("@SCORE@", (_SCALE_AND_CAP if spec.softcap else _SCALE).strip("\n"))
+    if spec.sm == "program":
+        constants["SMS"] = spec.sms
     return module(
         "Prefill and decode attention over paged keys and values in one launch",
         spec.subject(),
         constants,
         fragments.FOLD,
         fragments.finish(spec.sinks),
-        tile,
-        _DRAW,
-        _main(spec),
-        imports="from triton.language.extra.cuda import smid\n" if spec.smid else "",
+        _for_layout(_tile(spec), spec.layout),
+        fragments.DRAW,
+        _for_layout(_main(spec), spec.layout),
+        imports=fragments.IMPORT_SMID if spec.sm == "register" else "",
     )

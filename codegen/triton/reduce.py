@@ -6,6 +6,7 @@ by a tree; both follow from the row's length alone, so a row's bits do not depen
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -60,6 +61,7 @@ def block(size: int) -> int:
     return min(LARGEST_BLOCK, max(128, power_of_two(max(size, 1))))
 
 
+@functools.cache
 def emit(name: str, lanes: int) -> str:
     """The file of ``row_sum``, ``row_softmax`` or ``row_log_softmax``; its kernel has that name."""
     text = _SUM if name == "row_sum" else _SOFTMAX.replace("@NAME@", name)
@@ -69,7 +71,7 @@ def emit(name: str, lanes: int) -> str:
 
 def _launch(name: str, rows: Tensor, y: Tensor) -> None:
     """rows: [R, N], contiguous."""
-    size = rows.shape[1]
+    rows, size = kernel.aligned(rows), rows.shape[1]
     fn = kernel.load(name, emit(name, block(size)), target_of(rows.device))
     fn[(len(rows),)](rows, y, size, num_warps=4, **kernel.OPTIONS)
 

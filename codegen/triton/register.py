@@ -12,6 +12,7 @@ import torch
 IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "add_rms_norm": ("norm", "add_rms_norm"),
     "dense_attention": ("dense_attention", "dense_attention"),
+    "grouped_linear": ("grouped_linear", "grouped_linear"),
     "layer_norm": ("norm", "layer_norm"),
     "linear": ("linear", "linear"),
     "linear_add": ("linear", "linear_add"),
@@ -21,6 +22,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "linear_unpack": ("linear", "linear_unpack"),
     "paged_attention": ("attention", "paged_attention"),
     "pod_attention": ("attention", "pod_attention"),
+    "pod_dense_attention": ("pod_dense_attention", "pod_dense_attention"),
+    "pod_varlen_attention": ("attention", "varlen_attention"),
     "rms_norm": ("norm", "rms_norm"),
     "rotary": ("rotary", "rotary"),
     "row_log_softmax": ("reduce", "row_log_softmax"),
@@ -28,6 +31,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "row_sum": ("reduce", "row_sum"),
     "sample": ("sample", "sample"),
     "silu_mul": ("silu_mul", "silu_mul"),
+    "token_logprobs": ("sample", "token_logprobs"),
+    "top_logprobs": ("sample", "top_logprobs"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ _KERNEL = '''
 def rotary(x_ptr, cos_ptr, sin_ptr, y_ptr, heads, x_stride_t, x_stride_h, cos_stride, sin_stride):
     """x: [T, H, D], cos, sin: [T, R] → x * cos + rotate_half(x) * sin. Program (token, head)."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, WIDTH)
     held = i < HEAD_DIM
     turned = i < ROTARY_DIM
@@ -33,6 +35,7 @@ def rotary(x_ptr, cos_ptr, sin_ptr, y_ptr, heads, x_stride_t, x_stride_h, cos_st
 '''
 
 
+@functools.cache
 def emit(head_dim: int, rotary_dim: int) -> str:
     """The file of one specialisation; its kernel is ``rotary``."""
     constants = {"HEAD_DIM": head_dim, "ROTARY_DIM": rotary_dim, "WIDTH": power_of_two(head_dim)}

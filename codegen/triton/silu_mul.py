@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def silu_mul(x_ptr, y_ptr, size, stride):
 '''
 
 
+@functools.cache
 def emit() -> str:
     """The file; its kernel is ``silu_mul``."""
     return module("silu(gate) * up", "any width", {"BLOCK": 1024}, _KERNEL)
@@ -33,7 +36,7 @@ def silu_mul(x: Tensor) -> Tensor:
     """``llm42::silu_mul``. x: [..., 2 I] → [..., I]."""
     size = x.shape[-1] // 2
     rows = x.reshape(-1, 2 * size)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = kernel.aligned(rows)
     y = torch.empty(len(rows), size, dtype=x.dtype, device=x.device)
     if y.numel():
         fn = kernel.load("silu_mul", emit(), target_of(x.device))

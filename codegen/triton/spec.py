@@ -10,6 +10,9 @@ from llm42c.codegen.target import Target
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 HEAD_DIMS = (64, 80, 96, 128, 256)
 SCHEDULERS = ("tickets", "persistent", "partition")
+# Where keys and values lie: in the paged caches (keys transposed), in a pool of pages of tokens, or in
+# packed rows of tokens.
+LAYOUTS = ("cache", "pool", "rows")
 
 
 class SpecError(ValueError):
@@ -49,8 +52,11 @@ class AttentionSpec:
     split: int = 512
     warps: int = 4
     stages: int = 2
-    smid: bool = True  # the hardware register; else program number modulo ``sms``
+    hoist: bool = False  # let the compiler keep what does not change from block to block in registers
+    sm: str = "register"  # how a program learns its SM: register, program (number modulo ``sms``), table
     sms: int = 132
+    layout: str = "cache"
+    strides: tuple[int, ...] = ()  # of pages, tokens and heads, of keys, then of values, where not in caches
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -59,7 +65,9 @@ class AttentionSpec:
             raise SpecError(f"head_dim must be one of {HEAD_DIMS}, not {self.head_dim}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise SpecError(f"{self.kv_heads} KV heads do not divide {self.heads} query heads")
-        if self.page % 16 or not 16 <= self.page <= 256:
+        if self.layout not in LAYOUTS:
+            raise SpecError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout}")
+        if self.page % 16 or self.page < 16 or (self.layout == "cache" and self.page > 256):
             raise SpecError(f"page must be a multiple of 16 from 16 to 256, not {self.page}")
         if self.scheduler not in SCHEDULERS:
             raise SpecError(f"scheduler must be one of {', '.join(SCHEDULERS)}, not {self.scheduler}")
@@ -70,6 +78,10 @@ class AttentionSpec:
                 raise SpecError(f"{name} must be a power of two from 16, not {getattr(self, name)}")
         if self.group > min(self.rows, self.decode_rows):
             raise SpecError(f"{self.group} query heads of a KV head need tiles of as many rows")
+        if len(self.strides) != (0 if self.layout == "cache" else 6):
+            raise SpecError(f"{len(self.strides)} strides do not describe keys and values in {self.where()}")
+        if self.layout == "pool" and max(self.strides[1], self.strides[4]) * self.page >= 1 << 31:
+            raise SpecError("the tokens of a page lie too far apart")
         if self.window < 0:
             raise SpecError(f"window must not be negative, got {self.window}")
 
@@ -98,10 +110,35 @@ class AttentionSpec:
             "DECODE_TOKENS": self.decode_tokens,
         }
 
+    def stride_constants(self) -> dict[str, int]:
+        """What the text of the hybrid kernel calls the strides."""
+        names = ("K_PAGE", "K_TOKEN", "K_HEAD", "V_PAGE", "V_TOKEN", "V_HEAD")
+        named = dict(zip(names, self.strides, strict=False))
+        return {n: s for n, s in named.items() if self.layout == "pool" or not n.endswith("PAGE")}
+
+    def where(self) -> str:
+        """The layout of keys in words."""
+        pages = f"pages of {self.page}"
+        return {"cache": pages, "pool": f"{pages} tokens", "rows": "packed rows"}[self.layout]
+
+    def variants(self) -> tuple[AttentionSpec, ...]:
+        """Itself and others with the same bits: instructions stand elsewhere, more or less is kept at hand.
+
+        Over a pool, a resident program may also draw its items as in a partition.
+        """
+        depths = (1, 2) if self.stages == 1 else (self.stages, 1)
+        resident = self.scheduler == "persistent" and self.layout == "pool"
+        return tuple(
+            dataclasses.replace(self, stages=stages, hoist=hoist, scheduler=scheduler)
+            for scheduler in ((self.scheduler, "partition") if resident else (self.scheduler,))
+            for hoist in (self.hoist, not self.hoist)
+            for stages in depths
+        )
+
     def subject(self) -> str:
         """The specialisation in words."""
         return (
-            f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, pages of {self.page}, "
+            f"{self.heads}/{self.kv_heads} heads of {self.head_dim}, {self.where()}, "
             f"{DTYPES[self.dtype]}, {self.scheduler}"
         )
 
@@ -119,11 +156,19 @@ def default_spec(
     sinks: bool = False,
     scheduler: str = "persistent",
     uniform: bool = True,
+    layout: str = "cache",
+    strides: tuple[int, ...] = (),
 ) -> AttentionSpec:
-    """The tiles for a target: chosen so that nothing spills, checked ahead of time by tests."""
+    """The tiles for a target: nothing spills in one of the :meth:`AttentionSpec.variants`.
+
+    Tests check that ahead of time. The tiles do not depend on the scheduler or the layout: a row's bits must
+    not. ``strides`` are by default those of contiguous tensors.
+    """
+    if layout != "cache" and not strides:
+        strides = (page * kv_heads * head_dim, kv_heads * head_dim, head_dim) * 2
     group = max(1, heads // max(kv_heads, 1))
     decode_rows = max(16, power_of_two(group))
-    rows, keys, warps, stages = tiles(target, head_dim, dtype)
+    rows, keys, warps, stages = tiles(target, head_dim, dtype, plain=not (window or softcap))
     return AttentionSpec(
         heads=heads,
         kv_heads=kv_heads,
@@ -140,22 +185,26 @@ def default_spec(
         keys=keys,
         warps=warps,
         stages=stages,
-        smid=target.kind == "cuda",
+        sm="register" if target.kind == "cuda" else "program",
         sms=target.count("sms", 132),
+        layout=layout,
+        strides=strides,
     )
 
 
-def tiles(target: Target, head_dim: int, dtype: str) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages) of the attention tiles."""
+def tiles(target: Target, head_dim: int, dtype: str, plain: bool = True) -> tuple[int, int, int, int]:
+    """(rows, keys, warps, stages) of the attention tiles; not ``plain``: with a window or a soft-cap."""
     wide = head_dim > 128
     if dtype == "float32":  # no matrix instructions: everything lives in registers
         return (16, 16, 8, 1) if wide else (16, 16, 4, 1)
     if target.kind == "hip":
         return 64, 32, 4, 1
-    if target.capability >= 90:
-        return (64, 32, 8, 2) if wide else (64, 64, 4, 2)
     if wide:
-        return 32, 32, 8, 1
+        return (64, 32, 8, 2) if target.capability >= 100 else (32, 32, 8, 1)
+    if target.capability >= 90:
+        # Hopper accumulates in registers; Blackwell does not.
+        full = target.capability < 100 and head_dim > 64
+        return (64, 64, 4, 2) if plain or not full else (64, 32, 4, 2)
     return (32, 32, 4, 2) if head_dim > 64 else (64, 32, 4, 2)
 
 

@@ -1,6 +1,8 @@
-"""Programs that the interpreter tests run in a process of their own (``TRITON_INTERPRET`` is read at import).
+"""Attention and the other operators under Triton's interpreter.
 
-python interpreted.py attention|operators      prints one JSON object
+``TRITON_INTERPRET`` is read at import, so tests run this in a process of its own; it prints one JSON object:
+
+python interpreted.py attention|operators
 """
 
 from __future__ import annotations
@@ -43,18 +45,20 @@ def spec_for(heads: Heads, page: int, **changes: Any) -> AttentionSpec:
         attention.target_of(torch.device("cpu")),
         heads=heads.q, kv_heads=heads.kv, head_dim=heads.dim, page=page,
         dtype=str(heads.dtype).removeprefix("torch."), window=heads.window,
-        softcap=heads.softcap > 0, sinks=heads.sinks,
+        softcap=heads.softcap > 0, sinks=heads.sinks, layout=changes.get("layout", "cache"),
     )  # fmt: skip
-    small = {"smid": False, "sms": SMS, "rows": 16, "keys": 16, "split": 32}
+    small = {"sm": "table", "sms": SMS, "rows": 16, "keys": 16, "split": 32}
     return dataclasses.replace(base, **{**small, **changes})
 
 
-def launch(args: list[Any], spec: AttentionSpec, choice: Choice, shuffle: int = 0) -> Tensor:
+def launch(
+    args: list[Any], spec: AttentionSpec, choice: Choice, shuffle: int = 0, room: int | None = None
+) -> Tensor:
     """One call on copies of the caches; ``shuffle`` permutes the work list and who is on which SM."""
     q, k, v, k_cache, v_cache, slots, cu, lens, table, scale, _, softcap, sinks = args
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     attention.write_kv(spec, k, v, k_cache, v_cache, slots)
-    plan = attention.make_plan(spec, len(q), cu, lens, table.shape[1])
+    plan = attention.make_plan(spec, len(q), cu, lens, table.shape[1] * spec.page, room)
     programs = choice.programs or plan.items_at_most() * spec.kv_heads
     order = torch.arange(programs, dtype=torch.int32) % SMS
     if shuffle:
@@ -107,13 +111,15 @@ def run_attention() -> dict[str, Any]:
         got = launch(hybrid, spec, Choice(scheduler, p, d, programs, ""), shuffle)
         error = float((got.double() - expected).abs().max())
         out["variants"].append({"uniform": uniform, "digest": digest(got), "error": error})
-    plan = attention.make_plan(spec_for(heads, 16), len(hybrid[0]), *hybrid[6:8], hybrid[8].shape[1])
+    plan = attention.make_plan(spec_for(heads, 16), len(hybrid[0]), *hybrid[6:8], hybrid[8].shape[1] * 16)
     out["prefills_and_decodes"] = plan.counts.tolist()
     whole = launch(hybrid, spec_for(heads, 16), Choice("persistent", 1, 1, 2, ""))
     # The same rows in the other role: sequence 0 in one prefill of all its tokens.
     alone = Runner(world.only(0), page=16).arguments([(0, 50)])
     again = launch(alone, spec_for(heads, 16), Choice("persistent", 1, 1, 1, ""))
     out["same_row_in_other_role"] = digest(again[47:50]) == digest(whole[:3])
+    few = launch(hybrid, spec_for(heads, 16), Choice("persistent", 1, 1, 2, ""), room=1)
+    out["without_room_for_splits"] = digest(few) == digest(whole)
     other = launch(hybrid, spec_for(heads, 16, split=64), Choice("persistent", 1, 1, 2, ""))
     out["another_split_changes_bits"] = digest(other) != digest(whole)
     out["padding_is_zero"] = not bool(whole[36:].any())

@@ -63,6 +63,10 @@ def test_a_row_has_the_same_bits_in_either_role(attention: dict[str, Any]):
     assert attention["same_row_in_other_role"]
 
 
+def test_sequences_without_room_for_splits_have_the_same_bits(attention: dict[str, Any]):
+    assert attention["without_room_for_splits"]
+
+
 def test_rows_of_no_sequence_are_zero(attention: dict[str, Any]):
     assert attention["padding_is_zero"]
 

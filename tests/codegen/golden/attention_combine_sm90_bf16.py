@@ -35,7 +35,7 @@ def finish(row_max, row_sum, acc, sinks_ptr, head):
     return acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None] + 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cu_seqlens_ptr"])
 def attention_combine(
     partial_ptr, stats_ptr, sinks_ptr, out_ptr, cu_seqlens_ptr, plan_ptr, out_stride_t,
 ):
@@ -58,8 +58,8 @@ def attention_combine(
         total = tl.zeros([DECODE_ROWS, DIM], tl.float32)
         for i in tl.range(0, splits):
             line = ((slot + i).to(tl.int64) * KV_HEADS + kv_head) * DECODE_ROWS + row
-            row_max = tl.load(stats_ptr + line * 2)
-            row_sum = tl.load(stats_ptr + line * 2 + 1)
+            row_max = tl.load(stats_ptr + line * 2, mask=live, other=float("-inf"))
+            row_sum = tl.load(stats_ptr + line * 2 + 1, mask=live, other=0.0)
             acc = tl.load(partial_ptr + line[:, None] * HEAD_DIM + dim[None, :], mask=held, other=0.0)
             total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
         result = finish(total_max, total_sum, total, sinks_ptr, head)

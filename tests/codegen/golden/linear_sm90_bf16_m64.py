@@ -13,9 +13,9 @@ HAS_BIAS = tl.constexpr(False)
 PANEL = tl.constexpr(48)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
-    """y = x w^T + bias. x: [M, K], y: [M, N]; w: [N / PANEL, K, PANEL]. Program (tile of rows, tile of columns)."""
+    """y = x w^T + bias. x: [M, K], y: [M, N]; w: [N / PANEL, K, PANEL]. Program (columns, rows)."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < m

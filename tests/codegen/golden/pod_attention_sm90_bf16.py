@@ -21,6 +21,7 @@ PREFILL_ROWS = tl.constexpr(64)
 SPLIT_ROWS = tl.constexpr(16)
 KEYS = tl.constexpr(64)
 STAGES = tl.constexpr(2)
+NO_HOISTING = tl.constexpr(True)
 COUNTERS = tl.constexpr(2048)
 TICKETS = tl.constexpr(8)
 MAX_SMS = tl.constexpr(2040)
@@ -66,7 +67,7 @@ def attend(
     live = (row < TOKENS * GROUP) & (token < q_len)
     position = kv_len - q_len + token  # [M]
     dim = tl.arange(0, DIM)
-    at_row = (q_begin + token).to(tl.int64) * q_stride_t + head * q_stride_h
+    at_row = (q_begin + token).to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h
     inside = live[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + at_row[:, None] + dim[None, :], mask=inside, other=0.0)  # [M, D]
 
@@ -86,23 +87,26 @@ def attend(
     total_sum = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, DIM], tl.float32)
     for split in tl.range(split_begin, split_end, num_stages=1, disable_licm=True):
-        low = tl.maximum(split * SPLIT, begin // KEYS * KEYS)
+        low = tl.maximum(split * (SPLIT // KEYS), begin // KEYS)
         high = tl.minimum(split * SPLIT + SPLIT, end)
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, DIM], tl.float32)
-        for start in tl.range(low, high, KEYS, num_stages=STAGES, disable_licm=True):
-            key = start + tl.arange(0, KEYS)
+        for block in tl.range(low, (high + KEYS - 1) // KEYS, num_stages=STAGES, disable_licm=NO_HOISTING):
+            key = block * KEYS + tl.arange(0, KEYS)
             held = (key >= begin) & (key < end)
-            page = tl.load(pages_ptr + key // PAGE, mask=held, other=0)
-            at_page = page.to(tl.int64) * (KV_HEADS * HEAD_DIM * PAGE)  # [N]
+            near = (key // 16 * 16 < end) & (key // 16 * 16 + 16 > begin)  # [N]
+            page = tl.load(pages_ptr + key // PAGE, mask=near, other=0).to(tl.int64)
+            page = tl.max_constancy(page, 16)
+            k_at = page * (KV_HEADS * HEAD_DIM * PAGE) + key % PAGE
+            v_at = page * (KV_HEADS * HEAD_DIM * PAGE) + key % PAGE * HEAD_DIM
             k = tl.load(
-                k_ptr + at_page[None, :] + dim[:, None] * PAGE + (key % PAGE)[None, :],
-                mask=held[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
+                k_ptr + k_at[None, :] + dim[:, None] * PAGE,
+                mask=near[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
             )  # [D, N]
             score = tl.dot(q, k, input_precision="ieee")  # [M, N]
             score = score * (scale * LOG2E)
-            seen = (key[None, :] <= position[:, None]) & (key < end)[None, :]
+            seen = key[None, :] <= position[:, None]  # the positions of rows that are kept are before the end
             if WINDOW > 0:
                 seen = seen & (key[None, :] > position[:, None] - WINDOW)
             score = tl.where(seen, score, float("-inf"))
@@ -113,7 +117,7 @@ def attend(
             row_sum = tl.fma(row_sum, decay, tl.sum(weight, 1))
             acc = acc * decay[:, None]
             v = tl.load(
-                v_ptr + at_page[:, None] + (key % PAGE)[:, None] * HEAD_DIM + dim[None, :],
+                v_ptr + v_at[:, None] + dim[None, :],
                 mask=held[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
             )  # [N, D]
             acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
@@ -122,7 +126,7 @@ def attend(
 
     if only_split >= 0:
         line = (slot.to(tl.int64) * KV_HEADS + kv_head) * DECODE_ROWS + row
-        kept = row < DECODE_ROWS
+        kept = live & (row < DECODE_ROWS)
         tl.store(stats_ptr + line * 2, total_max, mask=kept)
         tl.store(stats_ptr + line * 2 + 1, total_sum, mask=kept)
         where = partial_ptr + line[:, None] * HEAD_DIM + dim[None, :]
@@ -140,27 +144,30 @@ def draw(counters_ptr, decode_first, prefills, decodes):
     Whose role has run dry takes over the other's.
     """
     role = decode_first.to(tl.int32)
-    index = tl.atomic_add(counters_ptr + role, 1)
+    index = tl.atomic_add(counters_ptr + role, 1, sem="relaxed")
     if index >= tl.where(role == 1, decodes, prefills):
         role = 1 - role
-        index = tl.atomic_add(counters_ptr + role, 1)
+        index = tl.atomic_add(counters_ptr + role, 1, sem="relaxed")
         if index >= tl.where(role == 1, decodes, prefills):
             role = role * 0 + 2
     return role, index
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[
+    "cu_seqlens_ptr", "kv_lens_ptr", "block_table_ptr", "table_stride", "decode_base", "prefill_share",
+    "decode_share", "one",
+])
 def pod_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
     cu_seqlens_ptr, kv_lens_ptr, block_table_ptr, items_ptr, counts_ptr, counters_ptr, sm_order_ptr,
     q_stride_t, q_stride_h, table_stride, decode_base, scale, softcap, prefill_share, decode_share, one,
 ):
     """Resident programs draw items until none is left, in roles by the tickets of their SM."""
-    prefills = tl.load(counts_ptr) * KV_HEADS
-    decodes = tl.load(counts_ptr + 1) * KV_HEADS
     program = tl.program_id(0)
     sm = smid() % MAX_SMS
-    ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1)
+    prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
+    decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
+    ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
     role, index = draw(
         counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
     )
@@ -173,11 +180,13 @@ def pod_attention(
                 q_stride_t, q_stride_h, table_stride, scale, softcap,
                 PREFILL_ROWS, PREFILL_TOKENS,
             )
-        ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1)
+        prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
+        decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
+        ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
         role, index = draw(
             counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
         )
     # The last program to finish leaves the counters as it found them: zero.
-    finished = tl.atomic_add(counters_ptr + 2, 1)
+    finished = tl.atomic_add(counters_ptr + 2, 1, sem="acq_rel")
     if finished == tl.num_programs(0) - 1:
         tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
