@@ -233,7 +233,7 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> dict[str, Valu
         "link_latency": Value(latency, source),
         "link_bandwidth": Value(bandwidth, source),
         "link_processor_share": Value(
-            min(max(lost / whole, 0.0), 1.0), f"{MEASURED}: {count} products beside an all_reduce of 4 MiB"
+            min(max(lost / whole, 1e-3), 1.0), f"{MEASURED}: {count} products beside an all_reduce of 4 MiB"
         ),
     }
 
