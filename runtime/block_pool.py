@@ -23,13 +23,17 @@ class BlockPool:
     def __init__(self, num_pages: int, page_size: int, salt: bytes) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self.refs = [0] * num_pages
-        self.proved = bytearray(num_pages)  # 1: every position was written (or audited) by the verifier graph
-        # Which shape wrote a position: 0 = verifier, else an id that the certificates know.  [num_pages,
-        # page_size]
+        # Which shape wrote a position: 0 = verifier, else an id that the certificates know.
         self.origin = np.zeros((num_pages, page_size), dtype=np.int32)
         self._salt = hashlib.blake2b(salt, digest_size=16).digest()
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.clear()
+
+    def clear(self) -> None:
+        """Every page is free, and nothing is cached."""
+        self.refs = [0] * self.num_pages
+        # 1: every position was written (or audited) by the verifier graph
+        self.proved = bytearray(self.num_pages)
+        self._free = list(range(self.num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, unreferenced, oldest first
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}

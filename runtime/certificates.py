@@ -86,7 +86,11 @@ class Certificates:
                 return False
             target = next(iter(self._queue))
             self._current = self._probe.check_verifier() if target is None else self._probe.compare(target)
-        verdict = next(self._current)
+        try:
+            verdict = next(self._current)
+        except BaseException:
+            self._current = None  # a generator that was broken off never goes on: the probe begins again
+            raise
         if verdict is not None:
             target, _ = self._queue.popitem(last=False)
             self._current = None

@@ -192,18 +192,18 @@ class Engine:
         try:
             for prompt, p in zip(prompts, each, strict=True):
                 ids.append(self.submit(prompt, p, deterministic=deterministic, stream=False))
-        except RequestError:
+            done: dict[str, RequestOutput | None] = dict.fromkeys(ids)
+            others: list[RequestOutput] = []
+            while None in done.values():
+                for output in self.step():
+                    if output.request_id in done:
+                        done[output.request_id] = output
+                    else:
+                        others.append(output)
+        except BaseException:
             for request_id in ids:
                 self.abort(request_id)
             raise
-        done: dict[str, RequestOutput | None] = dict.fromkeys(ids)
-        others: list[RequestOutput] = []
-        while None in done.values():
-            for output in self.step():
-                if output.request_id in done:
-                    done[output.request_id] = output
-                else:
-                    others.append(output)
         self._held = others
         return [output for output in done.values() if output is not None]
 
@@ -226,7 +226,25 @@ class Engine:
     # -- one step --------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Run at most one fast and one verifier batch; returns what is new, request by request."""
+        """Run at most one fast and one verifier batch; returns what is new, request by request.
+
+        A step that is broken off (KeyboardInterrupt, no memory left) drops every request: nothing builds on
+        what it left half done, and the engine can be used again.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._drop_everything()
+            raise
+
+    def _drop_everything(self) -> None:
+        self._stats.aborted += len(self._requests)
+        self._requests.clear()
+        self._touched.clear()
+        self._scheduler.clear()
+        self._pool.clear()
+
+    def _step(self) -> list[RequestOutput]:
         start = time.perf_counter()
         self._stats.steps += 1
         fast = self._scheduler.plan_fast()

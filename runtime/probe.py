@@ -86,7 +86,11 @@ class Probe:
         """One forward at a time: None while the reference is made, then whether each composition agrees."""
         if self._reference is None:
             self._reference = Reference(self._verifier, self._config, self._max_len)
-        yield from self._reference.build()
+        try:
+            yield from self._reference.build()
+        except BaseException:
+            self._reference = None  # its generator was broken off and never goes on
+            raise
         rng = np.random.default_rng([*shape, num_seqs])
         for kind in range(self._config.probe_compositions):
             cuts = compose(rng, kind, shape, num_seqs, self._max_len)

@@ -58,6 +58,12 @@ class Scheduler:
         self._free(request)
         request.state = State.FINISHED
 
+    def clear(self) -> None:
+        """Forget every request; their pages are the caller's to free."""
+        self.waiting.clear()
+        self.running.clear()
+        self._deferred.clear()
+
     def preempt(self, request: Request) -> int:
         """Take a request's pages; it keeps what is committed. Returns how many proposals were lost."""
         self.running.remove(request)

@@ -89,6 +89,10 @@ class Pump:
         outputs: list[RequestOutput] = []
         try:
             outputs = self.engine.step()
+        except BaseException as error:
+            why = f"a step was broken off: {type(error).__name__}"
+            outputs = [_failed(request_id, why) for request_id in list(self._mail)]
+            raise
         finally:
             with self._changed:
                 self._stepping = False
@@ -107,6 +111,10 @@ class Pump:
             else:
                 _settle(action, future)
         return future.result()
+
+
+def _failed(request_id: str, why: str) -> RequestOutput:
+    return RequestOutput(request_id, [], [], finished=True, finish_reason="error", error=why)
 
 
 def _settle(action: Callable[[], Any], future: Future[Any]) -> None:
