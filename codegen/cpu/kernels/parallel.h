@@ -1,6 +1,10 @@
-// Threads and their memory. OpenMP here is the runtime torch has loaded, so torch's pool is used.
+// Threads, their floating-point mode and their memory. OpenMP here is the runtime torch has loaded, so
+// torch's pool is used.
 #pragma once
 #include <omp.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstddef>
@@ -9,12 +13,60 @@
 
 namespace llm42 {
 
+// While it lives, the calling thread rounds to nearest and keeps subnormal numbers. A program may have set
+// something else (torch.set_flush_denormal, a library linked with -ffast-math), and for some of the threads
+// only: the bits of a row would then depend on who computes it.
+class IeeeMode {
+ public:
+  IeeeMode() : before_(read()) {
+    if (before_ & kDeviations) write(before_ & ~kDeviations);
+  }
+  ~IeeeMode() {
+    if (before_ & kDeviations) write(before_);
+  }
+  IeeeMode(const IeeeMode&) = delete;
+  IeeeMode& operator=(const IeeeMode&) = delete;
+
+ private:
+#if defined(__SSE__)
+  using Word = unsigned;
+  static constexpr Word kDeviations = 0x8000 | 0x6000 | 0x0040;  // flush to zero, rounding, denormals are zero
+  static Word read() { return _mm_getcsr(); }
+  static void write(Word word) {
+    asm volatile("" ::: "memory");
+    _mm_setcsr(word);
+    asm volatile("" ::: "memory");
+  }
+#elif defined(__aarch64__)
+  using Word = uint64_t;
+  static constexpr Word kDeviations = 0x1000000 | 0xc00000 | 0x80000;  // FZ, RMode, FZ16
+  static Word read() {
+    Word word;
+    asm volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+  }
+  static void write(Word word) { asm volatile("msr fpcr, %0" ::"r"(word) : "memory"); }
+#else
+  using Word = unsigned;
+  static constexpr Word kDeviations = 0;
+  static Word read() { return 0; }
+  static void write(Word) {}
+#endif
+  const Word before_;
+};
+
 // f(thread, team) on `threads` threads; on the caller alone, without a parallel region, for one.
 template <class F>
 inline void parallel(int threads, F f) {
-  if (threads <= 1) return f(0, 1);
+  if (threads <= 1) {
+    const IeeeMode mode;
+    return f(0, 1);
+  }
 #pragma omp parallel num_threads(threads)
-  f(omp_get_thread_num(), omp_get_num_threads());
+  {
+    const IeeeMode mode;
+    f(omp_get_thread_num(), omp_get_num_threads());
+  }
 }
 
 // f(row) for all rows, in contiguous shares; `work` is what decides how many threads are woken.

@@ -88,6 +88,7 @@ void layer_norm_row(const Norm& p, const float* weight, const float* bias, int64
 
 void rms_norm(const Norm& p, int threads) {
   with_element(p.dtype, [&]<class T>(T) {
+    const IeeeMode mode;
     float* weight = widen_parameter<WeightScratch>(p, p.weight);
     if (weight && p.weight_offset != 0.f)
       for (int64_t i = 0; i < p.cols; i += 16) {
