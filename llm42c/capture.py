@@ -19,7 +19,7 @@ from torch import nn
 from llm42c import hf_interface
 from llm42c.codegen.ops import registry
 from llm42c.device import CPU, device_of_model
-from llm42c.errors import UnsupportedModelError
+from llm42c.errors import ConfigError, UnsupportedModelError
 from llm42c.memory import zeros
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.support import require_supported
@@ -68,7 +68,12 @@ def kv_spec(model: nn.Module) -> list[KVSpec]:
 def new_kv_cache(
     spec: list[KVSpec], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device = CPU
 ) -> KVCache:
-    """Zeroed pages for every layer; separate storages, so that no cache is ever copied as a view."""
+    """Zeroed pages for every layer; separate storages, so that no cache is ever copied as a view.
+
+    Raises ConfigError for a page size that the operators do not take.
+    """
+    if page_size % 16:
+        raise ConfigError(f"page_size must be a multiple of 16, not {page_size}")
     return KVCache(
         k=[zeros((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype, device) for s in spec],
         v=[zeros((num_pages, s.num_kv_heads, page_size, s.head_dim), dtype, device) for s in spec],

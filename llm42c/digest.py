@@ -32,8 +32,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def require_finite(model: nn.Module) -> None:
-    """Raise WeightsError naming the first parameter that holds NaN or infinity."""
+    """Raise WeightsError naming the first parameter that holds NaN or infinity, or lies packed elsewhere."""
     for name, parameter in model.named_parameters():
         # A sum is NaN or infinite when an element is; the exact test runs only then.
         if not torch.isfinite(parameter.detach().float().sum()) and not torch.isfinite(parameter).all():
+            if parameter.untyped_storage().nbytes() < parameter.nbytes:  # as WeightStore.release leaves it
+                raise WeightsError(
+                    f"weights of {name!r} are packed in another engine of this model: close that one, or "
+                    "build this one with its compiler"
+                )
             raise WeightsError(f"weights of {name!r} hold NaN or infinity: the checkpoint is damaged")

@@ -24,7 +24,7 @@ class EngineConfig:
 
     max_num_seqs: int = 32  # requests that may hold KV at once
     max_num_batched_tokens: int = 512  # tokens of one fast step
-    max_model_len: int | None = None  # None: the model's own context length
+    max_model_len: int | None = None  # None, or more than the model has: the model's own context length
     page_size: int = 16  # tokens a KV page
     num_pages: int | None = None  # None: as many as `kv_cache_bytes` holds
     kv_cache_bytes: int = 256 * 2**20

@@ -113,7 +113,7 @@ def row_seeds(seed: Any, prompts: int, copies: int) -> list[int]:
     its seed as it is, and copy i the first 63 bits of BLAKE2b over "seed/i": a row's seed depends on nothing
     else. Raises RequestError.
     """
-    if isinstance(seed, Tensor):
+    if hasattr(seed, "tolist"):  # a tensor, an array or a number of NumPy's
         seed = seed.tolist()
     each = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * prompts
     if len(each) != prompts:

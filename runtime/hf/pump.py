@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from llm42c.errors import RequestError
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.sampling import SamplingParams
@@ -27,6 +28,7 @@ class Pump:
         self.engine = engine
         self._changed = threading.Condition()
         self._stepping = False
+        self._driver = 0  # the thread that runs the step under way
         self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._mail: dict[str, list[RequestOutput]] = {}
 
@@ -72,7 +74,7 @@ class Pump:
                     if mail:
                         return mail
                     if not self._stepping:
-                        self._stepping = True
+                        self._stepping, self._driver = True, threading.get_ident()
                         break
                     self._changed.wait()
             self._step()
@@ -95,7 +97,7 @@ class Pump:
             raise
         finally:
             with self._changed:
-                self._stepping = False
+                self._stepping, self._driver = False, 0
                 for output in outputs:
                     if output.request_id in self._mail:
                         self._mail[output.request_id].append(output)
@@ -106,6 +108,8 @@ class Pump:
     def _between_steps(self, action: Callable[[], T]) -> T:
         future: Future[T] = Future()
         with self._changed:
+            if self._driver == threading.get_ident():
+                raise RequestError("a logits processor cannot call the model that it belongs to")
             if self._stepping:
                 self._inbox.append((action, future))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import (
@@ -304,6 +305,8 @@ def test_seeds_of_prompts_and_the_global_generator() -> None:
     two = wrapped().generate(**padded(PROMPTS), **arguments, seed=torch.tensor([7, 8, 9]))
     before = torch.random.get_rng_state()
     assert torch.equal(one.sequences, two.sequences)
+    again = wrapped().generate(**padded(PROMPTS), **arguments, seed=np.array([7, 8, 9]))
+    assert torch.equal(one.sequences, again.sequences)
     for i, seed in enumerate((7, 8, 9)):
         assert_rows_equal(
             one, i, solo(wrapped(), [PROMPTS[i]], max_new_tokens=8, do_sample=True, seed=seed)[0]

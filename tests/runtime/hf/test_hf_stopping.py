@@ -99,6 +99,8 @@ def test_processors_that_cannot_be_kept() -> None:
         _with(Broken())
     with pytest.raises(RequestError, match="WrongShape must return"):
         _with(WrongShape())
+    with pytest.raises(RequestError, match="cannot call the model that it belongs to"):
+        _with(lambda ids, scores: wrapped().generate(ids, max_new_tokens=1))
     with pytest.raises(RequestError, match="SynthID"):
         _with(processors.SynthIDTextWatermarkLogitsProcessor(5, [1, 2, 3, 4], 16, 16, 16, "cpu"))
     assert not wrapped().llm42._pump.engine.has_unfinished()

@@ -14,7 +14,7 @@ from tiny_models import ENGINE, VOCAB, bits, make, padded, plain, prompt, wrappe
 from transformers import GenerationMixin, LlamaForCausalLM
 
 import llm42c
-from llm42c.errors import OptionsError
+from llm42c.errors import ConfigError, OptionsError
 
 INPUTS = padded([prompt(5, 1), prompt(9, 2)])
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -285,6 +285,8 @@ def test_wrapping_twice() -> None:
 def test_clear_errors() -> None:
     with pytest.raises(OptionsError, match="did you mean 'max_num_seqs'"):
         llm42c.deterministic(make("llama"), max_num_seq=3)
+    with pytest.raises(ConfigError, match="page_size must be a multiple of 16, not 8"):
+        llm42c.deterministic(make("llama"), page_size=8)
     for wrong in (3, torch.nn.Linear(2, 2), dict):
         with pytest.raises(TypeError, match="Hugging Face model"):
             llm42c.deterministic(wrong)
