@@ -4,14 +4,17 @@
 from a ``Target``; an expression holds numbers, so it can be printed and computed again by hand.
 
     product of [n * m, K] and [K, N]    max(waves * time of a tile, bytes of the weight and rows / bandwidth)
-                                        waves = ceil(ceil(n * m / tile_m) * ceil(N / tile_n) / units)
+                                        waves = ceil(ceil(n * m / tile_m) * ceil(N / tile_n) / units);
+                                        on a CPU the sum of both
     attention                           4 * Hq * D * n * (s + n / 2) / flops     (s + n with an explicit mask)
     a collective that is one call       latency + bytes of the message / link, while nothing else runs
     everything else                     bytes of the result / bandwidth
     each call                           + call_seconds
 
 ``units`` are what runs tiles at the same time: the SMs of a GPU, 1 on a CPU, where a product is not cut into
-waves (tiles of 1). That a half may need as many waves as the whole is what makes some splits bad.
+waves (tiles of 1). That a half may need as many waves as the whole is what makes some splits bad. A GPU reads
+the next tile while it multiplies; a CPU's library first copies the weight into the layout that it multiplies
+from, which two halves of a few dozen tokens pay twice.
 """
 
 from __future__ import annotations
@@ -112,7 +115,8 @@ def _product(node: fx.Node, out: Tensor, tokens: int, rates: Rates) -> sympy.Exp
     tile = 2.0 * rates.tile_m * rates.tile_n * k / (rates.flops / rates.units)
     weight = 0.0 if tokens_in(b, tokens) else float(k * columns * b.element_size())
     activations = rows * (k + columns) * out.element_size()
-    return sympy.Max(waves * tile, (weight + activations * N) / rates.bandwidth)
+    reading = (weight + activations * N) / rates.bandwidth
+    return sympy.Max(waves * tile, reading) if rates.units > 1 else waves * tile + reading
 
 
 def _number(x: float) -> sympy.Expr:

@@ -61,7 +61,7 @@ def test_the_engine_script(tmp_path: Path) -> None:
     assert differ["llm42, 100 %: differ from solo"]["note"] == "of 3 requests"
 
 
-@pytest.mark.parametrize("script", ["pod.py", "engine.py"])
+@pytest.mark.parametrize("script", ["pod.py", "engine.py", "tokenweave.py"])
 def test_without_a_gpu_nothing_is_measured(script: str) -> None:
     import torch
 
@@ -70,3 +70,17 @@ def test_without_a_gpu_nothing_is_measured(script: str) -> None:
     done = subprocess.run([sys.executable, str(FOLDER / script)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no GPU here" in done.stdout
+
+
+def test_the_token_weaving_script(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    rows = _dry_run("tokenweave.py", tmp_path / "tokenweave.csv")
+    missing = {row["what"] for row in rows if row["note"].startswith("not run")}
+    assert missing == {"communication hidden", "one kernel"}, "what needs several GPUs"
+    times = {(row["case"], row["what"]) for row in rows if row["unit"] == "ms" and row["value"]}
+    for case in ("16 tokens", "48 tokens"):
+        assert {(case, what) for what in ("without communication", "whole", "woven")} <= times
+    for case in ("1 x 64", "5 x 64"):
+        assert {(case, what) for what in ("three calls", "one operator")} <= times
+    assert {row["value"] for row in rows if row["what"] == "rows that differ"} == {"0"}
+    assert [row for row in rows if row["what"] == "woven, predicted"]
