@@ -96,15 +96,14 @@ def explain(
         dump = Dump.for_options(opts, "explain")
         report = backend.rewrite_plain(gm, inputs, opts, dump)
         graph = GraphExplanation(report, *_census(gm.graph))
-        found.graphs.append(graph)
-        if not weaves:
-            return gm.forward
 
         def tell(weaving: Weaving) -> None:
             graph.weaving = weaving
             dump.weaving(weaving)
 
-        return _planned(gm, inputs, opts, target, tell)
+        run = _planned(gm, inputs, opts, target, tell) if weaves else gm.forward
+        found.graphs.append(graph)  # here: Dynamo may call off a graph with symbols, and begin again
+        return run
 
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)

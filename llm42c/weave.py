@@ -13,7 +13,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -107,9 +107,10 @@ def compile_woven(
     style: Style = "free",
     group: dist.ProcessGroup | None = None,
     whole: Callable[..., tuple[Any, ...]] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> WovenProgram:
     """:func:`plan` for ``gm``, compiled lazily; ``whole``: see :class:`WovenProgram`."""
-    planner = plan(gm, target, when=when, group=group)
+    planner = plan(gm, target, when=when, group=group, fixed=fixed)
     return WovenProgram(planner, style, lane_for(_device(gm)), whole)
 
 
@@ -119,15 +120,17 @@ def plan(
     *,
     when: When = "auto",
     group: dist.ProcessGroup | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> Planner:
     """Divide ``gm`` and agree with the other ranks of ``group`` on when to weave it.
 
-    ``target`` must have the rates that :func:`measured` gives; without one they are measured here. All ranks
+    ``fixed``: see :func:`~llm42c.passes.token_split.split_tokens`. ``target`` must have the rates that
+    :func:`measured` gives; without one they are measured here. All ranks
     of ``group`` must call this together. Raises UnsplittableError, on every rank, where the graph cannot be
     divided, TargetError where a rate is missing, RanksDifferError where graphs or plans differ.
     """
     try:
-        split, refusal = split_tokens(gm), ""
+        split, refusal = split_tokens(gm, fixed), ""
     except UnsplittableError as reason:
         split, refusal = None, str(reason)
     with unset_fake_temporarily():  # a compiler may be at work around us
@@ -138,6 +141,10 @@ def plan(
         if target is None:
             target = measured(group, _device(gm))
         planner = Planner(split, Rates.of(target), always=when == "always")
+        if group is not None and group.size() > 1:
+            costs = [planner.costs]
+            dist.broadcast_object_list(costs, group_src=0, group=group)
+            planner.adopt(costs[0])
         require_equal(planner.hash, group)
     return planner
 

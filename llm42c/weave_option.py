@@ -7,8 +7,9 @@ log, the dump and ``explain``; ``"always"`` makes the reason an error.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,14 +103,14 @@ def weave_or_leave(
 
     def compile_graph(traced: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         try:
-            program = _woven(traced, options, style, target)
+            program = _programs(traced, options, style, target, tell)
         except UnsplittableError as refusal:
             _leave(str(refusal), options, tell)
-            return plain(traced, inputs)
-        tell(Weaving(program.planner))
+            unwoven = plain(traced, inputs)
+            return lambda *args: unwoven(*args)  # which AOTAutograd must not take for a function of one list
 
         def run(*args: Any) -> tuple[Any, ...]:
-            return program(*args)
+            return program(args)(*args)
 
         return run
 
@@ -117,12 +118,59 @@ def weave_or_leave(
     return compiled
 
 
-def _woven(traced: fx.GraphModule, options: Options, style: Style, target: Target | None) -> WovenProgram:
+def _programs(
+    traced: fx.GraphModule,
+    options: Options,
+    style: Style,
+    target: Target | None,
+    tell: Callable[[Weaving], None],
+) -> Callable[[tuple[Any, ...]], WovenProgram]:
+    """The program for given inputs: one for all, or one for each size of the batch.
+
+    A mask of every sequence has three symbolic sizes, and their product is too large to compute with.
+    """
+
+    def made(fixed: Mapping[str, int] | None) -> WovenProgram:
+        program = _woven(traced, options, style, target, fixed)
+        tell(Weaving(program.planner))
+        return program
+
+    try:
+        for_all = made(None)
+    except UnsplittableError:
+        others = _sizes_beside_tokens(traced)
+        if not others:
+            raise
+    else:
+        return lambda _: for_all
+    names = {place: str(symbol) for place, symbol in others.items()}
+    known = functools.cache(lambda *sizes: made(dict(zip(names.values(), sizes, strict=True))))
+    known(*(symbol.node.hint for symbol in others.values()))
+    return lambda args: known(*(args[place] for place in names))
+
+
+def _sizes_beside_tokens(gm: fx.GraphModule) -> dict[int, torch.SymInt]:
+    """Inputs that are symbolic sizes, by their place, but for the one that counts the rows of messages."""
+    shapes = [g.fake(n.args[0]).shape for n in gm.graph.nodes if comm.is_collective(n)]
+    tokens = {str(shape[-2]) for shape in shapes if len(shape) > 1}
+    inputs = [g.value(n) for n in gm.graph.nodes if n.op == "placeholder"]
+    sizes = {i: v for i, v in enumerate(inputs) if isinstance(v, torch.SymInt)}
+    return {i: v for i, v in sizes.items() if str(v) not in tokens}
+
+
+def _woven(
+    traced: fx.GraphModule,
+    options: Options,
+    style: Style,
+    target: Target | None,
+    fixed: Mapping[str, int] | None,
+) -> WovenProgram:
     group = asked_group(traced)
     if group is None and target is None:
         raise UnsplittableError("no ranks to measure the link with, and no target that has its rates")
+    when = options.token_weave
     try:
-        return compile_woven(traced, target, when=options.token_weave, style=style, group=group)
+        return compile_woven(traced, target, when=when, style=style, group=group, fixed=fixed)
     except TargetError as error:
         raise OptionsError(f"option 'target': {error}") from None
 

@@ -1,15 +1,16 @@
 """Run a divided graph: its segments in a given order, its collectives beside them.
 
-A program is straight-line Python, one line a segment, a start or a wait. A collective that torch runs
-asynchronously (``_c10d_functional``) is started and waited for as it stands: NCCL on its own stream, Gloo in
-its own threads, each with its own event. One that communicates inside an operator goes through a *lane*:
-a stream of its own with an event for each call, or on a CPU one thread, so that all ranks communicate in
-one order.
+A program is straight-line Python, one line a segment, a start or a wait. Collectives that torch runs
+asynchronously (``_c10d_functional``) are started and waited for as they stand: NCCL on its own stream, Gloo
+in its own threads, each with its own event. Where some communicate inside an operator, all go through a
+*lane*: a stream of its own with an event for each call, or on a CPU one thread, so that all ranks communicate
+in one order.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import operator
 from collections.abc import Callable
@@ -238,9 +239,10 @@ def build_program(
     outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
     steps: list[Step] = []
     labels: dict[int, str] = {}
+    in_lane = any(transfer.start.target is comm.start for transfer in p.transfers.values())
     for turn in turns(p, order):
         if turn.what != SEGMENT:
-            steps.append(_transfer(p, turn.key, turn.what == START, lane))
+            steps.append(_transfer(p, turn.key, turn.what == START, lane if in_lane else None))
             continue
         nodes = p.segments[turn.key].nodes
         accesses = [n for n in nodes if _is_access(n)]
@@ -266,10 +268,19 @@ def _segment(nodes: list[fx.Node], compile_segment: Callable[[fx.GraphModule], C
     return Step(tuple(outputs), function, tuple(inputs), {}, sequence=bool(outputs))
 
 
-def _transfer(p: Pieces, key: str, starts: bool, lane: Lane) -> Step:
+def _transfer(p: Pieces, key: str, starts: bool, lane: Lane | None) -> Step:
+    """In a program that has a lane, everything communicates there: ranks must do so in one order."""
     node = p.transfers[key].start if starts else p.transfers[key].wait
+    if lane is None:
+        return Step((node,), node.target, node.args, node.kwargs)
+    if not starts:
+        return Step((node,), lane.wait, node.args, {})
     if node.target is comm.start:
         return Step((node,), lane.start, node.args, {})
-    if node.target is comm.wait:
-        return Step((node,), lane.wait, node.args, {})
-    return Step((node,), node.target, node.args, node.kwargs)
+    return Step((node,), functools.partial(lane.start, _to_its_end), (node.target, *node.args), {})
+
+
+def _to_its_end(functional: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A collective that torch would run asynchronously."""
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(functional(*args))
+    return done

@@ -12,6 +12,7 @@ Nothing may bake a prime into an argument; :func:`baked` finds such a fault.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,15 +28,16 @@ _OFFSET = 1 << 20  # what may be added to a multiple of a symbol: sequence lengt
 SYMBOLS = "llm42_symbols"  # on the graph module's meta: prime → the symbolic size that it stands for
 
 
-def concretise(gm: fx.GraphModule) -> bool:
+def concretise(gm: fx.GraphModule, fixed: Mapping[str, int] | None = None) -> bool:
     """Replace the symbolic sizes in all values of ``gm`` by primes.
 
-    Returns False, and leaves every value as it was, when the graph has more symbols than primes or a
-    call whose result depends on data.
+    ``fixed``: symbols, by name, that become a number of their own; the graph is right for that number only.
+    Returns False, and leaves every value as it was, when the graph has more symbols than primes, a value
+    whose size does not fit into an int64 then, or a call whose result depends on data.
     """
-    nodes = list(gm.graph.nodes)
-    primes = _assign(nodes)
-    if primes is None or not primes:
+    nodes, fixed = list(gm.graph.nodes), fixed or {}
+    primes = _assign(nodes, fixed)
+    if primes is None or primes.keys() <= fixed.keys():
         return False
     before = [g.value(n) for n in nodes]
     mode = FakeTensorMode()
@@ -50,14 +52,17 @@ def concretise(gm: fx.GraphModule) -> bool:
         for node, v in zip(nodes, before, strict=True):
             node.meta[g.VALUE] = v
         return False
-    gm.meta[SYMBOLS] = {prime: symbol for _, (prime, symbol) in primes.items()}
-    _fold_sizes(gm.graph)
+    gm.meta[SYMBOLS] = {prime: symbol for name, (prime, symbol) in primes.items() if name not in fixed}
+    for node, v in zip(nodes, before, strict=True):
+        if node.op == "placeholder" and isinstance(v, torch.SymInt) and str(v) in fixed:
+            _substitute(node, fixed[str(v)])
+    _fold_sizes(gm.graph, gm.meta[SYMBOLS])
     return True
 
 
-def _fold_sizes(graph: fx.Graph) -> None:
+def _fold_sizes(graph: fx.Graph, symbols: Mapping[int, Any]) -> None:
     """Calls that compute a size give way to the number, or to the input, that they always equal."""
-    inputs = {g.value(n): n for n in graph.nodes if n.op == "placeholder" and isinstance(g.value(n), int)}
+    inputs = {g.value(n): n for n in graph.nodes if n.op == "placeholder" and _is_symbol(n, symbols)}
 
     def known(size: int) -> Any:
         return inputs.get(size, size if size < min(PRIMES) else None)
@@ -76,6 +81,10 @@ def _fold_sizes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _is_symbol(node: fx.Node, symbols: Mapping[int, Any]) -> bool:
+    return isinstance(g.value(node), int) and g.value(node) in symbols
+
+
 def _substitute(node: fx.Node, meant: Any) -> None:
     """Give ``node``'s users a number, an input or a tuple of both instead."""
     for user in list(node.users):
@@ -83,15 +92,16 @@ def _substitute(node: fx.Node, meant: Any) -> None:
         user.kwargs = fx.node.map_arg(user.kwargs, lambda n: meant if n is node else n)
 
 
-def _assign(nodes: list[fx.Node]) -> dict[str, tuple[int, torch.SymInt]] | None:
-    """A prime for every symbolic input, by the text of its expression."""
+def _assign(nodes: list[fx.Node], fixed: Mapping[str, int]) -> dict[str, tuple[int, torch.SymInt]] | None:
+    """A prime, or its fixed number, for every symbolic input, by the text of its expression."""
     primes: dict[str, tuple[int, torch.SymInt]] = {}
     for node in nodes:
         v = g.value(node)
         if node.op == "placeholder" and isinstance(v, torch.SymInt) and str(v) not in primes:
-            if len(primes) == len(PRIMES):
+            given = len(primes.keys() - fixed.keys())
+            if str(v) not in fixed and given == len(PRIMES):
                 return None
-            primes[str(v)] = (PRIMES[len(primes)], v)
+            primes[str(v)] = (fixed[str(v)] if str(v) in fixed else PRIMES[given], v)
     return primes
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,18 +89,20 @@ class _Propagation:
         return self.states.get(node) is not None
 
 
-def split_tokens(gm: fx.GraphModule) -> Split:
+def split_tokens(gm: fx.GraphModule, fixed: Mapping[str, int] | None = None) -> Split:
     """Divide the tokens of ``gm``, which is left as it is.
 
-    The token dimension is a symbolic size of the graph. Raises UnsplittableError with the reason when the
-    graph has none, or an operator in the way for which there is no rule.
+    The token dimension is a symbolic size of the graph. ``fixed``: other symbolic sizes, by name, that are to
+    be taken as a number; the result is right for that number only. Raises UnsplittableError with the reason
+    when the graph has none, or an operator in the way for which there is no rule.
     """
     original = copied(gm)
     if not any(comm.is_collective(n) for n in original.graph.nodes):
         raise UnsplittableError("no collective in the graph")
-    if SYMBOLS not in original.meta and not concretise(original):
+    if SYMBOLS not in original.meta and not concretise(original, fixed):
         raise UnsplittableError(_without_symbols(original))
-    inputs = {g.value(n): n for n in original.graph.nodes if n.op == "placeholder" and _is_int(g.value(n))}
+    sizes = [n for n in original.graph.nodes if n.op == "placeholder" and _is_int(g.value(n))]
+    inputs = {g.value(n): n for n in sizes}
     reasons = []
     for prime in _candidates(original):
         if prime not in inputs:
@@ -323,6 +325,9 @@ class _Writer:
         if node.target is operator.getitem and isinstance(args[0], tuple):
             index: Any = args[1]
             return args[0][index]
+        return self._called(node, args, kwargs)
+
+    def _called(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         if comm.returns_when_done(node):
             return self.call(comm.wait, (self.call(comm.start, (node.target, *args, *kwargs.values())),))
         return self.call(node.target, args, **kwargs)
@@ -344,7 +349,7 @@ class _Writer:
             self._half = None
         else:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.whole)
-            self._whole[node] = self.call(node.target, args, **kwargs)
+            self._whole[node] = self._called(node, args, kwargs)
 
     def _check(self, node: fx.Node, which: int, made: Any) -> None:
         """A half has the shape of the whole, with its own number of rows."""

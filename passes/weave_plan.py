@@ -22,6 +22,7 @@ import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
@@ -251,6 +252,9 @@ class Decision:
         return self.woven.order if self.weaves and self.woven is not None else self.plain.order
 
 
+Costs = tuple[dict[str, sympy.Expr], dict[str, sympy.Expr]]
+
+
 class Planner:
     """Decides for one graph on one target; equal for equal graphs and rates.
 
@@ -262,10 +266,20 @@ class Planner:
         self.split = split
         self.woven, self.plain = pieces_of_split(split), pieces_of_whole(split)
         self.woven_dag, self.plain_dag = dag_of(self.woven), dag_of(self.plain)
-        self.woven_cost = _costs(self.woven, rates)
-        self.plain_cost = _costs(self.plain, rates)
-        self._woven_fast = _compiled(self.woven_cost)
-        self._plain_fast = _compiled(self.plain_cost)
+        self.adopt((_costs(self.woven, rates), _costs(self.plain, rates)))
+
+    @property
+    def costs(self) -> Costs:
+        """Seconds of every piece of the woven and of the plain graph."""
+        return self.woven_cost, self.plain_cost
+
+    def adopt(self, costs: Costs) -> None:
+        """Decide by these ``costs``, which may be another rank's.
+
+        Ranks that hold parts of different sizes see different costs, and must take the same decisions.
+        """
+        self.woven_cost, self.plain_cost = costs
+        self._woven_fast, self._plain_fast = _compiled(self.woven_cost), _compiled(self.plain_cost)
         self._decided = functools.lru_cache(maxsize=4096)(self._decide)
 
     def decide(self, tokens: int, always: bool | None = None) -> Decision:
@@ -333,11 +347,16 @@ def _compiled(costs: dict[str, sympy.Expr]) -> dict[str, Callable[[int, int], fl
 
 
 def _structure(graph: fx.Graph) -> list[str]:
-    """What a graph computes, one line a node, without names."""
+    """What ranks must have in common: the calls, what they read, and everything that collectives are given.
+
+    Other numbers are a rank's own where it holds a part, such as the first row of a divided embedding.
+    """
     number = {node: i for i, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:
-        args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{number[n]}")
+        reads: Any = [f"%{number[n]}" for n in node.all_input_nodes]
+        if comm.is_start(node) or comm.is_collective(node):
+            reads = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{number[n]}")
         target = (
             ""
             if node.op == "placeholder"
@@ -345,5 +364,5 @@ def _structure(graph: fx.Graph) -> list[str]:
             if callable(node.target)
             else node.target
         )
-        lines.append(f"{node.op} {target} {args} {node.meta.get(HALF)}")
+        lines.append(f"{node.op} {target} {reads} {node.meta.get(HALF)}")
     return lines

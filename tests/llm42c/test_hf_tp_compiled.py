@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import tp_families
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, fx
 
 sys.path.append(str(Path(__file__).parents[1] / "codegen"))
 import rank_world
 
 
-def work(rank: int, folder: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits: eager, compiled, and compiled with the first row alone."""
+def work(rank: int, folder: str) -> dict[str, Any]:
+    """Logits: eager; compiled, of two rows and of the first; of the rewritten graph, plain and woven."""
     from transformers.distributed import DistributedConfig
 
     if rank == 0:
@@ -25,20 +26,55 @@ def work(rank: int, folder: str) -> tuple[Tensor, Tensor, Tensor]:
     dist.barrier()
     config = DistributedConfig(tp_size=2)
     model = hf.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
-    ids = torch.arange(3, 17).view(2, 7)
+    ids = torch.arange(3, 19).view(2, 8)
     with torch.no_grad():
         eager = model.eval()(ids, use_cache=False).logits
         compiled = torch.compile(model, backend="llm42", fullgraph=True, dynamic=False)
-        return eager, compiled(ids, use_cache=False).logits, compiled(ids[:1], use_cache=False).logits
+        together, alone = (compiled(rows, use_cache=False).logits for rows in (ids, ids[:1]))
+        found = without_inductor(model, ids)
+    return {"eager": eager, "together": together, "alone": alone, **found}
+
+
+def without_inductor(model: Any, ids: Tensor) -> dict[str, Any]:
+    """The graph that the backend makes of the model, its calls as they stand: woven, then not."""
+    from llm42c import backend, weave_option
+    from llm42c.dump import Dump
+    from llm42c.options import Options
+
+    options, made = Options.parse({"token_weave": "always"}), []
+    build = weave_option.compile_woven
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        made.append(build(*args, **kwargs))
+        return made[-1]
+
+    def rewritten(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        backend.rewrite_plain(gm, inputs, options, Dump(None, ""))
+        return weave_option.weave_or_leave(gm, inputs, options, "eager", backend.inductor.compile_fixed)
+
+    weave_option.compile_woven = kept  # this process is a test's own
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(ids, 1)
+    run = torch.compile(model, backend=rewritten, fullgraph=True)
+    woven = run(ids, use_cache=False).logits
+    made[0].when = "off"
+    plain = run(ids, use_cache=False).logits
+    planner, calls = made[0].planner, made[0].calls
+    found = {"plan": planner.hash, "calls": calls, "split": planner.split.collectives}
+    return {"woven": woven, "plain": plain, **found}
 
 
 @pytest.mark.slow
-def test_rows_do_not_depend_on_their_batch(tmp_path: Path):
+def test_rows_depend_neither_on_their_batch_nor_on_weaving(tmp_path: Path):
     pytest.importorskip("transformers.distributed")
     results = rank_world.run(2, work, str(tmp_path), timeout=200)
-    for eager, together, alone in results:
-        assert torch.equal(together[:1], alone)
-        assert torch.equal(together, results[0][1])
+    for out in results:
+        assert torch.equal(out["together"][:1], out["alone"])
+        assert torch.equal(out["together"], results[0]["together"])
+        assert torch.equal(out["woven"], out["plain"])
+        assert out["plan"] == results[0]["plan"]  # though each rank holds other rows of the embedding
+        assert out["calls"] == {"woven": 1, "whole": 1}
+        assert out["split"] == 4
         # Some 300 operations of fp32 a logit, on values about 1.
-        assert float((eager - together).abs().max()) < 1e-4
-        assert float(eager.abs().max()) > 0.01
+        assert float((out["eager"] - out["together"]).abs().max()) < 1e-4
+        assert float(out["eager"].abs().max()) > 0.01

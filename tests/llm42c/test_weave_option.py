@@ -52,16 +52,22 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(torch.uint8)
 
 
-@pytest.mark.slow
-def test_the_option_weaves_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    made: list[Any] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The woven programs that the option has made."""
+    programs: list[Any] = []
     build = weave_option.compile_woven
 
     def kept(*args: Any, **kwargs: Any) -> Any:
-        made.append(build(*args, **kwargs))
-        return made[-1]
+        programs.append(build(*args, **kwargs))
+        return programs[-1]
 
     monkeypatch.setattr(weave_option, "compile_woven", kept)
+    return programs
+
+
+@pytest.mark.slow
+def test_the_option_weaves_and_changes_no_bit(tmp_path: Path, made: list[Any]):
     model = wg.model(1)
     plain = compiled(model)
     expected = {n: plain(marked(n) if n == 40 else wg.tokens(n)) for n in (40, 3, 7)}
@@ -74,6 +80,34 @@ def test_the_option_weaves_and_changes_no_bit(tmp_path: Path, monkeypatch: pytes
     (folder,) = (tmp_path / "dump").iterdir()
     assert "woven" in (folder / "token_weave.txt").read_text()
     assert (folder / "token_weave.dot").read_text().startswith("digraph")
+
+
+class Masked(nn.Module):
+    """A mask of every sequence, so that a value has three symbolic sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(wg.HIDDEN, 3 * wg.HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        place = torch.arange(x.shape[1])
+        mask = (place <= place[:, None]).expand(x.shape[0], 1, -1, -1)
+        a = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return x + wg.all_reduce(a.transpose(1, 2).flatten(2))
+
+
+def test_batches_of_any_size_with_a_mask_each(tmp_path: Path, made: list[Any]):
+    torch.manual_seed(0)
+    model, batches = Masked(), [wg.tokens(count, batch) for batch, count in ((3, 12), (2, 7), (3, 5))]
+    plain = torch.compile(model, backend="llm42", fullgraph=True, dynamic=True)
+    expected = [plain(x) for x in batches]
+    torch._dynamo.reset()
+    options = {"token_weave": "always", "target": rates(tmp_path)}
+    woven = torch.compile(model, backend="llm42", fullgraph=True, dynamic=True, options=options)
+    for x, want in zip(batches, expected, strict=True):
+        assert torch.equal(bits(woven(x)), bits(want))
+    assert [program.calls["woven"] for program in made] == [2, 1]  # one for each size of the batch
 
 
 def test_auto_leaves_a_graph_alone_that_cannot_be_divided(caplog: pytest.LogCaptureFixture):
