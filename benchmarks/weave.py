@@ -55,6 +55,7 @@ LINKS = {  # seconds, bytes a second
     "2 ms, latency only": (2e-3, 1e15),
 }
 LATENCY = 5e-5
+DECLINED = "not woven"
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def row(case: str, tokens: int, decision: str, t: Times, runs: int, **more: Any)
     median = {name: statistics.median(x) for name, x in t.items()}
     whole, chosen, none = median["whole"], median["chosen"], median.get("none")
     comm = more.pop("comm", None if none is None else whole - none)
-    hidden = round((whole - chosen) / comm, 3) if comm else ""
+    hidden = round((whole - chosen) / comm, 3) if comm and decision != DECLINED else ""
     woven = median.get("woven")
     return Row(
         case=case,
@@ -262,7 +263,7 @@ def _cleared(link: Link, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def _cut(decision: Decision) -> str:
-    return f"cut at {decision.tokens_0}" if decision.weaves else "not woven"
+    return f"cut at {decision.tokens_0}" if decision.weaves else DECLINED
 
 
 def gloo(network: str, hidden: int = 1536, layers: int = 4, runs: int = 7) -> Iterator[Row]:
