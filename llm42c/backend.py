@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,9 @@ from llm42c.passes import pipeline
 from llm42c.passes.base import PLAIN, Context, Report
 from llm42c.passes.kinds import Kind, kind, plain_name
 from llm42c.recompiles import require_room
+
+if TYPE_CHECKING:
+    from llm42c.weave_runner import Style
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def llm42(
             return in_steps(plain(gm, example_inputs), device_of_inputs(example_inputs))
         from llm42c.weave_option import weave_or_leave  # sympy and networkx, for those who ask
 
-        style = "free" if free else "plain"
+        style: Style = "free" if free else "plain"
         grad = needs_grad(example_inputs)
         return weave_or_leave(gm, example_inputs, opts, style, plain, grad=grad, tell=dump.weaving)
 

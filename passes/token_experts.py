@@ -74,7 +74,8 @@ def sorted_rule(name: str, node: fx.Node, states: dict[fx.Node, Any], rows: Call
     ``rows(x)`` says where the rows of a value in order are (``token_rules.Rows``), or None. Returns a Sorted,
     a tuple of them, or a number: of a result in order, how many rows a token has. Raises SortedRowsError.
     """
-    first = states.get(node.args[0])  # type: ignore[arg-type]
+    source = node.args[0] if node.args else None
+    first = states.get(source) if isinstance(source, fx.Node) else None
     if name in ("index", "getitem") and (index := _index(node)) is not None:
         return _indexed(node.args[0], first, states.get(index), rows)
     if isinstance(first, Sorted) and first.what == "index" and _divides(name, node, first.inner):
@@ -88,8 +89,8 @@ def sorted_rule(name: str, node: fx.Node, states: dict[fx.Node, Any], rows: Call
     if name in _GROUPED:
         return _multiplied(node, states)
     if name == "llm42::grouped_linear":
-        keys = states.get(node.args[3])  # type: ignore[arg-type]
-        if _are(first, "rows") and _are(keys, "keys") and first.by is keys.by:
+        keys: Any = states.get(node.args[3])  # type: ignore[arg-type]
+        if isinstance(first, Sorted) and first.what == "rows" and _are(keys, "keys") and first.by is keys.by:
             return first
     if name in _SAME and isinstance(first, Sorted):
         return first
@@ -99,7 +100,7 @@ def sorted_rule(name: str, node: fx.Node, states: dict[fx.Node, Any], rows: Call
 def _divides(name: str, node: fx.Node, number: int) -> bool:
     """``x // number``"""
     floor = name in ("floor_divide", "floordiv") or node.kwargs.get("rounding_mode") == "floor"
-    return floor and name in ("floor_divide", "floordiv", "div") and node.args[1] == number
+    return floor and name in ("floor_divide", "floordiv", "div") and bool(node.args[1] == number)
 
 
 def _are(state: Any, what: What) -> bool:
@@ -109,7 +110,7 @@ def _are(state: Any, what: What) -> bool:
 def _index(node: fx.Node) -> fx.Node | None:
     """The one tensor by which ``x[i]`` indexes the first dimension."""
     index = node.args[1]
-    parts = list(index) if isinstance(index, (tuple, list)) else [index]
+    parts: list[Any] = list(index) if isinstance(index, (tuple, list)) else [index]
     return parts[0] if len(parts) == 1 and g.tensor(parts[0]) is not None else None
 
 
@@ -145,12 +146,12 @@ def _multiplied(node: fx.Node, states: dict[fx.Node, Any]) -> Sorted:
     """Each row with the matrix of its own expert."""
     x, weight = node.args[:2]
     offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
-    rows, ends = states.get(x), states.get(offsets)  # type: ignore[arg-type]
-    if not _are(rows, "rows") or not _are(ends, "offsets") or states.get(weight) is not None:  # type: ignore[arg-type]
+    rows: Any = states.get(x)  # type: ignore[arg-type]
+    ends: Any = states.get(offsets)  # type: ignore[arg-type]
+    theirs = _are(rows, "rows") and _are(ends, "offsets") and states.get(weight) is None  # type: ignore[arg-type]
+    if not theirs or rows.by is not ends.by or g.fake(weight).shape[0] != ends.groups:
         raise SortedRowsError("grouped_mm: its groups are not those of its rows")
-    if rows.by is not ends.by or g.fake(weight).shape[0] != ends.groups:
-        raise SortedRowsError("grouped_mm: its groups are not those of its rows")
-    return rows  # type: ignore[no-any-return]
+    return Sorted(rows.by, "rows", rows.inner)
 
 
 def _each_row(name: str, node: fx.Node, states: dict[fx.Node, Any]) -> Any:

@@ -448,7 +448,7 @@ def _is_own(call: Call, written: fx.Node) -> bool:
 
 def _sorted(call: Call) -> States:
     """What a sort of rows gives, and what is computed from that."""
-    node, first = call.node, call.node.args[0]
+    node, first = call.node, call.node.args[0] if call.node.args else None
     if call.name == "sort":
         rows = call.rows(first)
         if rows is None or rows.outer != 1 or g.fake(first).dim() != 1:
@@ -464,7 +464,7 @@ def _sorted(call: Call) -> States:
         found = sorted_rule(call.name, node, {x: call.state(x) for x in call.tensors}, call.rows)
     except SortedRowsError as reason:
         raise UnsplittableError(str(reason)) from None
-    return Rows(0, 1, found) if isinstance(found, int) else found  # type: ignore[no-any-return]
+    return Rows(0, 1, found) if isinstance(found, int) else found
 
 
 def _is_sorted(call: Call) -> bool:

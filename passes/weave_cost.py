@@ -141,9 +141,6 @@ def transfer_cost(start: fx.Node, tokens: int, rates: Rates) -> sympy.Expr:
 
 def rounded(expression: sympy.Expr) -> str:
     """The expression with microseconds in three digits, for reading."""
-    micro = (
-        sympy.expand(expression * 10**6)
-        if not expression.has(sympy.Max, sympy.ceiling)
-        else expression * 10**6
-    )
+    within = expression.replace(sympy.Max, lambda *args: sympy.Max(*(a * 10**6 for a in args)) / 10**6)
+    micro = sympy.expand(within * 10**6, deep=False)
     return str(micro.xreplace({f: sympy.Float(f, 3) for f in micro.atoms(sympy.Float)}))

@@ -62,6 +62,7 @@ MISUSES: dict[str, Callable[[Routed], Tensor]] = {
     "never put back": lambda r: r.rows.view(-1, CHOSEN, wg.HIDDEN).sum(1),
     "the neighbour in order": lambda r: r.restored(r.rows + r.rows.roll(1, 0)),
     "the largest so far": lambda r: r.restored(r.rows.cummax(0).values),
+    "in a row": lambda r: r.restored(torch.cat([r.rows, r.rows])[: r.rows.shape[0]]),
     "place in the order": lambda r: r.y * r.index.view(-1, CHOSEN)[:, :1],
     "how many share an expert": lambda r: r.restored(
         r.rows * torch.histc(r.keys.float(), bins=EXPERTS, min=0, max=EXPERTS - 1)[r.keys].unsqueeze(-1)
