@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +20,9 @@ from llm42c.codegen.cpu import build
 from llm42c.codegen.target import local_decode_workers
 from llm42c.device import CPU, attention_step, device_of_model, load_operators, require_operators
 from llm42c.digest import require_finite, weights_digest
-from llm42c.errors import UnsupportedModelError
-from llm42c.options import TokenWeave
+from llm42c.dump import Dump
+from llm42c.errors import ConfigError, UnsupportedModelError
+from llm42c.options import Options, TokenWeave
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
@@ -143,7 +144,9 @@ class ModelCompiler:
         self._graphs: list[fx.GraphModule] = []
 
     def compile(self, form: Form = "pinned") -> CompiledModel:
-        """The compiled form; asking twice gives the same object."""
+        """The compiled form; asking twice gives the same object. Raises ConfigError for an unknown one."""
+        if form not in get_args(Form):
+            raise ConfigError(f"fast must be one of {', '.join(get_args(Form))}, not {form!r}")
         if form not in self._compiled:
             self._compiled[form] = self._compile(form)
         return self._compiled[form]
@@ -181,7 +184,9 @@ class ModelCompiler:
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         positions = PositionInput(self._placeholder("positions"), config.max_position_embeddings)
         target = PACKED if form == "pinned" else STOCK
-        report = pipeline.run(gm, self._context(target, positions))
+        dump = Dump.for_options(Options(), target)
+        report = pipeline.run(gm, self._context(target, positions), dump.graph)
+        dump.report(report)
         if self.residual_shards and form == "pinned":
             require_shards(report)
         if self.strict and report.unplaced:
@@ -189,7 +194,9 @@ class ModelCompiler:
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
         self.ranks.require_same(f"the {form} graph", graph_digest(gm))
         self.weights.materialise(gm)
-        program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
+        with dump.generated_code():
+            program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
+        dump.write("program.py", program.source)
         weaving = self._weaving(gm, program) if form == "pinned" and self.token_weave != "off" else None
         self._graphs.append(gm)
         return CompiledModel(

@@ -7,7 +7,9 @@
                    report.txt            what fired, what did not and why
                    inductor_0.py         what Inductor generated, C++ kernels included
                    token_weave.txt       with that option: the plan, or why there is none; .dot: its pieces
-    dir/0001_packed/program.py           the straight-line program of a packed graph
+    dir/0001_packed/program.py           the straight-line program that an engine runs; besides, as above
+
+A folder that cannot be written is an OptionsError.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from llm42c.errors import OptionsError
 from llm42c.options import Options
 from llm42c.passes import graph as g
 from llm42c.passes.base import Report
@@ -108,7 +111,10 @@ class Dump:
 
 
 def _fresh_folder(directory: Path, label: str) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionsError(f"LLM42_DUMP or the option dump: cannot write to {directory}: {error}") from error
     number = len(list(directory.iterdir()))
     while True:
         folder = directory / f"{number:04d}_{label}"

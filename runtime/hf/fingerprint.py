@@ -7,7 +7,7 @@ Besides them counts what a capture sees: the modules, their plain settings and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _ROW = 4096  # words that are added up before their place counts
+_SMALL = 1 << 16  # bytes
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Plain attributes of modules that change in ordinary use and that a capture does not depend on.
 _NO_SETTINGS = frozenset({"training", "gradient_checkpointing", "warnings_issued"})
@@ -33,25 +34,39 @@ class Fingerprint:
         """Of the model as it is now. `own_hooks`: ids of hooks that do not count."""
         ignored = frozenset(own_hooks)
         tensors = [*model.parameters(), *model.buffers()]
-        memory = {t.untyped_storage().data_ptr(): t for t in tensors}  # several may share one
         return cls(
             tuple(map(_identity, tensors)),
-            tuple(map(checksum, memory.values())),
+            checksums(tensors),
             tuple(_structure(m, ignored) for m in model.modules()),
         )
 
 
-def checksum(tensor: Tensor) -> int:
-    """A sum over the words of the tensor's memory, weighted by their places; one pass, not cryptographic."""
-    with torch.no_grad():
-        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        memory = memory.set_(tensor.detach().untyped_storage())
-        words = memory[: memory.numel() // 8 * 8].view(torch.int64)
-        whole = words.numel() // _ROW * _ROW
-        sums = [words[:whole].view(-1, _ROW).sum(1), words[whole:], memory[words.numel() * 8 :].long()]
-        rows = torch.cat(sums)
-        total: int = (rows * torch.arange(1, 2 * rows.numel(), 2, device=rows.device)).sum().item()
-        return total
+def checksums(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Of the memory behind the tensors: one pass over it, not cryptographic. Small pieces share a sum."""
+    memory = {t.untyped_storage().data_ptr(): _bytes(t) for t in tensors}  # several tensors may share one
+    small: dict[torch.device, list[Tensor]] = {}
+    parts = []
+    for piece in memory.values():
+        if piece.numel() < _SMALL:
+            small.setdefault(piece.device, []).append(piece)
+        else:
+            parts.append(piece)
+    parts += map(torch.cat, small.values())
+    return tuple(int(x) for x in [_checksum(part) for part in parts])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The whole storage behind a tensor, [nbytes] uint8."""
+    memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return memory.set_(tensor.detach().untyped_storage())
+
+
+def _checksum(memory: Tensor) -> Tensor:
+    """The words of `memory` [n] uint8, summed by rows, and the rows weighted by their places; [] int64."""
+    words = memory[: memory.numel() // 8 * 8].view(torch.int64)
+    whole = words.numel() // _ROW * _ROW
+    rows = torch.cat([words[:whole].view(-1, _ROW).sum(1), words[whole:], memory[words.numel() * 8 :].long()])
+    return (rows * torch.arange(1, 2 * rows.numel(), 2, device=rows.device)).sum()
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int, torch.dtype]:

@@ -284,7 +284,9 @@ class Handle:
 
 @contextlib.contextmanager
 def _own_modes(model: Any) -> Iterator[None]:
-    """Neither gradients nor the caller's inference mode or autocast: the dtype is that of the weights."""
+    """Neither gradients nor the caller's inference mode, autocast or default device: the model decides."""
     place = device_of_model(model).type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(place, enabled=False):
+    elsewhere = torch.get_default_device().type != "cpu"  # where the tensors of requests are made
+    default = torch.device("cpu") if elsewhere else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(place, enabled=False), default:
         yield

@@ -12,7 +12,7 @@ from torch import nn
 
 import llm42c
 from llm42c.errors import UnsupportedModelError
-from llm42c.runtime.hf.fingerprint import checksum
+from llm42c.runtime.hf.fingerprint import checksums
 
 INPUTS = padded([prompt(5, 1), prompt(9, 2)])
 Change = Callable[[Any], Any]
@@ -143,12 +143,15 @@ def test_resized_embeddings() -> None:
 def test_the_content_counts_by_value_and_place() -> None:
     for size in (1, 7, 8, 4097 * 8, 3 * 4096 * 8 + 13):
         memory = torch.arange(size).to(torch.uint8)
-        same, other = checksum(memory), memory.clone()
-        assert checksum(other) == same
+        same, other = checksums([memory]), memory.clone()
+        assert checksums([other]) == same
         other[size // 2] ^= 1
-        assert checksum(other) != same
+        assert checksums([other]) != same
     pages = torch.randn(4, 4096 * 8)
-    assert checksum(pages) != checksum(pages[[1, 0, 2, 3]])
+    assert checksums([pages]) != checksums([pages[[1, 0, 2, 3]]])
+    few = [torch.randn(3), torch.randn(3)]
+    assert checksums(few) != checksums(few[::-1])
+    assert checksums([pages[1:], pages]) == checksums([pages])
 
 
 # -- modules -------------------------------------------------------------------------------------------

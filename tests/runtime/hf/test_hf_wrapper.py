@@ -182,7 +182,7 @@ def test_training_mode_has_no_dropout() -> None:
     assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("mode", ["autocast", "inference_mode", "grad", "default_dtype"])
+@pytest.mark.parametrize("mode", ["autocast", "inference_mode", "grad", "default_dtype", "device"])
 def test_modes_of_the_caller_change_nothing(mode: str) -> None:
     arguments = GREEDY | {"return_dict_in_generate": True}
     expected = wrapped().generate(**INPUTS, **arguments)
@@ -192,6 +192,7 @@ def test_modes_of_the_caller_change_nothing(mode: str) -> None:
         "inference_mode": torch.inference_mode(),
         "grad": torch.enable_grad(),
         "default_dtype": contextlib.nullcontext(),
+        "device": torch.device("meta"),
     }
     try:
         torch.set_default_dtype(torch.float64 if mode == "default_dtype" else default)
@@ -287,6 +288,8 @@ def test_clear_errors() -> None:
         llm42c.deterministic(make("llama"), max_num_seq=3)
     with pytest.raises(ConfigError, match="page_size must be a multiple of 16, not 8"):
         llm42c.deterministic(make("llama"), page_size=8)
+    with pytest.raises(ConfigError, match="fast must be one of pinned, stock, not 'quick'"):
+        llm42c.deterministic(make("llama"), fast="quick")
     for wrong in (3, torch.nn.Linear(2, 2), dict):
         with pytest.raises(TypeError, match="Hugging Face model"):
             llm42c.deterministic(wrong)
