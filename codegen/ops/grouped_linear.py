@@ -23,7 +23,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, tr
 
 
 # x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64
-# in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E).
+# in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E); on
+# a GPU, which cannot without waiting, such a row is NaN.
 OP = Operator(
     schema="grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor group, bool transposed) -> Tensor",
     fake=_fake,

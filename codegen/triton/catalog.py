@@ -50,6 +50,11 @@ _DENSE = {
 _GROUPED = dict.fromkeys(("order_ptr", "tile_expert_ptr", "tile_first_ptr", "expert_end_ptr"), "*i32")
 
 
+def _cost(found: Compiled) -> tuple[bool, int]:
+    """What speaks against a variant: more shared memory than there is, and spills."""
+    return found.resources.shared > found.target.get("shared_bytes", 1 << 30), found.resources.spills
+
+
 @dataclass(frozen=True)
 class Kernel:
     """Text, entry point and launch of one kernel. ``types`` of arguments that are neither T* nor int32."""
@@ -66,15 +71,15 @@ class Kernel:
     variants: tuple[Kernel, ...] = ()  # others with the same bits, to be taken if this one spills
 
     def compile(self, target: Target) -> Compiled:
-        """Ahead of time, for a device that need not be here: the first variant that does not spill.
+        """Ahead of time, for a device that need not be here: the first variant that fits and does not spill.
 
-        If all do, the one that spills least.
+        If none does, the one that spills least.
         """
         best = self._compile(target)
         for other in self.variants:
-            if best.resources.spills == 0:
+            if _cost(best) == (False, 0):
                 break
-            best = min(best, other._compile(target), key=lambda c: c.resources.spills)
+            best = min(best, other._compile(target), key=_cost)
         return best
 
     def _compile(self, target: Target) -> Compiled:
@@ -111,13 +116,15 @@ def attention_kernel(spec: AttentionSpec) -> Kernel:
 
 def fitted(spec: AttentionSpec, target: Target) -> AttentionSpec:
     """The variant of a specialisation that spills least on a target; from the cache, if it is known."""
-    spills = []
+    best: tuple[tuple[bool, int], AttentionSpec] | None = None
     for variant in spec.variants():
         kernel = dataclasses.replace(attention_kernel(variant), variants=())
-        spills.append((kernel.compile(target).resources.spills, variant))
-        if spills[-1][0] == 0:
+        cost = _cost(kernel.compile(target))
+        if best is None or cost < best[0]:
+            best = (cost, variant)
+        if cost == (False, 0):
             break
-    return min(spills, key=lambda found: found[0])[1]
+    return best[1] if best else spec
 
 
 def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16) -> Iterator[Kernel]:
@@ -160,7 +167,7 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
     for name in ("row_sum", "row_softmax", "row_log_softmax"):
         yield Kernel(name, name, reduce.emit(name, reduce.block(4096)), dtype)
     yield from dense_kernels(target, dtype, head_dim)
-    yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE)
+    yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE, all_registers=True)
     logprobs = {"token_ptr": "*i64", "y_ptr": "*fp32"}
     yield Kernel("token_logprobs", "token_logprobs", sample.emit_logprobs(), "float32", types=logprobs)
     yield from fused_kernels(target, dtype)

@@ -62,10 +62,9 @@ def choose(c: Composition, spec: AttentionSpec, target: Target, resident: int = 
         math.ceil(c.prefill_tokens * spec.group / spec.rows)
         + c.decode_rows * math.ceil(max(c.decode_keys, 1) / spec.split)
     )
-    if items <= 4 * sms * resident and spec.uniform:  # tickets over two tile shapes would spill
+    if items <= 4 * sms * resident:
         return Choice("tickets", *share, 0, f"{items} items are at most four waves")
-    waves = "more than four waves" if spec.uniform else "of two shapes"
-    return Choice("persistent", *share, sms * resident, f"{items} items are {waves}")
+    return Choice("persistent", *share, sms * resident, f"{items} items are more than four waves")
 
 
 def shares(part: float) -> tuple[int, int]:

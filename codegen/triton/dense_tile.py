@@ -234,20 +234,22 @@ def prepare(
     spec = spec_for(target, heads // k.shape[1], dim, dtype, causal, window > 0, softcap > 0, kind)
     q, k, v = (kernel.aligned(x) for x in (q, k, v))
     out = torch.empty(batch, q_len, heads, dim, dtype=q.dtype, device=q.device)
-    some_mask, first, strides = out, out, (0, 0, 0, 0)
+    some_mask, first = out, out
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask = mask if kind == "bool" else mask.float()
-        first = first_key(mask, batch, k.shape[2])
+        first = first_key(mask, batch)
         shown = mask.expand(batch, heads, q_len, k.shape[2])
-        b, h, i, j = shown.stride()
-        some_mask, strides = (shown.view(torch.uint8) if kind == "bool" else shown), (b, h, i, j)
+        some_mask = shown.view(torch.uint8) if kind == "bool" else shown
+        strides = shown.stride()
     numbers = (scale, softcap or 1.0, window)
     lengths = (q_len, k.shape[2], heads)
-    arguments = (q, k, v, some_mask, first, out, *lengths, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    return Call(spec, (*arguments, *strides, *numbers), out, -(-q_len // spec.rows), batch * heads)
+    tensors = (q, k, v, some_mask, first, out)
+    integers: tuple[int, ...] = (*lengths, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides)
+    return Call(spec, (*tensors, *integers, *numbers), out, -(-q_len // spec.rows), batch * heads)
 
 
-def first_key(mask: Tensor, batch: int, kv_len: int) -> Tensor:
+def first_key(mask: Tensor, batch: int) -> Tensor:
     """The first key that a mask shows to any row, of each sequence: [B] int32; 0 if it shows none."""
     mask = mask[(None,) * (4 - mask.dim())]
     shown = mask if mask.dtype == torch.bool else mask != -torch.inf

@@ -139,6 +139,12 @@ _IN_CACHE = """
                 mask=near[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
             )  # [D, N]
 """
+_PAGE_OF_TOKENS = """
+            page = tl.load(pages_ptr + key // PAGE, mask=held, other=0).to(tl.int64)  # [N]
+"""
+_PAGE_OF_BLOCK = """
+            page = tl.load(pages_ptr + block * KEYS // PAGE).to(tl.int64)  # a block of keys lies in one page
+"""
 _IN_POOL = """
             k_at = page * K_PAGE + key % PAGE * K_TOKEN
             v_at = page * V_PAGE + key % PAGE * V_TOKEN
@@ -250,10 +256,11 @@ def _main(spec: AttentionSpec) -> str:
 
 def _tile(spec: AttentionSpec) -> str:
     """The body of a work item for a layout of keys."""
-    pages = _ONE_PAGE if spec.page % spec.keys == 0 else _PAGE_OF_KEYS
+    one = spec.page % spec.keys == 0
+    cached, pooled = (_ONE_PAGE, _PAGE_OF_BLOCK) if one else (_PAGE_OF_KEYS, _PAGE_OF_TOKENS)
     head, keys = {
-        "cache": (_HEAD_OF_CACHE, pages + _IN_CACHE.lstrip("\n")),
-        "pool": (_HEAD_OF_POOL, pages + _IN_POOL.lstrip("\n") + _KEYS_OF_TOKENS.lstrip("\n")),
+        "cache": (_HEAD_OF_CACHE, cached + _IN_CACHE.lstrip("\n")),
+        "pool": (_HEAD_OF_POOL, pooled + _IN_POOL.lstrip("\n") + _KEYS_OF_TOKENS.lstrip("\n")),
         "rows": (_HEAD_OF_ROWS, _IN_ROWS + _KEYS_OF_TOKENS.lstrip("\n")),
     }[spec.layout]
     tile = _TILE.replace("@HEAD@", head.strip("\n")).replace("@KEYS@", keys.strip("\n"))

@@ -178,10 +178,11 @@ def sample(
     if rows:
         values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
         columns = (temperature, top_k, top_p, min_p, seed, position)
-        fn = kernel.load("sample", emit(), target_of(logits.device))
+        target = target_of(logits.device)
+        fn = kernel.load("sample", emit(), target)
         fn[(rows,)](
             values, indices, token, *(kernel.aligned(c.contiguous()) for c in columns), size,
-            num_warps=4, **kernel.OPTIONS,
+            num_warps=4, **kernel.OPTIONS, **kernel.registers_for(target, 4),
         )  # fmt: skip
     return token, _logprobs(logits, token[:, None])[:, 0]
 

@@ -124,15 +124,17 @@ class AttentionSpec:
     def variants(self) -> tuple[AttentionSpec, ...]:
         """Itself and others with the same bits: instructions stand elsewhere, more or less is kept at hand.
 
-        Over a pool, a resident program may also draw its items as in a partition.
+        Over pools and packed rows, resident programs may also draw their items in the other way.
         """
         depths = (1, 2) if self.stages == 1 else (self.stages, 1)
-        resident = self.scheduler == "persistent" and self.layout == "pool"
+        drawing = [self.scheduler]
+        if self.layout != "cache" and self.scheduler != "tickets":
+            drawing.append("partition" if self.scheduler == "persistent" else "persistent")
+        forms = [(stages, hoist) for hoist in (self.hoist, not self.hoist) for stages in depths]
         return tuple(
             dataclasses.replace(self, stages=stages, hoist=hoist, scheduler=scheduler)
-            for scheduler in ((self.scheduler, "partition") if resident else (self.scheduler,))
-            for hoist in (self.hoist, not self.hoist)
-            for stages in depths
+            for scheduler in drawing
+            for stages, hoist in (*forms, (3, self.hoist))
         )
 
     def subject(self) -> str:
@@ -202,9 +204,7 @@ def tiles(target: Target, head_dim: int, dtype: str, plain: bool = True) -> tupl
     if wide:
         return (64, 32, 8, 2) if target.capability >= 100 else (32, 32, 8, 1)
     if target.capability >= 90:
-        # Hopper accumulates in registers; Blackwell does not.
-        full = target.capability < 100 and head_dim > 64
-        return (64, 64, 4, 2) if plain or not full else (64, 32, 4, 2)
+        return (64, 64, 4, 2) if plain or head_dim <= 64 else (64, 32, 4, 2)
     return (32, 32, 4, 2) if head_dim > 64 else (64, 32, 4, 2)
 
 

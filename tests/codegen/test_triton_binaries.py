@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -125,9 +126,9 @@ def test_schedulers_and_layouts_of_attention_use_the_same_instructions():
     pytest.importorskip("triton")
     from llm42c.codegen.triton.catalog import attention_kernel
 
-    specs = [llama(scheduler=s) for s in ("tickets", "persistent", "partition")]
-    specs += [llama(layout=x) for x in ("pool", "rows")]
-    found = instructions((attention_kernel(s) for s in specs), H200)
+    specs = [llama(scheduler="tickets"), llama(), llama(layout="rows")]
+    firsts = (dataclasses.replace(attention_kernel(s), variants=()) for s in specs)
+    found = instructions(firsts, H200)
     assert found[0]
     assert all(one == found[0] for one in found)
 
@@ -171,6 +172,18 @@ def test_norms_of_one_row_length_add_in_one_layout():
     }
     assert len(found) == 1
     assert layout(100) not in found  # control
+
+
+@pytest.mark.slow
+def test_forms_of_a_fused_norm_add_in_one_layout():
+    """One shot, two shots, a divided residual: one tree."""
+    pytest.importorskip("triton")
+    from llm42c.codegen.triton.catalog import fused_kernels
+
+    wanted = [f"all_reduce_norm/{form}" for form in ("one", "two", "shard")]
+    made = [k for k in fused_kernels(H200, "bfloat16") if k.label in wanted]
+    assert len(made) == 3
+    assert len({reduced_layout(k.compile(H200).asm["ttgir"]) for k in made}) == 1
 
 
 @pytest.fixture
