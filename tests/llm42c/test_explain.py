@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import llm42c
+from llm42c.compiler import ModelCompiler
 from llm42c.dump import Dump, text
 from llm42c.errors import OptionsError
 from llm42c.options import Options
@@ -55,6 +56,23 @@ def test_dump_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "tanh" in code
     assert "row_sum" in code
     assert "reductions" in (folder / "report.txt").read_text()
+
+
+def test_dump_of_an_engine_s_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM42_DUMP", str(tmp_path))
+    compiler = ModelCompiler(tiny.model("llama"), keep_originals=True)
+    for form, folder, attention in (("pinned", "0000_packed", "pod_"), ("stock", "0001_stock", "paged_")):
+        compiler.compile(form)
+        found = {p.name for p in (tmp_path / folder).iterdir()}
+        assert {"00_input.txt", "report.txt", "program.py"} <= found
+        assert f"{attention}attention" in (tmp_path / folder / "program.py").read_text()
+
+
+def test_a_dump_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLM42_DUMP", str(tmp_path / "file" / "below"))
+    with pytest.raises(OptionsError, match="LLM42_DUMP"):
+        Dump.for_options(Options(), "plain")
 
 
 def test_no_dump_without_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
