@@ -180,6 +180,8 @@ def measured(group: dist.ProcessGroup | None, device: torch.device) -> Target:
     from llm42c.codegen import target as targets
 
     mine = targets.measure(targets.detect(device.type, device.index or 0), device.type)
+    if group is not None and group.size() > 1:
+        dist.barrier(group)  # so that ranks of one machine see what it has for each of them
     mine = mine.measured(compute_rates(device))
     if group is not None and group.size() > 1:
         mine = mine.measured(link_rates(group, device))
@@ -190,16 +192,25 @@ def measured(group: dist.ProcessGroup | None, device: torch.device) -> Target:
 
 
 def compute_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Value]:
-    """Rate of products, and what a call costs, on this machine with its present number of threads."""
+    """Rates of products, and what a call costs, with the present number of threads.
+
+    How fast a product of few rows gets through its weight is measured as such: no copy tells, and ranks of
+    one machine share its memory.
+    """
     if device.type != "cpu":
         return {}
     x, w = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     product = _best(lambda: torch.nn.functional.linear(x, w), 5)
+    few, weight = torch.ones(2, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+    reading = _median(lambda: torch.nn.functional.linear(few, weight), 9)
     small = torch.ones(4)
     call = _best(lambda: [small + small for _ in range(64)], 5) / 64
     source = f"{MEASURED}: product of [256, 1024] and [1024, 1024], {torch.get_num_threads()} threads"
     return {
         "fp32_flops": Value(2.0 * 256 * 1024 * 1024 / product, source),
+        "memory_bandwidth": Value(
+            weight.nbytes / reading, f"{MEASURED}: the weight of a product of [2, 4096] and [4096, 4096]"
+        ),
         "call_seconds": Value(4 * call, f"{MEASURED}: four additions of 4 elements"),
     }
 
@@ -246,13 +257,21 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> dict[str, Valu
 
 
 def _best(run: Callable[[], Any], times: int) -> float:
+    return min(_seconds(run, times))
+
+
+def _median(run: Callable[[], Any], times: int) -> float:
+    return statistics.median(_seconds(run, times))
+
+
+def _seconds(run: Callable[[], Any], times: int) -> list[float]:
     run()
     found = []
     for _ in range(times):
         start = time.perf_counter()
         run()
         found.append(time.perf_counter() - start)
-    return min(found)
+    return found
 
 
 def weaving_backend(
