@@ -14,12 +14,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c import inductor
 from llm42c.codegen.target import MEASURED, Target, Value
@@ -133,20 +133,40 @@ def plan(
         split, refusal = split_tokens(gm, fixed), ""
     except UnsplittableError as reason:
         split, refusal = None, str(reason)
-    with unset_fake_temporarily():  # a compiler may be at work around us
+
+    def agree() -> Planner:
         where = "measured rates" if target is None else f"rates {_digest(target)}"
         require_equal(refusal or where, group, "the division of tokens")
         if split is None:
             raise UnsplittableError(refusal)
-        if target is None:
-            target = measured(group, _device(gm))
-        planner = Planner(split, Rates.of(target), always=when == "always")
+        rates = Rates.of(measured(group, _device(gm)) if target is None else target)
+        planner = Planner(split, rates, always=when == "always")
         if group is not None and group.size() > 1:
             costs = [planner.costs]
             dist.broadcast_object_list(costs, group_src=0, group=group)
             planner.adopt(costs[0])
         require_equal(planner.hash, group)
-    return planner
+        return planner
+
+    return _apart(agree)
+
+
+def _apart(run: Callable[[], Planner]) -> Planner:
+    """``run()`` in a thread of its own.
+
+    A compiler at work around us has set fake tensors and its Python dispatcher for its thread. Collectives
+    sent through that dispatcher hold the interpreter's lock while they wait for a lock of the process group,
+    whose own thread may wait for the interpreter.
+    """
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # of this thread
+
+    def there() -> Planner:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        return run()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="llm42-plan") as pool:
+        return pool.submit(there).result()
 
 
 def _digest(target: Target) -> str:

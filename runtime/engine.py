@@ -229,10 +229,13 @@ class Engine:
         """Run at most one fast and one verifier batch; returns what is new, request by request.
 
         A step that is broken off (KeyboardInterrupt, no memory left) drops every request: nothing builds on
-        what it left half done, and the engine can be used again.
+        what it left half done, and the engine can be used again. Raises ConfigError, with every request as it
+        was, when the verifier graph is found not to be row independent.
         """
         try:
             return self._step()
+        except ConfigError:
+            raise
         except BaseException:
             self._drop_everything()
             raise

@@ -16,6 +16,8 @@ JOBS = [("a", [5, 6, 7]), ("b", [9]), ("c", list(range(3, 20)))]
 class Stub:
     """Next token and its logits from the last token alone; `noise` is added when the batch has many rows."""
 
+    device = torch.device("cpu")
+
     def __init__(self, noise: float, flips: bool = False) -> None:
         self.noise, self.flips = noise, flips
 
@@ -56,8 +58,8 @@ def test_it_decodes_as_generate_does() -> None:
     model = hf.LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
     for _, ids in JOBS:
-        ((tokens, _),) = control._decode(model, [ids], 6)
+        ((tokens, _),) = control._decode(model, [ids], 6, model.device)
         expected = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6, pad_token_id=0)
         assert tokens.tolist() == expected[0, len(ids) :].tolist()
-    batch = control._decode(model, [ids for _, ids in JOBS], 6)
+    batch = control._decode(model, [ids for _, ids in JOBS], 6, model.device)
     assert [len(tokens) for tokens, _ in batch] == [6, 6, 6]

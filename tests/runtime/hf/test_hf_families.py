@@ -191,7 +191,7 @@ def _table() -> str:
         "encoder-decoders, models with recurrent state (Mamba, linear attention), chunked attention, vision",
         "and audio inputs, quantised weights (load them dequantised: GGUF with",
         "`GgufConfig(dequantize=True)`), rotary positions that depend on the batch (`dynamic`, `longrope`),",
-        "weights of several dtypes, and models on a GPU.",
+        "weights of several dtypes, and models spread over several devices.",
         "",
     ]
     return "\n".join(lines)
