@@ -1,0 +1,51 @@
+"""The versions that the project names in several files are one set."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LINTERS = {"ruff", "mypy"}  # they run with the fixed versions only
+
+
+def _declared() -> dict[str, Requirement]:
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    requirements = [Requirement(text) for texts in lists for text in texts]
+    return {canonicalize_name(r.name): r for r in requirements}
+
+
+def _fixed(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(package): version for package, version in pairs}
+
+
+def _bounds(requirement: Requirement, operator: str) -> list[str]:
+    return [s.version for s in requirement.specifier if s.operator == operator]
+
+
+def test_every_dependency_has_both_bounds() -> None:
+    for name, requirement in _declared().items():
+        assert len(_bounds(requirement, ">=")) == 1, name
+        assert name == "setuptools" or len(_bounds(requirement, "<")) == 1, name
+
+
+def test_the_fixed_versions_lie_inside_the_bounds() -> None:
+    fixed = _fixed("constraints.txt")
+    for name, requirement in _declared().items():
+        assert name in fixed, f"constraints.txt does not fix {name}"
+        assert requirement.specifier.contains(fixed[name]), f"{name} {fixed[name]} is not {requirement}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    lower = {name: _bounds(r, ">=")[0] for name, r in _declared().items() if name not in LINTERS}
+    del lower["torch"]  # left to its range: the file says why
+    oldest = _fixed("constraints-oldest.txt")
+    assert oldest.keys() == lower.keys()
+    for name, bound in lower.items():
+        assert oldest[name] == bound or oldest[name].startswith(f"{bound}."), name
