@@ -16,6 +16,7 @@ from llm42c.passes.base import PACKED, PLAIN, STOCK, Context, Pass, PassReport, 
 from llm42c.passes.check import check
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
 from llm42c.passes.collectives import collectives
+from llm42c.passes.grouped_mm import grouped_mm
 from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.layout import layout
 from llm42c.passes.linear import linear
@@ -53,6 +54,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("linear_silu_mul", linear_silu_mul),
     Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),
+    Pass("grouped_mm", grouped_mm, _PLAIN),
     Pass("matmul", matmul),
     Pass("reductions", reductions),
     Pass("linear_add", linear_add, _PACKED),

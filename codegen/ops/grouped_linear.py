@@ -6,6 +6,9 @@ fused multiply-adds over k ascending. Which rows share an expert, and how many, 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from llm42c.codegen.ops.registry import Operator
@@ -22,6 +25,26 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, tr
     return y if bias is None else y + bias.double()[group]
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, group, ctx.transposed = inputs
+    ctx.save_for_backward(x, weight, group)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, group = ctx.saved_tensors
+    llm42, groups = torch.ops.llm42, weight.shape[0]
+    d_x = d_weight = d_bias = None
+    if ctx.needs_input_grad[0]:
+        d_x = llm42.grouped_linear(grad, weight, None, group, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        a, b = (x, grad) if ctx.transposed else (grad, x)
+        d_weight = llm42.grouped_outer(a, b, group, groups)
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        d_bias = llm42.grouped_outer(grad, torch.ones_like(grad[:, :1]), group, groups).squeeze(-1)
+    return d_x, d_weight, d_bias, None, None
+
+
 # x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64
 # in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E); on
 # a GPU, which cannot without waiting, such a row is NaN.
@@ -30,4 +53,6 @@ OP = Operator(
     fake=_fake,
     reference=_reference,
     reduction="one fp32 FMA chain over k ascending for each output element",
+    backward=_backward,
+    setup_context=_setup_context,
 )
