@@ -6,6 +6,7 @@ share the batch, and now and then a greedy token follows.
 
 from __future__ import annotations
 
+import inspect
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +76,13 @@ def _compiled(model: Any, backend: Backend) -> Callable[..., Any]:
     return torch.compile(model, backend="inductor", dynamic=True)
 
 
+def _cache_name(step: Any) -> str:
+    """What a model calls its cache, as an input and in its output: releases of transformers differ."""
+    model = getattr(step, "_orig_mod", step)
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 @torch.no_grad()
 def _decode(
     step: Callable[..., Any], prompts: list[list[int]], new_tokens: int, device: torch.device
@@ -84,17 +92,18 @@ def _decode(
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [B, S]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache_name = _cache_name(step)
     cache, tokens, logprobs = None, [], []
     for _ in range(new_tokens):
         out = step(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name: cache},
         )
-        cache = out.past_key_values
+        cache = getattr(out, cache_name)
         scores = out.logits[:, -1].float().log_softmax(-1)  # [B, V]
         best, ids = scores.max(-1)[0], scores.argmax(-1, keepdim=True)
         tokens.append(ids[:, 0])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from llm42c.errors import RequestError
 from llm42c.runtime.sampling import MAX_SEED
@@ -44,14 +45,15 @@ _REFUSED_ARGUMENTS = {
     "negative_prompt_ids": "classifier-free guidance",
     "negative_prompt_attention_mask": "classifier-free guidance",
     "inputs_embeds": "a prompt given as embeddings (pass input_ids)",
-    "past_key_values": "a cache of the caller (pass the whole prompt: its prefix is cached by the engine)",
     "encoder_outputs": "encoder outputs",
     "custom_generate": "another decoding loop",
     "synced_gpus": "synchronised GPUs",
 }
 _KNOWN_MODEL_KWARGS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+    {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
 )
+# Releases of transformers name the input differently; a cache of any name is known by its type.
+_CACHE_ARGUMENTS = frozenset({"cache", "past_key_values", "cache_params"})
 
 
 def require_supported(arguments: dict[str, Any], *configs: Any) -> None:
@@ -62,6 +64,12 @@ def require_supported(arguments: dict[str, Any], *configs: Any) -> None:
     for name, what in _REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None and arguments[name] is not False:
             raise RequestError(f"{name}: {what} is not supported by a deterministic model")
+    for name, value in arguments.items():
+        if isinstance(value, Cache) or (name in _CACHE_ARGUMENTS and value is not None):
+            raise RequestError(
+                f"{name}: a cache of the caller is not supported by a deterministic model "
+                "(pass the whole prompt: its prefix is cached by the engine)"
+            )
     for name, (test, what) in _REFUSED_SETTINGS.items():
         if test(effective(name, arguments, *configs)):
             raise RequestError(f"{name}: {what} is not supported by a deterministic model")
@@ -76,9 +84,12 @@ def effective(name: str, arguments: dict[str, Any], *configs: Any) -> Any:
 
 
 def require_known(model_kwargs: dict[str, Any]) -> None:
-    """Raise RequestError for inputs of the model that a packed batch does not have."""
+    """Raise RequestError for inputs of the model that a packed batch does not have.
+
+    The cache that `generate` prepared is left aside: the engine has its own.
+    """
     for name, value in model_kwargs.items():
-        if name not in _KNOWN_MODEL_KWARGS and value is not None:
+        if name not in _KNOWN_MODEL_KWARGS and value is not None and not isinstance(value, Cache):
             raise RequestError(f"{name}: this input of the model is not supported by a deterministic model")
 
 

@@ -15,7 +15,7 @@ class DeterministicOutput(GenerateDecoderOnlyOutput):
     `logprobs` [B, N] float32: `log_softmax` of the raw logits at the chosen token, 0 where a row has ended,
     so that the sum over a row is the log-probability of its sequence. `lengths` [B] int64: how many tokens a
     row generated before its padding. `scores` and `logits` hold zeros where a row has ended.
-    `past_key_values`, `attentions` and `hidden_states` are None.
+    The cache, `attentions` and `hidden_states` are None.
     """
 
     logprobs: Tensor | None = None

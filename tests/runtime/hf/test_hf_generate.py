@@ -215,7 +215,7 @@ def test_log_probs_are_those_of_the_logits() -> None:
         assert live.any()
         bound = VOCAB * eps + 4 * eps * (logits.abs().amax(-1) + exact.abs())
         assert ((out.logprobs[:, t] - exact).abs() <= bound)[live].all()
-    assert out.past_key_values is None
+    assert set(out.keys()) == {"sequences", "logits", "logprobs", "lengths"}
 
 
 def test_outputs_change_neither_tokens_nor_log_probs() -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_models import VOCAB, padded, plain, prompt, tokenizer, wrapped
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
 from transformers.generation import logits_process as processors
 
 from llm42c.errors import RequestError
+from llm42c.runtime.hf import arguments as args
 
 PROMPTS = [prompt(9, 1), prompt(3, 2), prompt(14, 3)]
 
@@ -147,6 +149,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "negative_prompt_ids": {"negative_prompt_ids": torch.tensor([[3]])},
     "inputs_embeds": {"inputs_embeds": torch.zeros(1, 3, 64)},
     "past_key_values": {"past_key_values": object()},
+    "cache": {"cache": object()},
     "token_healing": {"token_healing": True},
     "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
     "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
@@ -162,6 +165,16 @@ def test_refused_by_name(name: str) -> None:
     with pytest.raises(RequestError, match=name) as caught:
         wrapped().generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, **REFUSED[name])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "memory"])
+def test_a_cache_is_known_by_its_type(name: str) -> None:
+    """Whatever a release calls it: refused from a caller, left aside where `generate` prepared it."""
+    with pytest.raises(RequestError, match=f"{name}: a cache of the caller"):
+        args.require_supported({name: DynamicCache()})
+    args.require_known({name: DynamicCache()})
+    with pytest.raises(RequestError, match="token_type_ids"):
+        args.require_known({name: DynamicCache(), "token_type_ids": torch.zeros(1, 3)})
 
 
 def test_bad_inputs() -> None:
