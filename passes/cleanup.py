@@ -22,7 +22,15 @@ from llm42c.passes.base import Context, PassReport
 # Parts of names of random functions; a few others match too and only miss a clean-up.
 _RANDOM = ("rand", "bernoulli", "drop", "multinomial", "normal", "exponential", "poisson", "gumbel", "rrelu")
 # Modules whose functions have no effect besides their result (in-place and random ones are excluded by name).
-_PURE_MODULES = ("_operator", "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "math")
+_PURE_MODULES = (
+    "_operator",
+    "torch",
+    "torch.functional",
+    "torch.nn.functional",
+    "torch._C._nn",
+    "torch._C._linalg",
+    "math",
+)
 
 
 def is_pure(node: fx.Node) -> bool:

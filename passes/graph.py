@@ -25,9 +25,9 @@ _TORCH = (
     "abs", "add", "addmm", "amax", "amin", "argmax", "bmm", "cat", "chunk", "clamp", "clone", "concat",
     "cos", "cumsum", "diff", "div", "eq", "erf", "exp", "expm1", "flatten", "gather", "ge", "gt",
     "index_select", "le", "log", "log1p", "log_softmax", "logsumexp", "lt", "masked_fill", "matmul",
-    "maximum", "mean", "minimum", "mm", "movedim", "mul", "narrow", "ne", "neg", "permute", "pow",
+    "maximum", "mean", "minimum", "mm", "movedim", "mul", "narrow", "ne", "neg", "norm", "permute", "pow",
     "prod", "reciprocal", "relu", "repeat_interleave", "reshape", "rsqrt", "select", "sigmoid", "sin",
-    "softmax", "split", "sqrt", "square", "squeeze", "std", "sub", "sum", "t", "tanh", "topk",
+    "softmax", "split", "sqrt", "square", "squeeze", "std", "std_mean", "sub", "sum", "t", "tanh", "topk",
     "transpose", "tril", "triu", "unbind", "unflatten", "unsqueeze", "var", "var_mean", "where",
 )
 # fmt: on
@@ -42,6 +42,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "softplus": torch.nn.functional.softplus,
     "layer_norm": torch.nn.functional.layer_norm,
     "rms_norm": torch.nn.functional.rms_norm,
+    "group_norm": torch.nn.functional.group_norm,
+    "normalize": torch.nn.functional.normalize,
+    "linalg_norm": torch.linalg.norm,
+    "linalg_vector_norm": torch.linalg.vector_norm,
     "dropout": torch.nn.functional.dropout,
     "embedding": torch.nn.functional.embedding,
     "sdpa": torch.nn.functional.scaled_dot_product_attention,
@@ -62,6 +66,13 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "log_softmax": (("input", None), ("dim", None), ("dtype", None)),
     "var": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
     "std": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
+    "var_mean": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
+    "std_mean": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
+    "norm": (("input", None), ("ord", "fro"), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "linalg_norm": (("input", None), ("ord", None), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "linalg_vector_norm": (("input", None), ("ord", 2), ("dim", None), ("keepdim", False), ("dtype", None)),
+    "normalize": (("input", None), ("ord", 2.0), ("dim", 1), ("eps", 1e-12)),
+    "group_norm": (("input", None), ("num_groups", 1), ("weight", None), ("bias", None), ("eps", 1e-5)),
     "logsumexp": (("input", None), ("dim", None), ("keepdim", False)),
     "cat": (("tensors", None), ("dim", 0)),
     "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
@@ -114,7 +125,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
     """
     signature = _SIGNATURES[name(node)]
     bound: dict[str, Any] = dict(signature)
-    renamed = {"keepdims": "keepdim", "axis": "dim"}
+    renamed = {"keepdims": "keepdim", "axis": "dim", "p": "ord" if "ord" in bound else "p"}
     for (key, _), arg in zip(signature, node.args, strict=False):
         bound[key] = arg
     bound |= {renamed.get(key, key): arg for key, arg in node.kwargs.items()}

@@ -6,7 +6,8 @@ Cases:
    ``x.add(y)``, ``x + y`` → ``torch.add(x, y)``; ``torch.ops.llm42.op`` → its only overload
 2. casts become ``x.to(dtype)``: ``x.float()``, ``x.bfloat16()``, ``x.type_as(y)``, ``x.to(y)``,
    ``x.to(device=same, dtype=d)``
-3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  ``pow(x, -0.5)`` → ``torch.rsqrt(x)``
+3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  powers of -0.5, 0.5 and -1 → ``rsqrt``,
+   ``sqrt`` and ``reciprocal``, as ``torch.pow`` itself does;  ``1 / x`` → ``torch.reciprocal(x)``
 4. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
    ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, slices and
    reshapes of everything, empty parts of a ``cat``, usage logging
@@ -78,6 +79,7 @@ _METHOD_ALIASES = {
     "__mul__": "mul",
     "__matmul__": "matmul",
 }
+_POWERS: dict[float | None, str] = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 _KEEP_METHODS = frozenset({"split", "where", "std", "clone", "embedding", "dropout", "linear"})
 
 
@@ -151,8 +153,10 @@ def _simplify(node: fx.Node) -> Any:
     kind = g.name(node)
     if kind == "pow":
         exponent = g.number(node.args[1]) if len(node.args) > 1 else None
-        if exponent in (2.0, -0.5) and (t := g.tensor(node.args[0])) is not None and t.is_floating_point():
-            return ("square" if exponent == 2.0 else "rsqrt"), (node.args[0],)
+        if exponent in _POWERS and (t := g.tensor(node.args[0])) is not None and t.is_floating_point():
+            return _POWERS[exponent], (node.args[0],)
+    if node.target is operator.truediv and g.number(node.args[0]) == 1 and g.tensor(node.args[1]) is not None:
+        return ("reciprocal", (node.args[1],)) if g.fake(node.args[1]).is_floating_point() else None
     if kind == "mul" and len(node.args) == 2:
         a, b = node.args
         if a is b and g.tensor(a) is not None:

@@ -6,10 +6,14 @@ Cases (x floating point; sums of integers are exact in any order and stay):
 2. ``mean(x, dim)``                      → ``row_sum(x in fp32) / n``, rounded once
 3. ``softmax``, ``log_softmax``          → ``row_softmax``, ``row_log_softmax``; another dimension than the
                                            last is moved there and back
-4. ``var``, ``std``                      → the mean and the sum of squares by 2 and 1
+4. ``var``, ``std``, ``var_mean``, ``std_mean``  → the mean and the sum of squares by 2 and 1
 5. ``logsumexp``                         → maximum, exponentials, ``row_sum``, logarithm
+6. ``norm``, ``linalg.norm``, ``linalg.vector_norm`` of order 1, 2 or infinite, and ``F.normalize``
+                                         → ``row_sum`` of squares or magnitudes, a root
+7. ``group_norm``                        → ``layer_norm`` of each group in fp32, then weight and bias
 
-Not rewritten: running sums and products of floats, which ``check`` then names.
+Not rewritten: norms of other orders, matrix norms, and groups whose size is not fixed, each with its reason;
+running sums and products of floats, which ``check`` then names.
 
 Before and after (bf16, x: [B, S, H])::
 
@@ -133,7 +137,76 @@ def _logsumexp(at: _At, node: fx.Node) -> fx.Node:
     return at.cast(result, g.fake(node).dtype)
 
 
-_REWRITES: dict[str, Callable[[_At, fx.Node], fx.Node]] = {
+def _norm(at: _At, node: fx.Node) -> fx.Node | str:
+    bound, out = g.bind(node), g.fake(node).dtype
+    x, order, dim = bound["input"], bound["ord"], bound["dim"]
+    several = (dim is None and order is not None) or (isinstance(dim, (list, tuple)) and len(dim) == 2)
+    if g.name(node) == "linalg_norm" and order not in (None, "fro") and several and g.fake(x).dim() > 1:
+        return f"a matrix norm of order {order}"
+    p = 2.0 if order in (None, "fro") else g.number(order)
+    if p not in (1.0, 2.0, float("inf"), float("-inf")):
+        return f"a norm of order {order}"
+    dims, keepdim = _dims(bound, g.fake(x)), bool(bound["keepdim"])
+    wide = at.cast(x, torch.float32)
+    if p == 2.0:
+        result = at.call("sqrt", at.row_sum(at.call("square", wide), dims, keepdim))
+    elif p == 1.0:
+        result = at.row_sum(at.call("abs", wide), dims, keepdim)
+    else:
+        result = at.call("amax" if p > 0 else "amin", at.call("abs", wide), dims, keepdim)
+    return at.cast(result, out)
+
+
+def _normalize(at: _At, node: fx.Node) -> fx.Node | str:
+    bound = g.bind(node)
+    length = g.insert(node, g.FUNCTIONS["norm"], (bound["input"], bound["ord"], bound["dim"], True))
+    result = _norm(at, length)
+    if isinstance(result, fx.Node):
+        result = at.call("div", bound["input"], at.call("clamp", result, min=bound["eps"]))
+    node.graph.erase_node(length)
+    return result
+
+
+def _group_norm(at: _At, node: fx.Node) -> fx.Node | str:
+    bound = g.bind(node)
+    x, groups = bound["input"], bound["num_groups"]
+    _, channels, *space = g.fake(x).shape  # [N, C, ...]
+    if not all(isinstance(size, int) for size in (channels, groups, *space)):
+        return "the size of a group is not fixed"
+    wide = at.cast(x, torch.float32)
+    sizes = (groups, channels // groups, *space)
+    rows = at.call("flatten", at.call("unflatten", wide, 1, sizes[:2]), 2)  # [N, G, C / G ...]
+    normed = g.insert(node, torch.ops.llm42.layer_norm.default, (rows, None, None, g.number(bound["eps"])))
+    result = at.call("unflatten", at.call("flatten", normed, 1), 1, (channels, *space))
+    for parameter, operation in ((bound["weight"], "mul"), (bound["bias"], "add")):
+        if parameter is not None:
+            vector = at.call("reshape", at.cast(parameter, torch.float32), (channels, *(1 for _ in space)))
+            result = at.call(operation, result, vector)
+    return at.cast(result, g.fake(node).dtype)
+
+
+def _with_mean(node: fx.Node, report: PassReport) -> None:
+    """``var_mean`` and ``std_mean``: each of the two results as a call of its own."""
+    bound = g.bind(node)
+    x, users = bound["input"], g.users(node)
+    if not all(g.name(user) == "getitem" for user in users) or g.fake(x).dtype not in _FLOATS:
+        report.miss(node, "the two results are not taken apart" if users else "nobody reads the results")
+        return
+    for user in users:
+        at = _At(user)
+        if g.arg(user, 1) == 0:
+            one = g.insert(user, g.FUNCTIONS[g.name(node)[:3]], node.args, dict(node.kwargs))
+            new = _variance(at, one)
+            user.graph.erase_node(one)
+        else:
+            dims = _dims({"dim": None if isinstance(bound["dim"], bool) else bound["dim"]}, g.fake(x))
+            new = at.cast(at.mean(x, dims, bool(bound["keepdim"])), g.fake(user).dtype)
+        g.replace(user, new)
+    report.match(node)
+    node.graph.erase_node(node)
+
+
+_REWRITES: dict[str, Callable[[_At, fx.Node], fx.Node | str]] = {
     "sum": _sum,
     "mean": _mean,
     "softmax": _softmax,
@@ -141,6 +214,11 @@ _REWRITES: dict[str, Callable[[_At, fx.Node], fx.Node]] = {
     "var": _variance,
     "std": _variance,
     "logsumexp": _logsumexp,
+    "norm": _norm,
+    "linalg_norm": _norm,
+    "linalg_vector_norm": _norm,
+    "normalize": _normalize,
+    "group_norm": _group_norm,
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -148,6 +226,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def reductions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite every remaining floating-point sum of a known kind."""
     for node in list(graph.nodes):
+        if g.name(node) in ("var_mean", "std_mean"):
+            _with_mean(node, report)
+            continue
         rewrite = _REWRITES.get(g.name(node))
         x, out = (g.tensor(node.args[0]), g.tensor(node)) if rewrite and node.args else (None, None)
         if rewrite is None or x is None or out is None:
@@ -157,5 +238,9 @@ def reductions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         if out.dtype not in _FLOATS or (x.is_floating_point() and x.dtype not in _FLOATS):
             report.miss(node, f"dtype {x.dtype} → {out.dtype}")
             continue
+        new = rewrite(_At(node), node)
+        if isinstance(new, str):
+            report.miss(node, new)
+            continue
         report.match(node)
-        g.replace(node, rewrite(_At(node), node))
+        g.replace(node, new)

@@ -83,10 +83,3 @@ def test_layer_norm(affine, dtype):
     gm = capture(norm, x)
     assert len(apply(gm, layer_norm).matches) == 1
     assert same_bits(run(gm), torch.ops.llm42.layer_norm(x, norm.weight, norm.bias, 1e-3))
-
-
-def test_layer_norm_over_two_dimensions_is_left_alone():
-    gm = capture(lambda x: torch.nn.functional.layer_norm(x, (5, N)), X)
-    report = apply(gm, layer_norm)
-    assert not report.matches
-    assert unplaced(gm.graph)
