@@ -9,6 +9,7 @@ Cases:
 2. with a soft-cap: ``cap * tanh(s / cap)``
 3. with an additive mask behind the soft-cap
 4. the softmax in fp32 and cast back, or in the model's dtype; dropout outside training
+5. heads of any size, values of another size than keys (``head_dims.py``)
 
 The probabilities must have no other user (``output_attentions``). The operator keeps scores in fp32
 where eager code rounds them to bf16 in between, so bits differ from eager by design.
@@ -32,6 +33,7 @@ from torch import fx
 from llm42c.passes import graph as g
 from llm42c.passes.attention_sdpa import unrepeated
 from llm42c.passes.base import Context, PassReport, usable
+from llm42c.passes.head_dims import dense_attention
 
 
 @dataclass
@@ -104,8 +106,6 @@ def _refusal(s: _Scores, v: fx.Node, out: fx.Node, ctx: Context) -> str | None:
     q, k = g.fake(s.q), g.fake(s.k)
     if not q.dtype == k.dtype == g.fake(v).dtype == g.fake(out).dtype or q.dtype == torch.float64:
         return "query, key, value and result have different dtypes"
-    if q.shape[-1] % 8 != 0:
-        return f"head_dim {q.shape[-1]} is no multiple of 8"
     return usable(ctx, "dense_attention")
 
 
@@ -129,7 +129,6 @@ def attention_eager(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             continue
         if not g.same(g.fake(k).shape[1], g.fake(v_one).shape[1]):
             k, v_one = scores.k, v
-        args = (scores.q, k, v_one, scores.mask, scores.scale, False, 0, scores.softcap)
-        new = g.insert(out, torch.ops.llm42.dense_attention.default, args, like=softmax)
+        options = (scores.mask, scores.scale, False, 0, scores.softcap)
         report.match(softmax)
-        g.replace(out, new)
+        g.replace(out, dense_attention(out, scores.q, k, v_one, *options, like=softmax))

@@ -8,8 +8,9 @@ Cases:
 4. keys and values repeated in front of the call (Hugging Face's ``repeat_kv``) are taken unrepeated,
    when the expansion is the only thing between:
    ``k[:, :, None].expand(B, Hkv, G, S, D).reshape(B, Hkv * G, S, D)``  or ``repeat_interleave(k, G, 1)``
+5. heads of any size, values of another size than keys (``head_dims.py``)
 
-Not rewritten: dropout in training; fp64; a head_dim that is no multiple of 8.
+Not rewritten: dropout in training; fp64.
 
 Before and after (q: [B, Hq, S, D], k, v: [B, Hkv, S, D])::
 
@@ -29,6 +30,7 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport, usable
+from llm42c.passes.head_dims import dense_attention
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,8 +62,6 @@ def _refusal(node: fx.Node, bound: dict[str, Any], ctx: Context) -> str | None:
     q, mask = g.tensor(bound["query"]), g.tensor(bound["attn_mask"])
     if q is None or q.dim() != 4:
         return "the query is not [B, H, S, D]"
-    if q.shape[-1] % 8 != 0:
-        return f"head_dim {q.shape[-1]} is no multiple of 8"
     if q.dtype not in _FLOATS or g.tensor(node).dtype != q.dtype:  # type: ignore[union-attr]
         return f"dtype {q.dtype}"
     if any(g.tensor(bound[k]).dtype != q.dtype for k in ("key", "value")):  # type: ignore[union-attr]
@@ -102,6 +102,6 @@ def attention_sdpa(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         scale = g.number(bound["scale"])
         if scale is None:
             scale = float(int(g.tensor(q).shape[-1])) ** -0.5  # type: ignore[union-attr]
-        args = (q, k, v, _mask_4d(node, bound["attn_mask"]), scale, bound["is_causal"], 0, 0.0)
+        options = (_mask_4d(node, bound["attn_mask"]), scale, bound["is_causal"], 0, 0.0)
         report.match(node)
-        g.replace(node, g.insert(node, torch.ops.llm42.dense_attention.default, args, like=node))
+        g.replace(node, dense_attention(node, q, k, v, *options))

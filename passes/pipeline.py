@@ -17,6 +17,7 @@ from llm42c.passes.check import check
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
 from llm42c.passes.collectives import collectives
 from llm42c.passes.grouped_mm import grouped_mm
+from llm42c.passes.index_add import index_add
 from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.layout import layout
 from llm42c.passes.linear import linear
@@ -32,6 +33,7 @@ from llm42c.passes.residual_shards import residual_shards
 from llm42c.passes.rms_norm import rms_norm
 from llm42c.passes.rotary import merge_rotary, rotary
 from llm42c.passes.sizes import SYMBOLS, baked, concretise
+from llm42c.passes.topk import topk
 
 _PLAIN = frozenset({PLAIN})
 _PACKED = frozenset({PACKED})
@@ -55,6 +57,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),
     Pass("grouped_mm", grouped_mm, _PLAIN),
+    Pass("index_add", index_add, _PLAIN),
+    Pass("topk", topk, _PLAIN),
     Pass("matmul", matmul),
     Pass("reductions", reductions),
     Pass("linear_add", linear_add, _PACKED),
