@@ -143,12 +143,20 @@ class ModelCompiler:
         self._compiled: dict[Form, CompiledModel] = {}
         self._graphs: list[fx.GraphModule] = []
 
-    def compile(self, form: Form = "pinned") -> CompiledModel:
-        """The compiled form; asking twice gives the same object. Raises ConfigError for an unknown one."""
+    def compile(self, form: Form = "pinned", *, release: bool = False) -> CompiledModel:
+        """The compiled form; asking twice gives the same object. Raises ConfigError for an unknown one.
+
+        With ``release`` every parameter that neither it nor a form compiled before reads is freed as soon as
+        it is packed, so that the model never lies in memory twice; an error gives them all back.
+        """
         if form not in get_args(Form):
             raise ConfigError(f"fast must be one of {', '.join(get_args(Form))}, not {form!r}")
         if form not in self._compiled:
-            self._compiled[form] = self._compile(form)
+            try:
+                self._compiled[form] = self._compile(form, release)
+            except BaseException:
+                self.weights.restore()
+                raise
         return self._compiled[form]
 
     def release_originals(self) -> int:
@@ -177,7 +185,7 @@ class ModelCompiler:
         with self.ranks.watch("the weaving plan"):
             return weave_packed(gm, self.token_weave, whole)
 
-    def _compile(self, form: Form) -> CompiledModel:
+    def _compile(self, form: Form, release: bool) -> CompiledModel:
         if form == "stock":
             self.weights.restore()  # it reads the originals, which a packed form may have released
         gm = _copy(self.captured.gm)
@@ -193,7 +201,7 @@ class ModelCompiler:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
         self.ranks.require_same(f"the {form} graph", graph_digest(gm))
-        self.weights.materialise(gm)
+        self.weights.materialise(gm, (*self._graphs, gm) if release else ())
         with dump.generated_code():
             program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
         dump.write("program.py", program.source)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from llm42c.codegen.ops import registry
 from llm42c.errors import UnsupportedModelError
+from llm42c.memory import forget, trim
 from llm42c.ranks import Ranks
 
 
@@ -74,6 +75,7 @@ def divide(model: nn.Module, ranks: Ranks) -> Division:
         for entry in entries:
             _apply(entry, ranks)
             division.divided.append(entry.name)
+        trim()
     return division
 
 
@@ -183,6 +185,7 @@ def _keep(module: nn.Module, name: str, style: str, ranks: Ranks) -> None:
     pieces = whole.detach().chunk(2, dim) if style == "packed_colwise" else (whole.detach(),)
     own = [piece.chunk(ranks.size, dim)[ranks.rank] for piece in pieces]
     part = torch.cat(own, dim).clone(memory_format=torch.contiguous_format)
+    forget(whole)  # read from a mapped file, it would stay there as long as any weight of that file
     module._parameters[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
 

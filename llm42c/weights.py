@@ -11,6 +11,8 @@ writing to its elements is an error of torch, and one value for all of them (``z
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,10 @@ from torch import Tensor, fx, nn
 
 from llm42c.device import device_of_inputs
 from llm42c.errors import WeightsError
+from llm42c.memory import forget, trim
 from llm42c.passes.recipes import PackedWeight, Part, PositionTable, Recipe, recipes
+
+_TRIM = 1 << 20  # bytes freed that are worth a walk through the C library's memory
 
 
 @dataclass(frozen=True)
@@ -48,36 +53,54 @@ class WeightStore:
         self._released: dict[int, nn.Parameter] = {}
         self._hook: Any = None
 
-    def materialise(self, gm: fx.GraphModule) -> None:
+    def materialise(self, gm: fx.GraphModule, readers: Sequence[fx.GraphModule] = ()) -> None:
         """Build every packed constant that ``gm`` uses and set it as its attribute.
 
-        Call it for all graphs before :meth:`release`; a packed weight that another graph already built is
-        shared.
+        A packed weight that another graph already built is shared. With ``readers``, all graphs that will
+        run, each original that none of them reads is freed as soon as its packed weight stands: a model in
+        memory and its packed weights exist side by side for one weight at a time. Without, call this for
+        all graphs before :meth:`release`.
         """
-        for label, recipe in recipes(gm.graph).items():
+        # Tables first: what they are computed from must not have been freed.
+        wanted = dict(sorted(recipes(gm.graph).items(), key=lambda item: not _is_table(item[1])))
+        uses = Counter(part.attribute for recipe in wanted.values() for part in _parts(recipe))
+        read = None if self._keep or not readers else _read((*readers, gm))
+        for label, recipe in wanted.items():
             if label not in self._packed:
                 self._packed[label] = self._build(gm, label, recipe)
             setattr(gm, label, self._packed[label])
+            uses.subtract(part.attribute for part in _parts(recipe))
+            if read is not None:
+                last = [getattr(gm, p.attribute) for p in _parts(recipe) if not uses[p.attribute]]
+                if sum(self._release(p) for p in last if self._may_release(p, read)) > _TRIM:
+                    trim()
         _drop_unused(gm)
 
     def release(self, *graphs: fx.GraphModule) -> int:
         """Free the originals that no graph in ``graphs`` reads any more; returns the bytes freed."""
         if self._keep:
             return 0
-        read = {id(getattr(gm, str(n.target))) for gm in graphs for n in gm.graph.nodes if n.op == "get_attr"}
-        freed = 0
-        for parameter in self._model.parameters():
-            if id(parameter) not in self._places or id(parameter) in read or id(parameter) in self._released:
-                continue
-            freed += parameter.untyped_storage().nbytes()
-            self._released[id(parameter)] = parameter
-            parameter.data = parameter.data.new_full((1,), torch.nan).expand(parameter.shape)
-        if self._hook is None and self._released:
+        read = _read(graphs)
+        return sum(self._release(p) for p in self._model.parameters() if self._may_release(p, read))
+
+    def _may_release(self, parameter: Tensor, read: set[int]) -> bool:
+        key = id(parameter)
+        packed = isinstance(parameter, nn.Parameter) and key in self._places
+        return packed and key not in read and key not in self._released
+
+    def _release(self, parameter: nn.Parameter) -> int:
+        """Free the memory of a parameter that lies in a packed weight; returns the bytes."""
+        if self._hook is None:
             # A plain function: torch sets an attribute on the hook.
             def hook(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
                 self._fill_state_dict(module, state, prefix)
 
             self._hook = self._model.register_state_dict_post_hook(hook)
+        freed = parameter.untyped_storage().nbytes()
+        self._released[id(parameter)] = parameter
+        whole = parameter.data
+        parameter.data = whole.new_full((1,), torch.nan).expand(whole.shape)
+        forget(whole)  # what lies in a mapped file stays there as long as any weight of that file
         return freed
 
     def is_released(self, parameter: nn.Parameter) -> bool:
@@ -101,8 +124,13 @@ class WeightStore:
         with torch.no_grad():
             if isinstance(recipe, PositionTable):
                 return _tabulate(gm, recipe)
-            rows = [_rows(self._source(gm, p), p) for p in recipe.parts]
-            stacked = torch.cat(rows) if len(rows) > 1 else rows[0].detach()
+            sources = [self._source(gm, p) for p in recipe.parts]
+            rows = [_rows(source, p) for source, p in zip(sources, recipe.parts, strict=True)]
+            stacked = rows[0].detach()
+            if len(rows) > 1:
+                stacked = torch.cat(rows)
+                for source in sources:
+                    forget(source)
             if not isinstance(recipe, PackedWeight):
                 return stacked
             start, total, k = 0, stacked.shape[0], stacked.shape[1]
@@ -152,6 +180,19 @@ def _tabulate(gm: fx.GraphModule, recipe: PositionTable) -> Tensor:
     positions = torch.arange(recipe.limit, device=device_of_inputs(read))
     table = fx.GraphModule(gm, recipe.graph)(positions.unsqueeze(0))
     return table.contiguous()
+
+
+def _read(graphs: Sequence[fx.GraphModule]) -> set[int]:
+    """Ids of the tensors that the graphs read."""
+    return {id(getattr(gm, str(n.target))) for gm in graphs for n in gm.graph.nodes if n.op == "get_attr"}
+
+
+def _parts(recipe: Recipe) -> tuple[Part, ...]:
+    return () if isinstance(recipe, PositionTable) else recipe.parts
+
+
+def _is_table(recipe: Recipe) -> bool:
+    return isinstance(recipe, PositionTable)
 
 
 def _rows(tensor: Tensor, part: Part) -> Tensor:

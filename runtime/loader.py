@@ -98,13 +98,17 @@ def build_engine(
             token_weave=token_weave,
             residual_shards=residual_shards,
         )
-    compiler.compile("pinned")
-    compiler.compile(fast)
-    compiler.ranks.meet("the compiled model")
-    compiler.release_originals()
-    # The fast form is not part of the contract: committed bits are the verifier's.
-    kernels = {"cpu": build.build_key()} if compiler.device.type == "cpu" else {}
-    engine = _engine(compiler, fast, engine_config, tokenizer, compiler.digest, kernels)
+    try:
+        compiler.compile(fast, release=True)
+        compiler.compile("pinned", release=True)  # second: it frees what the other form does not read
+        compiler.ranks.meet("the compiled model")
+        compiler.release_originals()
+        # The fast form is not part of the contract: committed bits are the verifier's.
+        kernels = {"cpu": build.build_key()} if compiler.device.type == "cpu" else {}
+        engine = _engine(compiler, fast, engine_config, tokenizer, compiler.digest, kernels)
+    except BaseException:
+        compiler.restore()  # the model is its owner's
+        raise
     return BuiltEngine(engine, compiler, module, tokenizer, fast)
 
 

@@ -50,3 +50,19 @@ def _flags(address: int) -> set[str]:
 def test_systems_without_large_pages(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert not memory.zeros((1 << 20,), torch.float32).any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="Linux only")
+def test_pages_of_a_mapped_file_are_given_back_unless_written_to(tmp_path: Path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(range(256)) * (4 << 12))
+    mapped = torch.from_file(str(file), shared=False, size=4 << 20, dtype=torch.uint8)
+    before = mapped.clone()  # reads every page
+    assert memory.forget(mapped) >= 4 << 20
+    assert memory.forget(mapped) == 0
+    assert torch.equal(mapped, before)
+    mapped[1 << 20] += 1  # a page of this process's own: dropping it would lose the change
+    assert memory.forget(mapped) == 0
+    assert mapped[1 << 20] == before[1 << 20] + 1
+    assert memory.forget(torch.ones(1 << 20)) == 0
+    assert memory.forget(before.view(1024, 4096).t()) == 0

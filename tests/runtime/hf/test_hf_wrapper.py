@@ -405,3 +405,11 @@ def test_refused_models(name: str) -> None:
     assert isinstance(caught.value, llm42c.errors.Llm42Error)
     assert "\n" not in str(caught.value)
     assert set(model.__dict__) == attributes
+
+
+def test_an_engine_that_cannot_be_built_leaves_the_model_whole() -> None:
+    model = make("llama")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ConfigError, match="KV"):
+        llm42c.deterministic(model, **{**ENGINE, "kv_cache_bytes": 1})
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
