@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llm42c.cli import bench, cache, demo, generate, inspect, kernels, version
+from llm42c.cli import bench, cache, demo, generate, inspect, kernels, survey, version
 
 app = typer.Typer(
     help="Reproducible batched LLM decoding.",
@@ -33,5 +33,6 @@ app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)
 app.command("contract")(inspect.contract)
 app.command("inspect")(kernels.inspect)
+app.command("survey")(survey.survey)
 app.command("cache")(cache.cache)
 app.command("version")(version.version)

@@ -1,0 +1,232 @@
+"""One cell of the survey: a decoder class, a dtype and a way to run it, and what came of it.
+
+Paths:
+
+- ``compile``: ``torch.compile(model, backend="llm42", dynamic=True)``, called on [B, S] tokens; what has no
+  known order is refused (``strict``)
+- ``generate``: ``llm42c.deterministic(model).generate``
+
+A cell is *ok* if every row has the same bits alone, in batches of other sizes, at another place and beside
+other rows (of another length: padded, for ``generate``), and in fp32 logits are within a bound of eager's.
+It is *refused* if llm42 says so in one line. Everything else is *wrong*, a *crash* or *slow*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from llm42c.backend import rewrite_plain
+from llm42c.dump import Dump
+from llm42c.errors import Llm42Error
+from llm42c.options import Options
+from llm42c.runtime.survey.tiny import PAD, one_line
+
+Path = Literal["compile", "generate"]
+State = Literal["ok", "refused", "wrong", "crash", "slow"]
+PATHS: tuple[Path, ...] = ("compile", "generate")
+DTYPES = ("float32", "bfloat16")
+# Lengths and sizes at which libraries pick different kernels: few rows, an odd number, more than a block.
+_LENGTHS = (3, 17)
+_PROMPTS = (5, 17, 9)
+_NEW_TOKENS = 6
+# The longest sum of a tiny model has this many terms; a chain of n products is the exact product for weights
+# that differ by at most n·eps each.
+_LONGEST_SUM = 128
+_ENGINE = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 32,
+    "verify_tokens": 16,
+    "verify_seqs": 8,
+    "verify_window": 8,
+    "probe_compositions": 1,
+    "kv_cache_bytes": 2**22,
+    "persist_certificates": False,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one class, dtype and path; `told` is the refusal or what is wrong, in one line."""
+
+    name: str
+    dtype: str
+    path: str
+    state: State
+    told: str = ""
+    seconds: float = 0.0
+    revealing: bool = False  # eager's rows depend on their batch here, so that equal bits mean something
+
+
+class _WrongError(Exception):
+    """What an answer got wrong, in one line."""
+
+
+def judge(work: Callable[[], None]) -> tuple[State, str]:
+    """Run a cell's work and say what came of it."""
+    try:
+        work()
+    except _WrongError as error:
+        return "wrong", str(error)
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            return "crash", one_line(error)
+        lines = refusal.strip().splitlines()
+        return ("refused", lines[0]) if len(lines) == 1 else ("crash", f"a refusal of {len(lines)} lines")
+    return "ok", ""
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """The message of llm42's own error, also where Dynamo has wrapped it."""
+    while error is not None:
+        if isinstance(error, Llm42Error):
+            return str(error)
+        inner = getattr(error, "inner_exception", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__
+    return None
+
+
+def tokens(model: Any, rows: int, length: int, seed: int = 1) -> Tensor:
+    """[rows, length] token ids, special ones left out."""
+    vocab = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(10, min(vocab, 190), (rows, length), generator=generator)
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """[B, S, V]."""
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids, use_cache=False).logits
+    return out
+
+
+def is_revealing(model: Any) -> bool:
+    """Eager gives a row other bits in another batch."""
+    for length in _LENGTHS:
+        ids = tokens(model, 5, length)
+        together = logits(model, ids)
+        if any(not torch.equal(logits(model, ids[i : i + 1])[0], together[i]) for i in range(len(ids))):
+            return True
+    return False
+
+
+def require_sane(model: Any) -> None:
+    """Raises ValueError where equal answers would prove nothing: no scale, equal rows, no mixing of tokens."""
+    ids = tokens(model, 2, _LENGTHS[-1])
+    out = logits(model, ids).float()
+    other = ids.clone()
+    other[:, 0] -= 1
+    if not torch.isfinite(out).all() or not 1e-3 < out.std().item() < 1e3:
+        raise ValueError(f"its random logits have no sane scale (deviation {out.std().item():.3g})")
+    if torch.equal(out[0], out[1]):
+        raise ValueError("its logits do not depend on the tokens")
+    if torch.equal(logits(model, other)[:, -1].float(), out[:, -1]):
+        raise ValueError("its last logits do not depend on the first token")
+
+
+@torch.no_grad()
+def rounding_bound(model: Any, ids: Tensor) -> float:
+    """How far the rounding of fp32 sums can move a logit of eager `model`, to first order.
+
+    Rounding in a chain of n products is a change of its weights by at most n·eps each: that change is made at
+    random, four times, and the largest move of any logit, twice, is the bound.
+    """
+    reference, moved = logits(model, ids), 0.0
+    size = _LONGEST_SUM * torch.finfo(torch.float32).eps
+    generator = torch.Generator().manual_seed(7)
+    kept = {name: p.clone() for name, p in model.named_parameters() if p.is_floating_point()}
+    for _ in range(4):
+        for name, p in model.named_parameters():
+            if name in kept:
+                sign = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
+                p.copy_(kept[name] * (1 + size * sign))
+        moved = max(moved, (logits(model, ids) - reference).abs().max().item())
+    for name, p in model.named_parameters():
+        if name in kept:
+            p.copy_(kept[name])
+    return 2 * moved
+
+
+def _require_close(found: Tensor, wanted: Tensor, bound: float, what: str) -> None:
+    error = (found - wanted).abs().max().item()
+    if not error <= bound:
+        raise _WrongError(f"{what} differ from eager's by {error:.2g}; rounding allows {bound:.2g}")
+
+
+def _call_by_call(gm: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """The backend up to Inductor: the rewritten graph, run by torch one call after the other."""
+    rewrite_plain(gm, example_inputs, Options.parse(options["options"]), Dump(None, ""))
+    return gm
+
+
+def check_compile(
+    model: Any, eager: Any, options: dict[str, Any] | None = None, *, inductor: bool = True
+) -> None:
+    """Path ``compile``: raises what is wrong, or what the backend raised. `eager` is the same model in fp32."""
+    options = {"strict": True} | (options or {})
+    if inductor:
+        compiled = torch.compile(model, backend="llm42", dynamic=True, options=options)
+    else:
+        compiled = torch.compile(model, backend=_call_by_call, dynamic=True, options={"options": options})
+    for length in _LENGTHS:
+        ids = tokens(model, 5, length)
+        alone = torch.cat([logits(compiled, ids[i : i + 1]) for i in range(len(ids))])
+        for order in ([0, 1, 2, 3, 4], [3, 0], [4, 2, 1]):
+            together = logits(compiled, ids[order])
+            for place, row in enumerate(order):
+                if not torch.equal(together[place], alone[row]):
+                    raise _WrongError(
+                        f"a row of {length} tokens has other bits at place {place} of a batch of {len(order)}"
+                    )
+        if not torch.isfinite(alone).all() and torch.isfinite(logits(eager, ids)).all():
+            raise _WrongError("logits are not finite")
+        if alone.dtype == torch.float32:
+            _require_close(alone, logits(eager, ids), rounding_bound(eager, ids), "logits")
+
+
+def check_generate(model: Any, eager: Any) -> None:
+    """Path ``generate``: greedy tokens and the bits of their log-probabilities, alone and in padded batches."""
+    import llm42c
+
+    wrapped = llm42c.deterministic(model, **_ENGINE)
+    prompts = [tokens(model, 1, length, seed)[0] for seed, length in enumerate(_PROMPTS, start=2)]
+    alone = [_generate(wrapped, [p]) for p in prompts]
+    for order in ([0, 1, 2], [2, 0]):
+        together = _generate(wrapped, [prompts[i] for i in order])
+        for place, row in enumerate(order):
+            for mine, single in zip(together, alone[row], strict=True):
+                if not torch.equal(mine[place], single[0]):
+                    raise _WrongError(
+                        f"a prompt of {len(prompts[row])} tokens has another answer in a batch of {len(order)}"
+                    )
+    if wrapped.dtype == torch.float32:
+        for p, (new, _, scores) in zip(prompts, alone, strict=True):
+            ids = torch.cat([p, new[0]])[None, :-1]
+            wanted = logits(eager, ids)[:, len(p) - 1 :]
+            _require_close(scores, wanted, rounding_bound(eager, ids), "generated logits")
+
+
+def _generate(model: Any, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(new tokens [B, N], their log-probabilities [B, N], logits [B, N, V]) of prompts padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), PAD)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=PAD,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[:, width:], out.logprobs, torch.stack(out.logits, 1)
