@@ -24,10 +24,14 @@ def survey(
         list[str] | None, typer.Option("--path", help="compile or generate; default: both.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes at a time.")] = 2,
-    limit: Annotated[float, typer.Option("--limit", min=1, help="Seconds for a cell before it is slow.")] = 300.0,
+    limit: Annotated[
+        float, typer.Option("--limit", min=1, help="Seconds for a cell before it is slow.")
+    ] = 300.0,
     inductor: Annotated[
         bool,
-        typer.Option(help="With --no-inductor, graphs after the passes run call by call: several times faster."),
+        typer.Option(
+            help="With --no-inductor, graphs after the passes run call by call: several times faster."
+        ),
     ] = True,
     write: Annotated[
         Path | None, typer.Option("--write", metavar="FILE", help="Write the page, such as docs/models.md.")
@@ -41,9 +45,7 @@ def survey(
     from llm42c.runtime.survey import cells, page, pool
 
     wanted = [
-        (d, p)
-        for p in _chosen("--path", path, cells.PATHS)
-        for d in _chosen("--dtype", dtype, cells.DTYPES)
+        (d, p) for p in _chosen("--path", path, cells.PATHS) for d in _chosen("--dtype", dtype, cells.DTYPES)
     ]
     decoders = _decoders(names)
     with progress_bars() as report:

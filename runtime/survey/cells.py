@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from llm42c.backend import rewrite_plain
 from llm42c.dump import Dump
-from llm42c.errors import Llm42Error
+from llm42c.errors import Llm42Error, OptionsError
 from llm42c.options import Options
 from llm42c.runtime.survey.tiny import PAD, one_line
 
@@ -84,7 +84,7 @@ def judge(work: Callable[[], None]) -> tuple[State, str]:
 def _refusal(error: BaseException | None) -> str | None:
     """The message of llm42's own error, also where Dynamo has wrapped it."""
     while error is not None:
-        if isinstance(error, Llm42Error):
+        if isinstance(error, Llm42Error) and not isinstance(error, OptionsError):
             return str(error)
         inner = getattr(error, "inner_exception", None)
         error = inner if isinstance(inner, BaseException) else error.__cause__
@@ -116,7 +116,7 @@ def is_revealing(model: Any) -> bool:
 
 
 def require_sane(model: Any) -> None:
-    """Raises ValueError where equal answers would prove nothing: no scale, equal rows, no mixing of tokens."""
+    """Raises ValueError where equal answers would prove nothing: no scale, equal rows, unmixed tokens."""
     ids = tokens(model, 2, _LENGTHS[-1])
     out = logits(model, ids).float()
     other = ids.clone()
@@ -158,21 +158,21 @@ def _require_close(found: Tensor, wanted: Tensor, bound: float, what: str) -> No
         raise _WrongError(f"{what} differ from eager's by {error:.2g}; rounding allows {bound:.2g}")
 
 
-def _call_by_call(gm: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+def _call_by_call(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any) -> Callable[..., Any]:
     """The backend up to Inductor: the rewritten graph, run by torch one call after the other."""
-    rewrite_plain(gm, example_inputs, Options.parse(options["options"]), Dump(None, ""))
+    parsed = Options.parse(options)
+    if parsed.reductions == "fixed":
+        rewrite_plain(gm, example_inputs, parsed, Dump.for_options(parsed, "plain"))
     return gm
 
 
 def check_compile(
     model: Any, eager: Any, options: dict[str, Any] | None = None, *, inductor: bool = True
 ) -> None:
-    """Path ``compile``: raises what is wrong, or what the backend raised. `eager` is the same model in fp32."""
+    """Path ``compile``: raises what is wrong, or what the backend raised; `eager`: the same model in fp32."""
+    backend = "llm42" if inductor else _call_by_call
     options = {"strict": True} | (options or {})
-    if inductor:
-        compiled = torch.compile(model, backend="llm42", dynamic=True, options=options)
-    else:
-        compiled = torch.compile(model, backend=_call_by_call, dynamic=True, options={"options": options})
+    compiled = torch.compile(model, backend=backend, dynamic=True, options=options)
     for length in _LENGTHS:
         ids = tokens(model, 5, length)
         alone = torch.cat([logits(compiled, ids[i : i + 1]) for i in range(len(ids))])
@@ -190,7 +190,7 @@ def check_compile(
 
 
 def check_generate(model: Any, eager: Any) -> None:
-    """Path ``generate``: greedy tokens and the bits of their log-probabilities, alone and in padded batches."""
+    """Path ``generate``: greedy tokens and the bits of their log-probs, alone and in padded batches."""
     import llm42c
 
     wrapped = llm42c.deterministic(model, **_ENGINE)
@@ -202,7 +202,7 @@ def check_generate(model: Any, eager: Any) -> None:
             for mine, single in zip(together, alone[row], strict=True):
                 if not torch.equal(mine[place], single[0]):
                     raise _WrongError(
-                        f"a prompt of {len(prompts[row])} tokens has another answer in a batch of {len(order)}"
+                        f"a prompt of {len(prompts[row])} tokens has another answer among {len(order)}"
                     )
     if wrapped.dtype == torch.float32:
         for p, (new, _, scores) in zip(prompts, alone, strict=True):

@@ -1,4 +1,4 @@
-"""Which classes are surveyed: all that transformers itself maps to a causal language model, and its exports."""
+"""Which classes are surveyed: all that transformers maps to a causal language model, and its exports."""
 
 from __future__ import annotations
 

@@ -25,10 +25,12 @@ that its default configuration has), and runs it in fp32 and bf16 through
 - **`torch.compile`**: `torch.compile(model, backend="llm42", dynamic=True)`
 - **`generate`**: `llm42c.deterministic(model).generate`
 
-| mark | means |
-|---|---|
-| ok | every row has the same bits alone, in batches of other sizes, at other places and beside other rows (`generate`: of other lengths, padded); in fp32 all logits are within a bound of eager's that follows from eps |
-| refused | llm42 says in one line what it cannot keep its promise for; the number is the reason below |
+Each cell of the table is one of
+
+- **ok**: every row has the same bits alone, in batches of other sizes, at other places and beside other rows
+  (`generate`: of other lengths, padded); in fp32 all logits are within a bound of eager's, which
+  follows from eps
+- **refused**: llm42 says in one line what it cannot keep its promise for; the number is the reason below
 
 The command ends with an error if a cell is anything else. A class counts as *softmax* if nothing but softmax
 attention carries information from one token to another, as *recurrent or linear* if it has no softmax over
@@ -42,8 +44,8 @@ def bad_cells(found: Iterable[Surveyed]) -> list[Cell]:
 
 
 def share_revealing(found: Iterable[Surveyed]) -> float:
-    """Share of the cells in which eager's rows depend on their batch."""
-    cells = [cell for one in found for cell in one.cells]
+    """Share of the fp32 cells in which eager's rows depend on their batch."""
+    cells = [cell for one in found for cell in one.cells if cell.dtype == "float32"]
     return sum(cell.revealing for cell in cells) / max(1, len(cells))
 
 
@@ -90,8 +92,9 @@ def page(found: list[Surveyed], wanted: list[Wanted], versions: str) -> str:
     head = [f"{_PATHS[path]} {_DTYPES[dtype]}" for dtype, path in wanted]
     lines = [
         _INTRO,
-        f"Surveyed: {len(built)} classes of {versions}. Of the cells, {share_revealing(built):.0%} have rows",
-        "whose bits depend on the batch in eager.",
+        f"Surveyed: {len(built)} classes of {versions}.",
+        f"In fp32, {share_revealing(built):.0%} of them have rows whose bits depend on the batch in eager:",
+        "there, equal bits mean something.",
         "",
         "Classes that are ok in both dtypes:",
         "",
@@ -102,9 +105,7 @@ def page(found: list[Surveyed], wanted: list[Wanted], versions: str) -> str:
     ]
     for one in built:
         marks = {(c.dtype, c.path): _mark(c, reasons) for c in one.cells}
-        lines.append(
-            f"| `{one.name}` | {one.mixing} | {' | '.join(marks.get(key, '') for key in wanted)} |"
-        )
+        lines.append(f"| `{one.name}` | {one.mixing} | {' | '.join(marks.get(key, '') for key in wanted)} |")
     lines += ["", "## Reasons", ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     lines += ["", "## No tiny model", "", "Classes that no tiny configuration builds, or that need more than"]

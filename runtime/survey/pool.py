@@ -92,7 +92,7 @@ class _Lane:
                 return found
 
     def _run(self, decoder: Decoder, found: Surveyed, left: list[Wanted]) -> tuple[Any, str]:
-        """Do the cells that are left; (state, what happened) where the worker was lost at the first of them."""
+        """Do the cells that are left; (state, what happened) where the worker was lost at the first."""
         self._worker = self._worker or _Worker()
         worker = self._worker
         try:

@@ -1,7 +1,7 @@
 """A process that surveys one class after another: a line of JSON in, lines of JSON out.
 
-In: ``{"name", "model_type", "cells": [[dtype, path], ...], "options", "inductor"}``. Out, in this order: ``{"built": ...}`` with
-the kind of token mixing or the reason why there is no tiny model, then a cell after each cell's work.
+In: ``{"name", "model_type", "cells": [[dtype, path], ...], "options", "inductor"}``. Out, in this order:
+``{"built": ...}`` with the kind of token mixing or the reason why there is no tiny model, then each cell.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ def _survey(job: dict[str, Any], out: TextIO) -> None:
     def say(**data: Any) -> None:
         print(json.dumps(data), file=out, flush=True)
 
-    classes: Any = None
     try:
-        classes = Decoder(job["name"], job["model_type"]).load()
-        eager = tiny_model(*classes, torch.float32)
+        model_class, config_class = Decoder(job["name"], job["model_type"]).load()
+        eager = tiny_model(model_class, config_class, torch.float32)
         require_sane(eager)
         say(built=True, mixing=mixing(eager), layers=_layers(eager))
     except CannotBuildError as error:
@@ -52,7 +51,7 @@ def _survey(job: dict[str, Any], out: TextIO) -> None:
         return
     for dtype, path in job["cells"]:
         start = time.perf_counter()
-        model = tiny_model(*classes, getattr(torch, dtype))
+        model = tiny_model(model_class, config_class, getattr(torch, dtype))
         revealing = is_revealing(model)
         state, told = _cell(model, eager, path, job)
         say(state=state, told=told, seconds=time.perf_counter() - start, revealing=revealing)
