@@ -31,7 +31,8 @@ def _names(text: str) -> frozenset[str]:
 
 _VIEW = _names(
     "view reshape expand transpose permute unsqueeze squeeze chunk split narrow select unbind t flatten "
-    "unflatten movedim as_strided detach expand_as view_as diagonal split_with_sizes tensor_split ravel"
+    "unflatten movedim as_strided detach expand_as view_as diagonal split_with_sizes tensor_split ravel "
+    "aten.slice _add_batch_dim _remove_batch_dim view_as_complex view_as_real"
 )
 _MOVE = _names(
     "cat concat clone contiguous gather index_select masked_fill where tril triu embedding repeat stack "
@@ -124,6 +125,8 @@ def kind(node: fx.Node) -> Kind:
         return Kind.VIEW
     if name in _MOVE:
         return Kind.MOVE
+    if isinstance(value, Tensor) and value.is_complex():
+        return Kind.UNKNOWN  # libraries round complex numbers alone and in vectors differently
     if name in _EXACT:
         return Kind.EXACT
     if name in _EXACT_REDUCTION:

@@ -113,11 +113,8 @@ def _spell(node: fx.Node) -> None:
 
 def _pack_varargs(node: fx.Node, target: str) -> None:
     """``x.permute(0, 2, 1)`` and ``x.reshape(a, b)`` as methods take the list spread out."""
-    if (
-        target in ("permute", "reshape")
-        and len(node.args) > 1
-        and not isinstance(node.args[1], (tuple, list))
-    ):
+    spread = len(node.args) > 1 and not isinstance(g.value(node.args[1]), (tuple, list))
+    if target in ("permute", "reshape") and spread:
         node.args = (node.args[0], tuple(node.args[1:]))
 
 

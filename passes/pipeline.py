@@ -16,6 +16,9 @@ from llm42c.passes.base import PACKED, PLAIN, STOCK, Context, Pass, PassReport, 
 from llm42c.passes.check import check
 from llm42c.passes.cleanup import common_subexpressions, dead_code, erase_dead_code
 from llm42c.passes.collectives import collectives
+from llm42c.passes.complex_numbers import complex_numbers
+from llm42c.passes.conv1d import conv1d
+from llm42c.passes.einsum import einsum
 from llm42c.passes.grouped_mm import grouped_mm
 from llm42c.passes.index_add import index_add
 from llm42c.passes.layer_norm import layer_norm
@@ -44,6 +47,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("normalize", normalize, _ALL),
     Pass("dead_code", dead_code, _ALL),
     Pass("common_subexpressions", common_subexpressions, _ALL),
+    Pass("complex_numbers", complex_numbers, _PLAIN),
+    Pass("einsum", einsum, _PLAIN),
+    Pass("conv1d", conv1d, _PLAIN),
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
     Pass("attention_eager", attention_eager, _PLAIN),
     Pass("pod_attention", pod_attention),

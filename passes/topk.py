@@ -1,15 +1,16 @@
-"""Among equal scores, the lower index comes first (plain).
+"""Among equal scores, the choice does not depend on the batch (plain).
 
-A router may give two experts one score. Which of them ``topk`` takes is nowhere said, and on a GPU depends on
-the algorithm, which is chosen by the number of rows. A stable sort says it.
+A router may give two experts one score. Which of them ``topk`` takes is nowhere said. On a GPU it depends on
+the algorithm, which is chosen by the number of rows; a stable sort takes the lower index. On a CPU it is a
+function of the row alone (``tests/passes/test_topk.py``), and stays what eager code takes.
 
 Cases (x: [..., N]):
 
-1. ``torch.topk(x, k, dim, largest, sorted)``: the first k of a stable sort; also where the order of the k
-   was not asked for
+1. ``torch.topk(x, k, dim, largest, sorted)`` on a GPU: the first k of a stable sort; also where the order of
+   the k was not asked for
 2. ``torch.sort``, ``torch.argsort`` without ``stable``: with it
 
-Before and after::
+Before and after, on a GPU::
 
     values, indices = torch.topk(x, k)   →   s, i = torch.sort(x, dim=-1, descending=True, stable=True)
                                              values, indices = s.narrow(-1, 0, k), i.narrow(-1, 0, k)
@@ -36,6 +37,11 @@ def _bound(node: fx.Node, signature: tuple[tuple[str, Any], ...]) -> dict[str, A
     for (key, _), arg in zip(signature, node.args, strict=False):
         bound[key] = arg
     return bound | node.kwargs
+
+
+def _row_decides(device: torch.device) -> bool:
+    """The library's choice among equals is a function of the row."""
+    return device.type == "cpu"
 
 
 def _part(user: fx.Node) -> int | None:
@@ -81,12 +87,13 @@ def topk(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Give every top-k and every sort one order among equals."""
     for node in list(graph.nodes):
         name = plain_name(node) if node.op in ("call_function", "call_method") else ""
-        if name == "topk":
+        x = g.tensor(g.arg(node))
+        if name == "topk" and x is not None and not _row_decides(x.device):
             reason = _refusal(node)
             if reason is not None:
                 report.miss(node, reason)
                 continue
             report.match(node)
             _first_of_sorted(node)
-        elif name in ("sort", "argsort") and g.tensor(g.arg(node)) is not None and _stable(node):
+        elif name in ("sort", "argsort") and x is not None and _stable(node):
             report.match(node)

@@ -1,4 +1,4 @@
-"""Among equal scores the lower index comes first, in every spelling of a top-k."""
+"""Among equal scores the choice does not depend on the batch; not on a CPU, the lower index wins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import apply, calls, capture, run, same_bits
 
+from llm42c.passes import topk as topk_pass
 from llm42c.passes.topk import topk
 
 G = torch.Generator().manual_seed(3)
@@ -21,6 +22,13 @@ def _lowest_first(x: torch.Tensor, k: int, largest: bool = True) -> tuple[torch.
     return x.gather(-1, indices), indices
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device whose library does not look at the row alone."""
+    monkeypatch.setattr(topk_pass, "_row_decides", lambda device: False)
+
+
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("fn", "largest"),
@@ -50,6 +58,20 @@ def test_the_library_takes_another_one():
     assert not torch.equal(torch.topk(TIES, 5).indices, _lowest_first(TIES, 5)[1])
 
 
+@pytest.mark.parametrize(("size", "k"), [(8, 2), (64, 8), (256, 8), (300, 200), (1000, 10)])
+def test_on_a_cpu_a_row_decides(size, k):
+    """torch's choice among equals does not move with the row's place or the number of rows."""
+    x = torch.randint(0, 3, (513, size), generator=G).float()
+    whole, order = torch.topk(x, k).indices, torch.randperm(513, generator=G)
+    assert torch.equal(torch.topk(x[order], k).indices, whole[order])
+    for i in range(0, 513, 64):
+        assert torch.equal(torch.topk(x[i : i + 1], k).indices[0], whole[i])
+    assert not torch.equal(whole, _lowest_first(x, k)[1])  # there are ties
+    gm = capture(lambda x: torch.topk(x, k).indices, x)
+    assert not apply(gm, topk).matches
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_without_ties_nothing_changes():
     gm = capture(lambda x: torch.topk(x, 7), DISTINCT)
     apply(gm, topk)
@@ -79,6 +101,7 @@ def test_stable_sorts_are_left_alone():
     assert not apply(gm, topk).matches
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_gradients_go_to_the_chosen():
     gm = capture(lambda x: torch.topk(x, 3).values, DISTINCT)
     apply(gm, topk)
