@@ -79,8 +79,8 @@ def complex_numbers(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             new = _polar(node)
         elif name == "mul" and _is_product(node):
             new = _product(node)
-        elif name == "view_as_real" and plain_name(inner := node.args[0]) == "view_as_complex":  # type: ignore[arg-type]
-            new = inner.args[0]  # type: ignore[union-attr,assignment]
+        elif name == "view_as_real" and plain_name(inner := node.args[0]) == "view_as_complex":
+            new = inner.args[0]
             if not effects.unchanged([new], new, node):
                 continue
         else:
