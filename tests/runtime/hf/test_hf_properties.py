@@ -99,6 +99,9 @@ def calls(draw: st.DrawFn, *, sampled: bool) -> dict[str, Any]:
         arguments.pop("exponential_decay_length_penalty", None)
         if "stopping_criteria" in arguments or "stop_strings" in arguments:
             arguments["eos_token_id"] = 2  # else rows go on until the last one stops: see test_hf_generate
+    if forced := arguments.get("forced_eos_token_id"):  # forced and suppressed would leave nothing to choose
+        for name in {"suppress_tokens", "begin_suppress_tokens"} & arguments.keys():
+            arguments[name] = [token for token in arguments[name] if token != forced] or [forced + 1]
     if "min_new_tokens" in arguments:
         arguments["min_new_tokens"] = min(arguments["min_new_tokens"], arguments["max_new_tokens"])
     if "stop_strings" in arguments:
