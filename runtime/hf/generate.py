@@ -160,13 +160,13 @@ def _on_cpu(config: Any) -> Any:
 
 def _processors(call: Call, config: Any, index: int, prompt: list[int]) -> list[Any]:
     """Hugging Face's processors for this row as if it were the whole batch."""
-    allowed = call.arguments.get("prefix_allowed_tokens_fn")
-    return list(
+    allowed, batch_id = call.arguments.get("prefix_allowed_tokens_fn"), index
+    processors = list(
         call.model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt),
             encoder_input_ids=torch.tensor([prompt]),
-            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(index, ids),
+            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(batch_id, ids),
             logits_processor=logits_process.LogitsProcessorList(call.arguments.get("logits_processor") or ()),
             device="cpu",
             model_kwargs={},
@@ -174,6 +174,11 @@ def _processors(call: Call, config: Any, index: int, prompt: list[int]) -> list[
             negative_prompt_attention_mask=None,
         )
     )
+    for processor in processors:
+        if isinstance(processor, logits_process.PrefixConstrainedLogitsProcessor):
+            # Releases of transformers differ in whether the copies of a prompt share its number.
+            batch_id, processor._num_beams = index // processor._num_beams, 1
+    return processors
 
 
 def generate(call: Call, pump: Pump) -> Any:
