@@ -43,6 +43,10 @@ class ModelNotFoundError(Llm42Error, ValueError):
     """MODEL names no folder, no reachable hub id and no installed packaged model."""
 
 
+class IntegrityError(Llm42Error, RuntimeError):
+    """A graph did not give the bits that the promise rests on: the verifier graph is not row independent."""
+
+
 class RanksDifferError(Llm42Error, RuntimeError):
     """Ranks of one job do not do the same: another graph, contract, or batch. The message names them."""
 

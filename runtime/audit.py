@@ -7,7 +7,7 @@ result that no verifier run has confirmed is taken back.
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections import deque
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm42c.errors import ConfigError
+from llm42c.errors import IntegrityError
 from llm42c.packed import KVCache
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
@@ -27,6 +27,8 @@ from llm42c.runtime.sampling import Sampled
 from llm42c.runtime.scheduler import Scheduler, VerifyPlan
 from llm42c.runtime.stats import Stats
 from llm42c.runtime.verifier import VERIFIER, prove, row_problem
+
+_log = logging.getLogger(__name__)
 
 REMEMBERED_FINISHES = 1024  # finished requests that a later revocation can still name
 
@@ -109,9 +111,9 @@ class Auditor:
         return Replay(chunk, slots, read_kv(self._cache, slots, self._config.page_size))
 
     def after(self, replay: Replay, sampled: Sampled, first: int) -> None:
-        """Compare; rows of the chunk begin at `first`. Warns (RuntimeWarning) and takes back on a difference.
+        """Compare; rows of the chunk begin at `first`. On a difference, logs an error and takes back.
 
-        Raises ConfigError if what differs was the verifier graph's own work.
+        Raises IntegrityError if what differs was the verifier graph's own work.
         """
         chunk = replay.chunk
         self._stats.audits += 1
@@ -124,7 +126,7 @@ class Auditor:
         position, origins = found
         shapes = {s for s in map(self._certificates.shape_of, origins) if s is not None}
         if not shapes:
-            raise ConfigError(
+            raise IntegrityError(
                 f"the verifier graph is not row independent: its own result at position {position} of "
                 f"{chunk.request.id} has other bits when replayed, so nothing it commits is deterministic"
             )
@@ -132,11 +134,10 @@ class Auditor:
         self._stats.suspects += self._certified_finishes
         self._certified_finishes.clear()
         names = ", ".join(f"{tokens} tokens x {rows} rows" for tokens, rows in sorted(shapes))
-        warnings.warn(
-            f"certificate of the fast graph at {names} revoked: an audit of {chunk.request.id} found other "
-            f"bits at position {position}; unaudited results are taken back",
-            RuntimeWarning,
-            stacklevel=4,
+        _log.error(
+            "certificate of the fast graph at %s revoked: an audit of %s found other bits at position %d; "
+            "unaudited results are taken back",
+            *(names, chunk.request.id, position),
         )
         self._take_back()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections import OrderedDict
@@ -16,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from llm42c.errors import ConfigError
+from llm42c.errors import IntegrityError
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.probe import Probe
 from llm42c.runtime.stats import Stats
+
+_log = logging.getLogger(__name__)
 
 Shape = tuple[int, int]  # (tokens, logits rows) of a fast step
 Status = Literal["certified", "speculative", "revoked"]
@@ -79,7 +82,7 @@ class Certificates:
     def advance(self) -> bool:
         """Run one forward of probing, if any is wanted; returns whether there was something to do.
 
-        Raises ConfigError if the verifier graph's rows turn out to depend on their surroundings.
+        Raises IntegrityError if the verifier graph's rows turn out to depend on their surroundings.
         """
         if self._current is None:
             if not self._queue:
@@ -101,10 +104,12 @@ class Certificates:
         if target is not None:
             self.status[target] = "certified" if verdict else "speculative"
             self._stats.probes += 1
+            _log.info("%d tokens x %d rows: %s", *target, self.status[target])
         elif verdict:
             self.verifier_checked = True
+            _log.info("the verifier graph is row independent")
         else:
-            raise ConfigError(
+            raise IntegrityError(
                 "the verifier graph is not row independent: the bits of a row change with its place in the "
                 "batch, its neighbours or its pages, so no request could be deterministic"
             )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm42c.errors import ConfigError, RequestError
+from llm42c.errors import ConfigError, IntegrityError, RequestError
 from llm42c.packed import PackedModel
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime import verifier as verification
@@ -34,6 +35,8 @@ from llm42c.runtime.sampling import MAX_SEED, RowSampler, Sampled, Sampler, Samp
 from llm42c.runtime.scheduler import FastPlan, Scheduler
 from llm42c.runtime.stats import Stats
 
+_log = logging.getLogger(__name__)
+
 
 class Engine:
     """Continuous batching of deterministic and ordinary requests over one paged KV cache.
@@ -44,7 +47,8 @@ class Engine:
     thread-safe. With `ranks`, every rank makes the same engine and calls it in the same way. With `graphs`,
     steps are recorded once for each shape and replayed.
 
-    Raises ConfigError when the configuration cannot work or the verifier graph is not row independent.
+    Raises ConfigError when the configuration cannot work, and IntegrityError when `certify="startup"` finds
+    that the verifier graph is not row independent.
     """
 
     def __init__(
@@ -101,6 +105,14 @@ class Engine:
         self._touched: dict[str, Request] = {}  # with something new to deliver
         self._held: list[RequestOutput] = []  # for the next `step`
         self._arrivals = itertools.count()
+        _log.info(
+            "engine built: contract %s, %d KV pages of %d tokens, context %d, %d fast shapes",
+            self.contract.hash,
+            num_pages,
+            config.page_size,
+            context,
+            len(config.shapes()),
+        )
         if config.certify == "startup":
             self.certify()
 
@@ -168,6 +180,7 @@ class Engine:
             return False
         self._scheduler.remove(request)
         self._stats.aborted += 1
+        _log.debug("%s aborted after %d tokens", request_id, request.num_outputs)
         return True
 
     def has_unfinished(self) -> bool:
@@ -229,14 +242,16 @@ class Engine:
         """Run at most one fast and one verifier batch; returns what is new, request by request.
 
         A step that is broken off (KeyboardInterrupt, no memory left) drops every request: nothing builds on
-        what it left half done, and the engine can be used again. Raises ConfigError, with every request as it
+        what it left half done, and the engine can be used again. Raises IntegrityError, with every request as it
         was, when the verifier graph is found not to be row independent.
         """
         try:
             return self._step()
-        except ConfigError:
+        except IntegrityError as error:
+            _log.error("%s", error)
             raise
-        except BaseException:
+        except BaseException as error:
+            _log.error("a step was broken off (%s): requests dropped", type(error).__name__)
             self._drop_everything()
             raise
 

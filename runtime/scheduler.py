@@ -8,6 +8,7 @@ results commit; otherwise, like every window of proposals, it goes to the verifi
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Chunk, Span
 from llm42c.runtime.request import Request, State
 from llm42c.runtime.stats import Stats
+
+_log = logging.getLogger(__name__)
 
 # Padding of up to this many tokens is cheaper than another pass over the weights.
 PADDING_SLACK = 8
@@ -147,6 +150,7 @@ class Scheduler:
         while not self._grow(request, num_positions):
             victim = self.running[-1]
             self._stats.preemptions += 1
+            _log.info("%s preempted for %s: no KV page is free", victim.id, request.id)
             self._stats.recomputed_tokens += self.preempt(victim)
             if victim is request:
                 return False

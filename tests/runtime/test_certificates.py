@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import warnings
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from toy import VOCAB, NoisyModel, ToyModel, make_engine, reference, small_config, solo
 
-from llm42c.errors import ConfigError
+from llm42c.errors import IntegrityError
 from llm42c.runtime import probe
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
@@ -141,9 +143,7 @@ def test_probing_delays_ordinary_requests_by_no_step() -> None:
 
 def test_audits_of_an_exact_model_find_nothing() -> None:
     engine = make_engine(config=small_config(audit_fraction=1.0, certify="startup"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        outputs = engine.generate(PROMPTS, PARAMS)
+    outputs = engine.generate(PROMPTS, PARAMS)
     stats = engine.stats()
     assert stats.audits > 3
     assert stats.audited_tokens > 20
@@ -172,6 +172,17 @@ def _turning_bad(
     return engine
 
 
+@contextlib.contextmanager
+def _revoked(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A certificate is revoked here: an error record says so."""
+    with caplog.at_level(logging.INFO, "llm42c.runtime"):
+        caplog.clear()
+        yield
+    errors = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert errors
+    assert all(r.name == "llm42c.runtime.audit" and "revoked" in r.getMessage() for r in errors)
+
+
 def _run(engine: Engine) -> dict[str, tuple[list[int], RequestOutput]]:
     """Everything that is queued to its end: what was streamed, and the finished output."""
     streams: dict[str, list[int]] = {}
@@ -187,10 +198,10 @@ def _run(engine: Engine) -> dict[str, tuple[list[int], RequestOutput]]:
 @pytest.mark.parametrize("tokens", [frozenset({6}), frozenset({6, 12, 16, 24}), frozenset(range(100))])
 @pytest.mark.parametrize("flip", [0.0, 0.1])
 def test_a_revoked_certificate_is_repaired_before_anything_is_delivered(
-    flip: float, tokens: frozenset[int]
+    flip: float, tokens: frozenset[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = _turning_bad(flip, tokens)
-    with pytest.warns(RuntimeWarning, match="revoked"):
+    with _revoked(caplog):
         outputs = engine.generate(PROMPTS, PARAMS)
     stats = engine.stats()
     assert stats.revocations > 0
@@ -202,10 +213,10 @@ def test_a_revoked_certificate_is_repaired_before_anything_is_delivered(
     assert len(stats.suspects) < len(PROMPTS), "vacuous: all finished before the first audit"
 
 
-def test_a_stream_that_the_verifier_does_not_confirm_fails() -> None:
+def test_a_stream_that_the_verifier_does_not_confirm_fails(caplog: pytest.LogCaptureFixture) -> None:
     engine = _turning_bad(0.3, frozenset({6}), audit_fraction=0.1)  # decodes of all
     ids = [engine.submit(p, PARAMS) for p in PROMPTS]
-    with pytest.warns(RuntimeWarning, match="revoked"):
+    with _revoked(caplog):
         results = _run(engine)
     failed = [o for _, o in results.values() if o.finish_reason == "error"]
     assert failed
@@ -216,11 +227,11 @@ def test_a_stream_that_the_verifier_does_not_confirm_fails() -> None:
             assert stream == output.token_ids == reference(prompt, 40, frozenset())
 
 
-def test_a_stream_whose_tokens_are_confirmed_goes_on() -> None:
+def test_a_stream_whose_tokens_are_confirmed_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     engine = _turning_bad(0.0, frozenset({1, 2}))
     # The noise moves log-probs of odd tokens only, and is too small to change a token that is not tied.
     request_id = engine.submit(PROMPTS[0], PARAMS)
-    with pytest.warns(RuntimeWarning, match="revoked"):
+    with _revoked(caplog):
         results = _run(engine)
     stream, output = results[request_id]
     right = reference(PROMPTS[0], 40, frozenset())
@@ -228,17 +239,17 @@ def test_a_stream_whose_tokens_are_confirmed_goes_on() -> None:
     assert stream[: len(output.token_ids) - 1] == right[: len(output.token_ids) - 1]
 
 
-def test_revocation_names_finished_requests() -> None:
+def test_revocation_names_finished_requests(caplog: pytest.LogCaptureFixture) -> None:
     engine = _turning_bad(0.0, frozenset({24}))
     early = engine.submit(PROMPTS[0], SamplingParams(max_tokens=2, ignore_eos=True))
     _run(engine)
     assert engine.stats().suspects == []
-    with pytest.warns(RuntimeWarning, match="revoked"):
+    with _revoked(caplog):
         engine.generate(PROMPTS, PARAMS)
     assert early in engine.stats().suspects
 
 
-def test_pages_that_a_revoked_certificate_wrote_are_not_shared() -> None:
+def test_pages_that_a_revoked_certificate_wrote_are_not_shared(caplog: pytest.LogCaptureFixture) -> None:
     engine = _turning_bad(0.0, frozenset({1, 2}))  # the decodes of one request
     prompt = [(3 * j) % VOCAB for j in range(40)]
     engine.submit(prompt, SamplingParams(max_tokens=150, ignore_eos=True))
@@ -250,15 +261,15 @@ def test_pages_that_a_revoked_certificate_wrote_are_not_shared() -> None:
             unproved.append({p for p in pool._key_of if not pool.proved[p]})
             engine.step()
 
-    with pytest.warns(RuntimeWarning, match="revoked"):
+    with _revoked(caplog):
         run_until_revoked()
     assert unproved[-1], "vacuous: nothing unproved was shared"
     assert all(pool.proved[p] for p in pool._key_of)
 
 
-def test_other_certificates_are_probed_again_after_a_revocation() -> None:
+def test_other_certificates_are_probed_again_after_a_revocation(caplog: pytest.LogCaptureFixture) -> None:
     engine = _turning_bad(0.0, frozenset({6}))
-    with pytest.warns(RuntimeWarning, match="revoked"):
+    with _revoked(caplog):
         engine.generate(PROMPTS, PARAMS)
     status = engine.certificates.status
     assert status[6, 6] == "revoked"
@@ -285,7 +296,5 @@ def test_an_audit_that_convicts_the_verifier_itself_stops_the_engine() -> None:
                 engine._auditor._credit = 12.0
                 engine.step()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with pytest.raises(ConfigError, match="not row independent"):
-            convict()
+    with pytest.raises(IntegrityError, match="not row independent"):
+        convict()

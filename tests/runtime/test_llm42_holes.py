@@ -22,7 +22,7 @@ from toy import (
     toy_decode,
 )
 
-from llm42c.errors import ConfigError
+from llm42c.errors import ConfigError, IntegrityError
 from llm42c.packed import KVCache
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
@@ -245,7 +245,7 @@ def test_hole_10_position_independence_is_checked_not_assumed(kind: str) -> None
     )
     verifier = _RowDependent()
     verifier.kind = kind
-    with pytest.raises(ConfigError, match="not row independent"):
+    with pytest.raises(IntegrityError, match="not row independent"):
         Engine(ToyModel(), verifier, config, sampler=ToySampler())
     lazy = Engine(ToyModel(), verifier, small_config(), sampler=ToySampler())
     request_id = lazy.submit(PROMPTS[1])
@@ -255,7 +255,7 @@ def test_hole_10_position_independence_is_checked_not_assumed(kind: str) -> None
         while len(delivered) < 200:
             delivered.append(lazy.step())
 
-    with pytest.raises(ConfigError, match="not row independent"):
+    with pytest.raises(IntegrityError, match="not row independent"):
         run_on()
     assert not any(delivered), "something was delivered before the verifier was checked"
     assert request_id in lazy._requests
