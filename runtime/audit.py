@@ -19,7 +19,7 @@ from llm42c.errors import IntegrityError
 from llm42c.packed import KVCache
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
-from llm42c.runtime.certificates import Certificates
+from llm42c.runtime.certificates import Certificates, named
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Chunk, Span, slots_of
 from llm42c.runtime.request import Request, State
@@ -131,15 +131,12 @@ class Auditor:
                 f"{chunk.request.id} has other bits when replayed, so nothing it commits is deterministic"
             )
         self._certificates.revoke(shapes)
-        self._stats.suspects += self._certified_finishes
-        self._certified_finishes.clear()
-        names = ", ".join(f"{tokens} tokens x {rows} rows" for tokens, rows in sorted(shapes))
         _log.error(
             "certificate of the fast graph at %s revoked: an audit of %s found other bits at position %d; "
             "unaudited results are taken back",
-            *(names, chunk.request.id, position),
+            *(named(shapes), chunk.request.id, position),
         )
-        self._take_back()
+        self.take_back()
 
     def _first_difference(self, replay: Replay, sampled: Sampled, first: int) -> tuple[int, set[int]] | None:
         """Position of the first KV entry or output that differs, and the origins that may have caused it."""
@@ -173,8 +170,12 @@ class Auditor:
         for page in request.pages[: request.proved // self._config.page_size]:
             self._pool.proved[page] = 1
 
-    def _take_back(self) -> None:
-        """Return every deterministic request to what the verifier graph itself computed."""
+    def take_back(self) -> None:
+        """Return every deterministic request to what the verifier graph itself computed, and name those that
+        ended on certificates alone."""
+        self._stats.suspects += self._certified_finishes
+        self._certified_finishes.clear()
+        self._certificates.learned.clear()
         self._pool.drop_unproved()
         for request in (*self._scheduler.running, *self._scheduler.waiting):
             if request.deterministic and (

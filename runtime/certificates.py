@@ -8,17 +8,14 @@ a restart need not probe again.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 from llm42c.errors import IntegrityError
 from llm42c.ranks import ALONE, Ranks
+from llm42c.runtime.certificate_store import CertificateStore, Shape, Status, Stored
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.probe import Probe
@@ -26,15 +23,14 @@ from llm42c.runtime.stats import Stats
 
 _log = logging.getLogger(__name__)
 
-Shape = tuple[int, int]  # (tokens, logits rows) of a fast step
-Status = Literal["certified", "speculative", "revoked"]
+SPECULATIVE: Status = "speculative"
 
 
 class Certificates:
     """States of shapes; unknown ones count as speculative and wait in a queue to be probed.
 
-    `probe` makes a `Probe` when one is needed. Files that cannot be read are ignored: probing is always
-    possible. Of several ranks the first reads and writes them.
+    A probe that fails leaves its shape speculative. A store that cannot be used is gone without. Of several
+    ranks the first reads and writes it.
     """
 
     def __init__(
@@ -56,7 +52,10 @@ class Certificates:
         self._queue: OrderedDict[Shape | None, None] = OrderedDict()  # None: the verifier's own check
         self._current: Iterator[bool | None] | None = None
         self._ids: dict[Shape, int] = {}  # small numbers for `BlockPool.origin`; 0 is the verifier
-        self._path = self._file()
+        self.check_error: Exception | None = None  # what the last attempt to check the verifier graph met
+        self.learned: set[Shape] = set()  # revoked by another process; whoever takes back empties it
+        self._unsaved: set[Shape] = set()  # their probes failed, which may pass
+        self._store = self._open_store()
         self._load()
 
     def commits(self, shape: Shape) -> bool:
@@ -82,7 +81,10 @@ class Certificates:
     def advance(self) -> bool:
         """Run one forward of probing, if any is wanted; returns whether there was something to do.
 
-        Raises IntegrityError if the verifier graph's rows turn out to depend on their surroundings.
+        A probe's exception is not raised but recorded: the shape stays speculative; for the verifier graph it
+        is in `check_error`, and the next deterministic request tries again. Several ranks raise it, because
+        the others are in the middle of the same forward. Raises IntegrityError if the verifier graph's rows
+        turn out to depend on their surroundings.
         """
         if self._current is None:
             if not self._queue:
@@ -91,20 +93,37 @@ class Certificates:
             self._current = self._probe.check_verifier() if target is None else self._probe.compare(target)
         try:
             verdict = next(self._current)
-        except BaseException:
+        except BaseException as error:
             self._current = None  # a generator that was broken off never goes on: the probe begins again
-            raise
+            if not isinstance(error, Exception) or self._ranks.size > 1:
+                raise
+            self._failed(error)
+            return True
         if verdict is not None:
             target, _ = self._queue.popitem(last=False)
             self._current = None
             self._settle(target, verdict)
         return True
 
+    def _failed(self, error: Exception) -> None:
+        target, _ = self._queue.popitem(last=False)
+        self._stats.probe_failures += 1
+        if target is None:
+            self.check_error = error
+            _log.warning("the verifier graph could not be checked: %s: %s", type(error).__name__, error)
+            return
+        self.status[target] = SPECULATIVE
+        self._unsaved.add(target)
+        _log.warning(
+            "the probe of %s failed, so its tokens are verified: %s: %s",
+            *(named([target]), type(error).__name__, error),
+        )
+
     def _settle(self, target: Shape | None, verdict: bool) -> None:
         if target is not None:
-            self.status[target] = "certified" if verdict else "speculative"
+            self.status[target] = "certified" if verdict else SPECULATIVE
             self._stats.probes += 1
-            _log.info("%d tokens x %d rows: %s", *target, self.status[target])
+            _log.info("%s: %s", named([target]), self.status[target])
         elif verdict:
             self.verifier_checked = True
             _log.info("the verifier graph is row independent")
@@ -115,14 +134,21 @@ class Certificates:
             )
         self._save()
 
-    def settle_all(self) -> None:
-        """Check the verifier graph, and probe every shape that the scheduler can ever run."""
+    def settle(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Run every probe that is wanted. Raises what kept the verifier graph from being checked."""
+        while self.advance():
+            if self.check_error is not None:
+                error, self.check_error = self.check_error, None
+                raise error
+            progress()
+
+    def settle_all(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Check the verifier graph, and probe every shape that the scheduler can ever run; as `settle`."""
         self.may_run(deterministic=True)
         if self.enabled:
             for shape in self._config.shapes():
                 self.want(shape)
-        while self.advance():
-            pass
+        self.settle(progress)
 
     # -- audits ----------------------------------------------------------------------------------------------
 
@@ -139,63 +165,43 @@ class Certificates:
         """
         self.status = {s: v for s, v in self.status.items() if v != "certified"}
         self.status |= dict.fromkeys(shapes, "revoked")
+        self._unsaved -= shapes
         self._stats.revocations += len(shapes)
-        self._save()
+        self._save(revoking=True)
 
     # -- on disk ---------------------------------------------------------------------------------------------
 
-    def _file(self) -> Path | None:
+    def _open_store(self) -> CertificateStore | None:
         if self._config.certificates_path is None:
             return None
-        identity = "\n".join(
-            [
-                *(self._contract.hash, self._probe.fast.digest),
-                *map(
-                    str, (self._config.max_num_seqs, self._probe.max_pages, self._config.probe_compositions)
-                ),
-            ]
-        )
-        return (
-            Path(self._config.certificates_path)
-            / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-        )
+        labels = {"contract": self._contract.hash, "fast": self._probe.fast.digest}
+        strength = self._config.max_num_seqs, self._probe.max_pages, self._config.probe_compositions
+        identity = "\n".join([*labels.values(), *map(str, strength)])
+        name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        return CertificateStore(Path(self._config.certificates_path) / name, labels)
 
     def _load(self) -> None:
-        if self._path is None:
+        if self._store is None:
             return
-        try:
-            data = json.loads(self._ranks.share(_text(self._path)))
-            status = {_parse(k): v for k, v in data["shapes"].items()}
-            checked = bool(data["verifier_checked"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        states = self._ranks.share(self._store.load() if self._ranks.rank == 0 else None)
+        self.status, self.verifier_checked = dict(states.shapes), states.verifier_checked
+
+    def _save(self, revoking: bool = False) -> None:
+        """Merge with the file; what another process revoked is withdrawn here too."""
+        if self._store is None:
             return
-        if all(v in ("certified", "speculative", "revoked") for v in status.values()):
-            self.status, self.verifier_checked = status, checked
-
-    def _save(self) -> None:
-        if self._path is None or self._ranks.rank:
-            return
-        shapes = {f"{t}x{r}": s for (t, r), s in sorted(self.status.items())}
-        data = {
-            "contract": self._contract.hash,
-            "fast": self._probe.fast.digest,
-            "verifier_checked": self.verifier_checked,
-            "shapes": shapes,
-        }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(data, file, indent=1)
-        os.replace(file.name, self._path)
+        kept = {s: v for s, v in self.status.items() if s not in self._unsaved}
+        mine = Stored(kept, self.verifier_checked)
+        together = self._ranks.share(self._store.save(mine, revoking) if self._ranks.rank == 0 else None)
+        elsewhere = together.revoked - mine.revoked
+        if elsewhere:
+            _log.error("another process revoked certificates: %s", named(elsewhere))
+            self._stats.revocations += len(elsewhere)
+            self.learned |= elsewhere
+        self.status = dict.fromkeys(self._unsaved, SPECULATIVE) | dict(together.shapes)
+        self.verifier_checked = together.verifier_checked
 
 
-def _text(path: Path) -> str:
-    """The file's text, "" where there is none."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _parse(key: str) -> Shape:
-    tokens, rows = key.split("x")
-    return int(tokens), int(rows)
+def named(shapes: Iterable[Shape]) -> str:
+    """Shapes in words."""
+    return ", ".join(f"{tokens} tokens x {rows} rows" for tokens, rows in sorted(shapes))

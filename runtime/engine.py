@@ -242,8 +242,9 @@ class Engine:
         """Run at most one fast and one verifier batch; returns what is new, request by request.
 
         A step that is broken off (KeyboardInterrupt, no memory left) drops every request: nothing builds on
-        what it left half done, and the engine can be used again. Raises IntegrityError, with every request as it
-        was, when the verifier graph is found not to be row independent.
+        what it left half done, and the engine can be used again. A probe that is broken off drops none.
+        Raises IntegrityError, with every request as it was, when the verifier graph is found not to be row
+        independent.
         """
         try:
             return self._step()
@@ -272,12 +273,23 @@ class Engine:
         if verify is not None:
             self._run_verifier(verify.chunks)
         probing = time.perf_counter()
-        self.certificates.advance()
+        self._probe()
         self._stats.seconds_probe += time.perf_counter() - probing
         outputs = self._held + self._deliver()
         self._held = []
         self._stats.seconds_total += time.perf_counter() - start
         return outputs
+
+    def _probe(self) -> None:
+        """One forward of probing. Requests that may not start without its result, and now will not, fail."""
+        self.certificates.advance()
+        if self.certificates.learned:
+            self._auditor.take_back()
+        error, self.certificates.check_error = self.certificates.check_error, None
+        if error is not None:
+            for request in [r for r in self._scheduler.waiting if r.deterministic]:
+                request.fail(f"the verifier graph could not be checked: {type(error).__name__}: {error}")
+                self._touch(request)
 
     def _run_fast(self, plan: FastPlan) -> None:
         stats = self._stats

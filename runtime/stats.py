@@ -31,6 +31,7 @@ class Stats:
     graph_misses: int = 0  # steps without one, run call by call
 
     probes: int = 0
+    probe_failures: int = 0  # broken off by an exception; the shape is verified instead
     audits: int = 0
     audited_tokens: int = 0
     revocations: int = 0

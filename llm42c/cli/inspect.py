@@ -128,11 +128,9 @@ def certify(
         built = open_engine(model, report, dtype=dtype, device=device, fast=fast, **config)
         engine = built.engine
         shapes = engine.config.shapes()
-        engine.certificates.may_run(deterministic=True)
-        for shape in shapes:
-            engine.certificates.want(shape)
-        while engine.certificates.advance():
-            report("certifying", len(engine.certificates.status), len(shapes))
+        engine.certificates.settle_all(
+            lambda: report("certifying", len(engine.certificates.status), len(shapes))
+        )
     table = Table("tokens", "logits rows", "state", title=f"{model}, {fast}")
     for shape in shapes:
         tokens, rows = shape

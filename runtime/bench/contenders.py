@@ -89,8 +89,7 @@ class Llm42:
 
     def warm_up(self, prompts: Prompts, new_tokens: int) -> None:
         self.run(prompts, new_tokens)
-        while self.engine.certificates.advance():  # shapes that it met are probed now, not while measuring
-            pass
+        self.engine.certificates.settle()  # shapes that it met are probed now, not while measuring
 
     def counters(self) -> dict[str, Any]:
         stats = self.engine.stats()

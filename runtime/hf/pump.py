@@ -56,12 +56,7 @@ class Pump:
 
     def settle(self) -> None:
         """Probe every batch shape that the engine has met, now."""
-
-        def probe() -> None:
-            while self.engine.certificates.advance():
-                pass
-
-        self._between_steps(probe)
+        self._between_steps(self.engine.certificates.settle)
 
     def poll(self, request_ids: Sequence[str]) -> list[RequestOutput]:
         """Wait until one of these requests has news; returns all of it. Empty if none of them is running."""

@@ -100,7 +100,7 @@ def test_certificates_survive_a_restart(tmp_path: Path) -> None:
     config = small_config(certificates_path=str(tmp_path), certify="startup")
     fast = NoisyModel(noisy=lambda tokens, call: tokens < 4)
     first = make_engine(fast, config, check=True)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     again = ToyModel(digest="noisy")
     second = make_engine(again, config, check=True)
     assert second.certificates.status == first.certificates.status
@@ -124,7 +124,7 @@ def test_another_contract_does_not_use_the_certificates(tmp_path: Path) -> None:
     config = small_config(certificates_path=str(tmp_path), certify="startup")
     make_engine(config=config, check=True)
     make_engine(config=dataclasses.replace(config, verify_tokens=16), check=True)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.json"))) == 2
 
 
 def test_probing_delays_ordinary_requests_by_no_step() -> None:

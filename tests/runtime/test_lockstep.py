@@ -55,7 +55,7 @@ def in_step(rank: int, folder: str) -> dict[str, Any]:
     out["answers"], out["contract"] = answers, engine.contract
     while engine.certificates.advance():
         pass
-    out["files"] = len(os.listdir(folder)) if rank == 0 else 0
+    out["files"] = len(list(Path(folder).glob("*.json"))) if rank == 0 else 0
     ranks.share(None)  # rank 1 must not list the folder before rank 0 wrote
     out["reloaded"] = dict(toy_engine(certificates_path=folder).certificates.status)
     out["status"] = dict(engine.certificates.status)

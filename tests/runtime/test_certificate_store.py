@@ -1,0 +1,334 @@
+"""Certificates on disk: a revocation wins whatever else happens to the file, and no failure reaches a
+request."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from toy import VOCAB, NoisyModel, ToyModel, make_engine, reference, small_config
+
+from llm42c.runtime import certificate_store
+from llm42c.runtime.certificate_store import CertificateStore, Status, Stored, merge
+from llm42c.runtime.sampling import SamplingParams
+
+LABELS = {"contract": "c", "fast": "f"}
+PROMPTS = [[(11 * i + 5 * j) % VOCAB for j in range(5 + 3 * i)] for i in range(6)]
+PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
+RIGHT = [reference(p, 20, frozenset()) for p in PROMPTS]
+
+
+def _stored(**shapes: Status) -> Stored:
+    """`s6="revoked"` is shape (6, 6)."""
+    return Stored({(int(k[1:]), int(k[1:])): v for k, v in shapes.items()}, True)
+
+
+def _in_child(work: Callable[[], None]) -> None:
+    """Run `work` in a process of its own."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# -- merging -------------------------------------------------------------------------------------------------
+
+
+def test_states_of_both_sides_are_kept() -> None:
+    together = merge(_stored(s1="certified", s2="speculative"), Stored({(3, 3): "certified"}))
+    assert together == Stored({(1, 1): "certified", (2, 2): "speculative", (3, 3): "certified"}, True)
+
+
+def test_the_more_doubtful_state_counts() -> None:
+    for a, b in itertools.product(("certified", "speculative"), repeat=2):
+        expected = "certified" if a == b == "certified" else "speculative"
+        assert merge(_stored(s1=a), _stored(s1=b)).shapes == {(1, 1): expected}
+
+
+def test_a_revocation_withdraws_the_certificates_of_the_side_that_did_not_know_it() -> None:
+    old, new = _stored(s1="certified", s2="certified"), _stored(s2="revoked", s3="certified")
+    for together in (merge(old, new), merge(new, old)):
+        assert together.shapes == {(2, 2): "revoked", (3, 3): "certified"}
+    both = _stored(s2="revoked", s1="certified")
+    assert merge(both, new).shapes == {(1, 1): "certified", (2, 2): "revoked", (3, 3): "certified"}
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import random, sys
+from pathlib import Path
+from llm42c.runtime import certificate_store as cs
+folder, seed, overwrite = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "overwrite"
+if overwrite:
+    cs.merge = lambda mine, found: mine
+rng = random.Random(seed)
+store = cs.CertificateStore(folder / "s.json", {"contract": "c", "fast": "f"})
+mine = cs.Stored({}, True) if overwrite else store.load()
+print("ready", flush=True)
+for i in range(4000):
+    if rng.random() < 0.1:
+        shape = seed, i + 1
+        mine = store.save(cs.Stored({**mine.without_certificates().shapes, shape: "revoked"}, True), True)
+        with open(folder / f"{seed}.told", "a") as file:
+            file.write(f"{shape[0]}x{shape[1]}\\n")
+    else:
+        mine = store.save(cs.Stored({**mine.shapes, (1 + rng.randrange(50), 1): "certified"}, True))
+"""
+
+
+def _race(folder: Path, how: str) -> tuple[set[str], dict[str, str]]:
+    """Two processes at a time write one file, and are killed at any point. Acknowledged revocations, and
+    what the file holds."""
+    rng = random.Random(0)
+    for seed in (1000, 1002, 1004):
+        pair = [
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(folder), str(seed + i), how], stdout=subprocess.PIPE
+            )
+            for i in range(2)
+        ]
+        for process in pair:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        for process in pair:
+            time.sleep(0.2 + 0.3 * rng.random())
+            if (folder / "s.json").exists():
+                json.loads((folder / "s.json").read_text())
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+    told = {line for path in folder.glob("*.told") for line in path.read_text().split()}
+    return told, json.loads((folder / "s.json").read_text())["shapes"]
+
+
+def test_no_revocation_is_lost_between_processes_that_are_killed(tmp_path: Path) -> None:
+    told, shapes = _race(tmp_path, "merge")
+    assert len(told) > 20
+    assert all(shapes.get(shape) == "revoked" for shape in told)
+    assert len(list(tmp_path.glob("*.tmp"))) <= 1, "killed writers leave one file behind, not one each"
+
+
+def test_negative_control_overwriting_loses_revocations(tmp_path: Path) -> None:
+    told, shapes = _race(tmp_path, "overwrite")
+    assert any(shapes.get(shape) != "revoked" for shape in told)
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(certificate_store, "LOCK_S", 0.2)
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            f"import filelock; lock = filelock.FileLock({str(tmp_path / '.lock')!r}); lock.acquire()\n"
+            "print(1, flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    store = CertificateStore(tmp_path / "s.json", LABELS)
+    start = time.monotonic()
+    assert store.save(_stored(s1="certified")) == _stored(s1="certified")
+    assert time.monotonic() - start < 10
+    assert "cannot write certificates" in caplog.text
+    holder.communicate(b"\n")
+
+
+# -- files that cannot be read or written --------------------------------------------------------------------
+
+GARBAGE = ["", "{", "[]", '{"shapes": 3}', "\0" * 100, '{"contract": "c", "fast": "f", "verifier_checked": 1']
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_garbage_holds_nothing_and_certificates_do_not_outlive_it(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "s.json"
+    store = CertificateStore(path, LABELS)
+    store.save(_stored(s1="certified"))
+    path.write_text(text)
+    assert CertificateStore(path, LABELS).load() == Stored()
+    assert caplog.text.count("unreadable") == 1
+    saved = store.save(_stored(s1="certified", s2="speculative", s3="revoked"))
+    assert saved.shapes == {(2, 2): "speculative", (3, 3): "revoked"}
+    assert CertificateStore(path, LABELS).load() == saved
+
+
+@pytest.mark.parametrize("field", ["contract", "fast"])
+def test_states_of_something_else_are_not_taken(field: str, tmp_path: Path) -> None:
+    CertificateStore(tmp_path / "s.json", LABELS | {field: "other"}).save(_stored(s1="certified"))
+    assert CertificateStore(tmp_path / "s.json", LABELS).load() == Stored()
+
+
+def _one_line(caplog: pytest.LogCaptureFixture) -> bool:
+    return [r.levelno for r in caplog.records] == [logging.WARNING] and len(caplog.text.splitlines()) == 1
+
+
+def test_a_full_disk_costs_the_file_not_the_revocation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "s.json"
+    CertificateStore(path, LABELS).save(_stored(s1="certified", s2="certified"))
+
+    def work() -> None:
+        store = CertificateStore(path, LABELS)
+        before = path.read_text()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))  # bytes; what is beyond is refused
+        mine = _stored(s1="certified", s2="certified", s3="certified")
+        assert store.save(mine) == mine
+        assert path.read_text() == before, "a write that fails leaves the old file"
+        assert _one_line(caplog), caplog.text
+        store.save(_stored(s2="revoked"), revoking=True)
+
+    _in_child(work)
+    assert CertificateStore(path, LABELS).load() == Stored(), "a revoked shape is found as certified"
+
+
+def test_another_process_drops_its_certificates_when_the_file_has_gone(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    store = CertificateStore(path, LABELS)
+    assert store.save(_stored(s1="certified")).shapes == {(1, 1): "certified"}
+    path.unlink()
+    assert store.save(_stored(s1="certified", s2="speculative")).shapes == {(2, 2): "speculative"}
+
+
+def test_a_read_only_folder(caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "s.json"
+    try:
+        CertificateStore(path, LABELS).save(_stored(s1="certified"))
+        folder.chmod(0o555)
+
+        def work() -> None:
+            if os.geteuid() == 0:  # who may write anywhere
+                os.setuid(65534)
+            store = CertificateStore(path, LABELS)
+            assert store.load() == _stored(s1="certified")
+            for _ in range(3):
+                assert store.save(_stored(s2="certified")) == _stored(s2="certified")
+            assert _one_line(caplog), caplog.text
+            store.save(_stored(s2="revoked"), revoking=True)
+            assert "delete" in caplog.records[-1].getMessage()
+
+        _in_child(work)
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+# -- engines -------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_works_on_without_a_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    engine = make_engine(config=small_config(certificates_path=str(tmp_path / "file")), check=True)
+    assert [o.token_ids for o in engine.generate(PROMPTS, PARAMS)] == RIGHT
+    assert engine.stats().probes > 3
+    assert _one_line(caplog), caplog.text
+
+
+def test_what_another_process_revoked_is_withdrawn_here_and_taken_back(tmp_path: Path) -> None:
+    config = small_config(certificates_path=str(tmp_path), audit_fraction=0.0)
+    bad = {"now": False}
+    engine = make_engine(
+        NoisyModel(noisy=lambda t, call: bad["now"] and t == 6, flip=0.0), config, check=True
+    )
+    engine.certify()
+    other = make_engine(NoisyModel(noisy=lambda t, call: False), config)
+    assert other.certificates.status == engine.certificates.status
+    for prompt in PROMPTS:
+        engine.submit(prompt, PARAMS, stream=False)
+    bad["now"] = True
+    outputs = {}
+    for step in itertools.count():
+        if step == 8:
+            other.certificates.revoke({(6, 6)})
+            assert engine.stats().certified_tokens > 6, "vacuous: nothing to take back"
+            del engine.certificates.status[24, 8]  # something to probe and save
+            engine.certificates.want((24, 8))
+        outputs |= {o.request_id: o for o in engine.step()}
+        if not engine.has_unfinished():
+            break
+    assert engine.certificates.status[6, 6] == "revoked"
+    assert engine.stats().revocations == 1
+    assert engine.stats().rollbacks > 0
+    solo = make_engine(config=small_config(verify="always")).generate(PROMPTS, PARAMS)
+    got = [(o.token_ids, o.logprobs) for _, o in sorted(outputs.items())]
+    assert got == [(o.token_ids, o.logprobs) for o in solo]
+
+
+# -- probes that fail ----------------------------------------------------------------------------------------
+
+
+class _Breaking(ToyModel):
+    """Runs out of memory, at buckets of `tokens` or everywhere."""
+
+    tokens: int | None = None
+
+    def forward(self, inputs, cache):  # type: ignore[no-untyped-def]
+        if self.tokens in (None, len(inputs.input_ids)):
+            raise MemoryError("no memory for a probe")
+        return super().forward(inputs, cache)
+
+
+def test_a_probe_that_fails_leaves_requests_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = small_config(certificates_path=str(tmp_path))
+    engine = make_engine(config=config)
+    broken = _Breaking()
+    broken.tokens = 6
+    engine.certificates._probe.fast = broken
+    assert [o.token_ids for o in engine.generate(PROMPTS, PARAMS)] == RIGHT
+    engine.certificates.settle()
+    assert engine.certificates.status[6, 6] == "speculative"
+    assert "certified" in engine.certificates.status.values()
+    failed = engine.stats().probe_failures
+    assert failed >= 1
+    assert caplog.text.count("MemoryError: no memory for a probe") == failed
+    again = make_engine(config=config)
+    assert (6, 6) not in again.certificates.status, "what may pass is not remembered"
+    assert again.certificates.status.items() <= engine.certificates.status.items()
+
+
+def test_a_check_of_the_verifier_that_fails_fails_only_who_needs_it(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(check=True)
+    whole = engine.certificates._probe._verifier
+    engine.certificates._probe._verifier = _Breaking()
+    ordinary = engine.submit(PROMPTS[0], PARAMS, deterministic=False)
+    mine = [engine.submit(p, PARAMS) for p in PROMPTS[1:3]]
+    done = {}
+    while engine.has_unfinished():
+        done |= {o.request_id: o for o in engine.step() if o.finished}
+    assert done[ordinary].token_ids == RIGHT[0]
+    for request_id in mine:
+        assert done[request_id].finish_reason == "error"
+        assert done[request_id].error == (
+            "the verifier graph could not be checked: MemoryError: no memory for a probe"
+        )
+    assert "could not be checked" in caplog.text
+    with pytest.raises(MemoryError):
+        engine.certify()
+    engine.certificates._probe._verifier = whole
+    engine.certificates._probe._reference = None
+    assert [o.token_ids for o in engine.generate(PROMPTS, PARAMS)] == RIGHT
