@@ -23,7 +23,7 @@ VALUE = "example_value"
 # fmt: off
 _TORCH = (
     "abs", "add", "addmm", "amax", "amin", "argmax", "bmm", "cat", "chunk", "clamp", "clone", "concat",
-    "cos", "cumsum", "diff", "div", "eq", "erf", "exp", "expm1", "flatten", "gather", "ge", "gt",
+    "cos", "cumprod", "cumsum", "diff", "div", "eq", "erf", "exp", "expm1", "flatten", "gather", "ge", "gt",
     "index_select", "le", "log", "log1p", "log_softmax", "logsumexp", "lt", "masked_fill", "matmul",
     "maximum", "mean", "minimum", "mm", "movedim", "mul", "narrow", "ne", "neg", "norm", "permute", "pow",
     "prod", "reciprocal", "relu", "repeat_interleave", "reshape", "rsqrt", "select", "sigmoid", "sin",
@@ -73,6 +73,8 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "linalg_vector_norm": (("input", None), ("ord", 2), ("dim", None), ("keepdim", False), ("dtype", None)),
     "normalize": (("input", None), ("ord", 2.0), ("dim", 1), ("eps", 1e-12)),
     "group_norm": (("input", None), ("num_groups", 1), ("weight", None), ("bias", None), ("eps", 1e-5)),
+    "cumsum": (("input", None), ("dim", None), ("dtype", None)),
+    "cumprod": (("input", None), ("dim", None), ("dtype", None)),
     "logsumexp": (("input", None), ("dim", None), ("keepdim", False)),
     "cat": (("tensors", None), ("dim", 0)),
     "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),

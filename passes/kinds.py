@@ -135,6 +135,6 @@ def kind(node: fx.Node) -> Kind:
         return Kind.EXACT if name == "pow" and _integral(node) else Kind.TRANSCENDENTAL
     if name in _REDUCTION:
         return Kind.EXACT_REDUCTION if tensors and _integral(node) else Kind.REDUCTION
-    if name.startswith("_") and not tensors:
-        return Kind.SIZE  # context managers and logging
+    if not tensors and (name.startswith("_") or value is None):
+        return Kind.SIZE  # context managers, logging, what neither reads nor gives a tensor
     return Kind.UNKNOWN

@@ -12,8 +12,10 @@ Cases (x floating point; sums of integers are exact in any order and stay):
                                          → ``row_sum`` of squares or magnitudes, a root
 7. ``group_norm``                        → ``layer_norm`` of each group in fp32, then weight and bias
 
+8. ``cumsum``, ``cumprod``               → ``running_sum``, ``running_product``
+
 Not rewritten: norms of other orders, matrix norms, and groups whose size is not fixed, each with its reason;
-running sums and products of floats, which ``check`` then names.
+other running reductions of floats, which ``check`` then names.
 
 Before and after (bf16, x: [B, S, H])::
 
@@ -32,7 +34,7 @@ import torch
 from torch import fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.base import Context, PassReport
+from llm42c.passes.base import Context, PassReport, usable
 
 
 class _At:
@@ -185,6 +187,13 @@ def _group_norm(at: _At, node: fx.Node) -> fx.Node | str:
     return at.cast(result, g.fake(node).dtype)
 
 
+def _running(at: _At, node: fx.Node) -> fx.Node:
+    bound = g.bind(node)
+    name = "running_sum" if g.name(node) == "cumsum" else "running_product"
+    x = at.cast(bound["input"], g.fake(node).dtype)
+    return g.insert(node, getattr(torch.ops.llm42, name).default, (x, bound["dim"]))
+
+
 def _with_mean(node: fx.Node, report: PassReport) -> None:
     """``var_mean`` and ``std_mean``: each of the two results as a call of its own."""
     bound = g.bind(node)
@@ -219,6 +228,8 @@ _REWRITES: dict[str, Callable[[_At, fx.Node], fx.Node | str]] = {
     "linalg_vector_norm": _norm,
     "normalize": _normalize,
     "group_norm": _group_norm,
+    "cumsum": _running,
+    "cumprod": _running,
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -237,6 +248,9 @@ def reductions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             continue  # exact
         if out.dtype not in _FLOATS or (x.is_floating_point() and x.dtype not in _FLOATS):
             report.miss(node, f"dtype {x.dtype} → {out.dtype}")
+            continue
+        if g.name(node) == "cumprod" and (reason := usable(ctx, "running_product")):
+            report.miss(node, reason)
             continue
         new = rewrite(_At(node), node)
         if isinstance(new, str):

@@ -374,7 +374,10 @@ _ROW_OPERATORS = _names(
 _REDUCTIONS = _names(
     "sum mean amax amin max min any all prod var std logsumexp argmax argmin norm topk llm42::row_sum"
 )
-_KEEPING = _names("softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp _safe_softmax")
+_KEEPING = _names(
+    "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp _safe_softmax "
+    "llm42::running_sum llm42::running_product"
+)
 _VIEWS = _names(
     "expand transpose permute select narrow slice unbind t movedim expand_as split chunk split_with_sizes "
     "unsqueeze squeeze tensor_split one_hot"

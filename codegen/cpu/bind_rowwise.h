@@ -181,6 +181,22 @@ inline at::Tensor softmax_of(const at::Tensor& x, bool log, const char* op) {
 inline at::Tensor row_softmax(const at::Tensor& x) { return softmax_of(x, false, "row_softmax"); }
 inline at::Tensor row_log_softmax(const at::Tensor& x) { return softmax_of(x, true, "row_log_softmax"); }
 
+inline at::Tensor running(const at::Tensor& x, int64_t dim, bool product, const char* op) {
+  const Dtype dtype = dtype_of(x, op);
+  TORCH_CHECK_VALUE(dim >= -x.dim() && dim < x.dim(), op, ": expected dim in [", -x.dim(), ", ", x.dim() - 1, "], got ",
+                    dim);
+  const at::Tensor rows = x.movedim(dim, -1).contiguous();
+  const at::Tensor out = at::empty(rows.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  const int64_t cols = rows.size(-1);
+  if (out.numel() > 0)
+    rowwise::running(dtype, {rows.const_data_ptr(), cols}, out.numel() / cols, cols, out.mutable_data_ptr(), product,
+                     at::get_num_threads());
+  return out.movedim(-1, dim).contiguous();
+}
+
+inline at::Tensor running_sum(const at::Tensor& x, int64_t dim) { return running(x, dim, false, "running_sum"); }
+inline at::Tensor running_product(const at::Tensor& x, int64_t dim) { return running(x, dim, true, "running_product"); }
+
 inline void register_rowwise(torch::Library& m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
@@ -188,6 +204,8 @@ inline void register_rowwise(torch::Library& m) {
   m.impl("silu_mul", &silu_mul);
   m.impl("rotary", &rotary);
   m.impl("row_sum", &row_sum);
+  m.impl("running_sum", &running_sum);
+  m.impl("running_product", &running_product);
   m.impl("row_softmax", &row_softmax);
   m.impl("row_log_softmax", &row_log_softmax);
 }

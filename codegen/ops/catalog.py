@@ -18,6 +18,7 @@ from llm42c.codegen.ops import (
     pod_varlen_attention,
     reduce,
     rotary,
+    running,
     sample,
 )
 from llm42c.codegen.ops.registry import Operator
@@ -38,5 +39,6 @@ OPERATORS: tuple[Operator, ...] = (
     pod_varlen_attention.OP,
     *reduce.OPERATORS,
     rotary.OP,
+    *running.OPERATORS,
     *sample.OPERATORS,
 )

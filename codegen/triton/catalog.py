@@ -21,6 +21,7 @@ from llm42c.codegen.triton import (
     pod_dense_attention,
     reduce,
     rotary,
+    running,
     sample,
     silu_mul,
 )
@@ -166,6 +167,8 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
     yield Kernel("rotary", "rotary", rotary.emit(head_dim, head_dim), dtype, 1)
     for name in ("row_sum", "row_softmax", "row_log_softmax"):
         yield Kernel(name, name, reduce.emit(name, reduce.block(4096)), dtype)
+    for name in ("running_sum", "running_product"):
+        yield Kernel(name, name, running.emit(name), dtype, 2)
     yield from dense_kernels(target, dtype, head_dim)
     yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE, all_registers=True)
     logprobs = {"token_ptr": "*i64", "y_ptr": "*fp32"}

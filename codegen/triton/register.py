@@ -29,6 +29,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "row_log_softmax": ("reduce", "row_log_softmax"),
     "row_softmax": ("reduce", "row_softmax"),
     "row_sum": ("reduce", "row_sum"),
+    "running_product": ("running", "running_product"),
+    "running_sum": ("running", "running_sum"),
     "sample": ("sample", "sample"),
     "silu_mul": ("silu_mul", "silu_mul"),
     "token_logprobs": ("sample", "token_logprobs"),

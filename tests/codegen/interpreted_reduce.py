@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen.ops import registry
-from llm42c.codegen.triton import reduce
+from llm42c.codegen.triton import reduce, running
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -39,6 +39,12 @@ def main() -> dict[str, float]:
         ratios[f"half/{dims}"] = float(
             ((got - want).abs() / (whole + want.abs() * torch.finfo(x.dtype).eps)).max()
         )
+    x = 1 + torch.randn(70, 9, generator=g) / 8
+    for name, apply in (("running_sum", running.running_sum), ("running_product", running.running_product)):
+        want = ops[name].reference(x, 1)
+        ratios[name] = float(((apply(x, 1) - want).abs() / (9 * EPS * ops[name].reference(x.abs(), 1))).max())
+        ratios[f"{name}/alone"] = 0.0 if torch.equal(apply(x[66:67], -1)[0], apply(x, 1)[66]) else 2.0
+        ratios[f"{name}/dim"] = 0.0 if torch.equal(apply(x.t(), 0).t(), apply(x, 1)) else 2.0
     ratios["empty"] = 0.0 if not reduce.row_sum(torch.ones(2, 0), [1], False).any() else 2.0
     return ratios
 

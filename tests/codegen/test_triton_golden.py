@@ -19,6 +19,7 @@ from llm42c.codegen.triton import (
     pod_attention,
     pod_dense_attention,
     reduce,
+    running,
     sample,
 )
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
@@ -54,6 +55,8 @@ SOURCES: dict[str, Callable[[], str]] = {
     "row_sum.py": lambda: reduce.emit("row_sum", 4096),
     "row_softmax.py": lambda: reduce.emit("row_softmax", 4096),
     "row_log_softmax.py": lambda: reduce.emit("row_log_softmax", 4096),
+    "running_sum.py": lambda: running.emit("running_sum"),
+    "running_product.py": lambda: running.emit("running_product"),
     "token_logprobs.py": sample.emit_logprobs,
 }
 

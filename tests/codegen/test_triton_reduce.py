@@ -14,7 +14,7 @@ from llm42c.codegen import target as targets
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-NAMES = ("row_sum", "row_softmax", "row_log_softmax")
+NAMES = ("row_sum", "row_softmax", "row_log_softmax", "running_sum", "running_product")
 
 
 def test_row_reductions_are_within_their_bounds_and_know_no_other_row():
@@ -23,7 +23,7 @@ def test_row_reductions_are_within_their_bounds_and_know_no_other_row():
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     ratios = json.loads(done.stdout.splitlines()[-1])
-    assert len(ratios) == 3 * 6 + 4
+    assert len(ratios) == 3 * 6 + 4 + 6
     assert {k: v for k, v in ratios.items() if not v <= 1} == {}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import apply, calls, capture, run, same_bits
 
+from llm42c.passes.base import Context
 from llm42c.passes.check import unplaced
 from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.reductions import reductions
@@ -30,6 +31,9 @@ X = torch.randn(4, 5, N, generator=torch.Generator().manual_seed(4))
         (lambda x: x.var(-1), lambda x: 4 * x.square().mean(-1)),
         (lambda x: x.var(-1, unbiased=False), lambda x: 4 * x.square().mean(-1)),
         (lambda x: x.std(-1, keepdim=True), lambda x: 4 * x.square().mean(-1, keepdim=True) + 4),
+        (lambda x: x.cumsum(-1), lambda x: x.abs().cumsum(-1)),
+        (lambda x: torch.cumsum(x, dim=1), lambda x: x.abs().cumsum(1)),
+        (lambda x: torch.cumprod(x, -1), lambda x: x.abs().cumprod(-1)),
         (lambda x: torch.logsumexp(x, -1), lambda x: 8 + x.abs().amax(-1)),
     ],
 )
@@ -68,11 +72,11 @@ def test_sums_of_integers_stay():
     assert not unplaced(gm.graph)
 
 
-def test_running_sums_are_named():
-    gm = capture(lambda x: x.cumsum(-1), X)
+def test_other_running_reductions_are_named():
+    gm = capture(lambda x: x.logcumsumexp(-1), X)
     apply(gm, reductions)
     (event,) = unplaced(gm.graph)
-    assert "cumsum" in event.reason
+    assert "logcumsumexp" in event.reason
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -83,3 +87,18 @@ def test_layer_norm(affine, dtype):
     gm = capture(norm, x)
     assert len(apply(gm, layer_norm).matches) == 1
     assert same_bits(run(gm), torch.ops.llm42.layer_norm(x, norm.weight, norm.bias, 1e-3))
+
+
+def test_running_sums_keep_their_dtype_and_see_the_past_only():
+    x = X.bfloat16()
+    gm = capture(lambda x: x.cumsum(1, dtype=torch.float32), x)
+    assert len(apply(gm, reductions).matches) == 1
+    assert same_bits(run(gm), torch.ops.llm42.running_sum(x.float(), 1))
+    gm = capture(lambda x: x.long().cumsum(1), X)
+    assert not apply(gm, reductions).matches
+
+
+def test_a_running_product_has_no_gradient():
+    gm = capture(lambda x: x.cumprod(1), X)
+    report = apply(gm, reductions, ctx=Context(grad=True))
+    assert "no autograd formula" in next(iter(report.reasons()))

@@ -43,6 +43,9 @@ struct Rotary {
 void rotary(const Rotary& p, int threads);
 
 void row_sum(Dtype dtype, Rows x, int64_t rows, int64_t cols, void* out, int threads);
+// out[i] = x[0] + ... + x[i] (or the product), one fp32 chain a row.
+void running(Dtype dtype, Rows x, int64_t rows, int64_t cols, void* out, bool product, int threads);
+
 void row_softmax(Dtype dtype, Rows x, int64_t rows, int64_t cols, void* out, bool log, int threads);
 
 }  // namespace llm42::rowwise

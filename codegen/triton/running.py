@@ -1,0 +1,61 @@
+"""Running sums and products of rows on a GPU: a program takes some rows and walks along them.
+
+Each row is one fp32 chain, element after element, as on a CPU: a row's bits do not depend on the other rows,
+nor a position's on what stands behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from llm42c.codegen.triton import kernel
+from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.source import module
+
+ROWS = 64
+_KERNEL = '''
+@triton.jit
+def @NAME@(x_ptr, y_ptr, rows, size):
+    """x: [R, N] → y: [R, N]. Program: ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    total = tl.full([ROWS], @START@, tl.float32)
+    for i in range(0, size):
+        x = tl.load(x_ptr + row * size + i, mask=there, other=0.0).to(tl.float32)
+        total = total @OPERATION@ x
+        tl.store(y_ptr + row * size + i, total.to(y_ptr.dtype.element_ty), mask=there)
+'''
+_OPERATIONS = {"running_sum": ("-0.0", "+"), "running_product": ("1.0", "*")}
+
+
+@functools.cache
+def emit(name: str) -> str:
+    """The file of ``running_sum`` or ``running_product``; its kernel has that name."""
+    start, operation = _OPERATIONS[name]
+    text = _KERNEL.replace("@NAME@", name).replace("@START@", start).replace("@OPERATION@", operation)
+    return module(f"{name} along the last dimension", f"{ROWS} rows a program", {"ROWS": ROWS}, text)
+
+
+def _running(name: str, x: Tensor, dim: int) -> Tensor:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{name}: expected dim in [{-x.dim()}, {x.dim() - 1}], got {dim}")
+    moved = x.movedim(dim, -1)
+    y = torch.empty_like(moved, memory_format=torch.contiguous_format)
+    if y.numel():
+        rows = kernel.aligned(moved.reshape(-1, moved.shape[-1]).contiguous())
+        fn = kernel.load(name, emit(name), target_of(x.device))
+        fn[(-(-len(rows) // ROWS),)](rows, y, len(rows), rows.shape[1], num_warps=2, **kernel.OPTIONS)
+    return y.movedim(-1, dim).contiguous()
+
+
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """``llm42::running_sum``."""
+    return _running("running_sum", x, dim)
+
+
+def running_product(x: Tensor, dim: int) -> Tensor:
+    """``llm42::running_product``."""
+    return _running("running_product", x, dim)
