@@ -145,7 +145,7 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         prompt = check_prompt(prompt_ids, self.limits)
-        max_tokens = check_limits(prompt, params, self.limits)
+        max_tokens, limited_by = check_limits(prompt, params, self.limits)
         text = None
         if self._decode is not None and params.detokenize and (stream or params.stop):
             text = TextState(self._decode, params.stop)
@@ -161,6 +161,7 @@ class Engine:
             stream=stream,
             seed=seed,
             max_tokens=max_tokens,
+            limited_by=limited_by,
             eos_ids=frozenset(self.config.eos_token_ids),
             max_pages=self._max_pages,
             text=text,
@@ -419,6 +420,7 @@ class Engine:
             output.finished = True
             output.finish_reason = request.finish_reason
             output.stop_reason = request.stop_reason
+            output.limit = request.limited_by if request.finish_reason == "length" else None
             output.error = request.error
             output.prompt_token_ids = request.tokens[: request.prompt_len]
             output.token_ids = request.outputs

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from llm42c.errors import RequestError
+from llm42c.runtime.outputs import Limit
 from llm42c.runtime.sampling import SamplingParams
+
+MAX_TOKENS, CONTEXT, KV_CACHE = get_args(Limit)
 
 
 @dataclass(frozen=True)
@@ -37,26 +41,34 @@ def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> list[int]:
     return prompt
 
 
-def check_limits(prompt: list[int], params: SamplingParams, limits: Limits) -> int:
-    """How many tokens the request may generate. Raises RequestError if that cannot be served."""
-    room = limits.max_model_len - len(prompt)
-    max_tokens = room if params.max_tokens is None else params.max_tokens
-    if room < 1 or max_tokens > room:
+def check_limits(prompt: list[int], params: SamplingParams, limits: Limits) -> tuple[int, Limit]:
+    """How many tokens the request may generate, and what sets that number.
+
+    `max_tokens=None` means what fits: up to the context, or to what the KV budget holds if that is less.
+    Raises RequestError if the request cannot be served.
+    """
+    context = limits.max_model_len - len(prompt)
+    cache = limits.num_pages * limits.page_size - len(prompt)
+    max_tokens, limit = params.max_tokens, MAX_TOKENS
+    if max_tokens is None:
+        max_tokens, limit = (context, CONTEXT) if context <= cache else (max(cache, 1), KV_CACHE)
+    if context < 1 or max_tokens > context:
         wanted = "at least 1" if params.max_tokens is None else params.max_tokens
         raise RequestError(
             f"{len(prompt)} prompt tokens and {wanted} new ones exceed the context of {limits.max_model_len}"
         )
     if params.min_tokens > max_tokens:
         raise RequestError(f"min_tokens ({params.min_tokens}) exceeds the {max_tokens} tokens that fit")
-    pages = -(-(len(prompt) + max_tokens) // limits.page_size)
-    if pages > limits.num_pages:
+    if max_tokens > cache:
+        pages = -(-(len(prompt) + max_tokens) // limits.page_size)
+        remedy = "lower max_tokens or raise kv_cache_bytes" if cache > 0 else "raise kv_cache_bytes"
         raise RequestError(
             f"{len(prompt)} prompt tokens and {max_tokens} new ones need {pages} KV pages, the budget has "
-            f"{limits.num_pages}; lower max_tokens or raise kv_cache_bytes"
+            f"{limits.num_pages}; {remedy}"
         )
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
         if any(t >= limits.vocab_size for t in ids):
             raise RequestError(f"{name} holds {max(ids)}, outside the vocabulary of {limits.vocab_size}")
     if params.stop and not limits.has_text:
         raise RequestError("stop strings need an engine with a tokenizer (decode=...)")
-    return max_tokens
+    return max_tokens, limit

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "error"]
+# What bounds the length of an output: the request's own max_tokens; without one, the model's context, or the
+# pages for keys and values where they hold less than a context.
+Limit = Literal["max_tokens", "context", "kv_cache"]
 TopLogprobs = list[tuple[int, float]]  # (token id, log-prob), most likely first, ties by token id
 
 
@@ -26,6 +29,7 @@ class RequestOutput:
     finished: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the token id or string that ended it
+    limit: Limit | None = None  # which limit ended it, if `finish_reason` is "length"
     error: str | None = None
     prompt_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)

@@ -4,7 +4,6 @@ history, so a rollback has nothing to undo; `TextState` is copied before it may 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,50 +11,51 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from llm42c.runtime.token_counts import TokenCounts
+
 if TYPE_CHECKING:
     from llm42c.runtime.request import Request
 
+_WINDOW = 12  # tokens that are decoded together, so that each is seen beside its neighbours
 Decode = Callable[[list[int]], str]
 FloatRow = npt.NDArray[np.float32]
 
 
-def process_row(request: Request, row: Tensor, history: list[int]) -> None:
+def process_row(request: Request, row: Tensor, length: int) -> None:
     """Rewrite `row` ([V] fp32 on the CPU, contiguous) in place into the logits to sample from.
 
-    `history`: prompt + outputs before this row's token. Order: repetition penalty, frequency and presence
-    penalty, logit bias, the user's processors, min_tokens. Raises whatever a user's processor raises.
+    `length`: of the history, prompt + outputs (committed, then pending) before this row's token. Order:
+    repetition penalty, frequency and presence penalty, logit bias, the user's processors, min_tokens. Raises
+    whatever a user's processor raises.
     """
     params = request.params
     values = row.numpy()
     if params.repetition_penalty != 1.0:
-        apply_repetition_penalty(values, history, params.repetition_penalty)
+        apply_repetition_penalty(values, request.seen.at(request, length), params.repetition_penalty)
     if params.frequency_penalty or params.presence_penalty:
-        output = history[request.prompt_len :]
+        output = request.emitted.at(request, length)
         apply_count_penalties(values, output, params.frequency_penalty, params.presence_penalty)
     if params.logit_bias:
         ids = np.array(list(params.logit_bias), dtype=np.int64)
         values[ids] += np.array(list(params.logit_bias.values()), dtype=np.float32)
     for processor in params.logits_processors:
-        row.copy_(_checked(processor(list(history), row.clone()), row.shape[0]))
-    if len(history) - request.prompt_len < params.min_tokens:
+        row.copy_(_checked(processor(request.token_slice(0, length), row.clone()), row.shape[0]))
+    if length - request.prompt_len < params.min_tokens:
         values[list(request.stop_ids)] = -np.inf
 
 
-def apply_repetition_penalty(row: FloatRow, history: Sequence[int], penalty: float) -> None:
+def apply_repetition_penalty(row: FloatRow, history: TokenCounts, penalty: float) -> None:
     """In place on `row` [V]: positive logits of seen tokens are divided, others multiplied (CTRL, section
     4.1).
     """
-    seen = np.array(list(set(history)), dtype=np.int64)
-    values = row[seen]
-    row[seen] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
+    values = row[history.ids]
+    row[history.ids] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
 
 
-def apply_count_penalties(row: FloatRow, output: Sequence[int], frequency: float, presence: float) -> None:
+def apply_count_penalties(row: FloatRow, output: TokenCounts, frequency: float, presence: float) -> None:
     """In place on `row` [V]: minus count * frequency, minus presence, for tokens in the output."""
-    counts = Counter(output)
-    seen = np.array(list(counts), dtype=np.int64)
-    times = np.array(list(counts.values()), dtype=np.float32)
-    row[seen] = row[seen] - times * np.float32(frequency) - np.float32(presence)
+    ids = output.ids
+    row[ids] = row[ids] - output.times * np.float32(frequency) - np.float32(presence)
 
 
 def _checked(row: Tensor, vocab_size: int) -> Tensor:
@@ -69,9 +69,12 @@ class TextState:
 
     The text is a function of the sequence of tokens pushed, however they were grouped into steps. A token
     that ends inside a multi-byte character shows once the character is complete.
+
+    A token costs one decoding of the last few tokens: what they show is remembered, and the window gives up
+    its beginning only when it has grown to `_WINDOW` tokens.
     """
 
-    __slots__ = ("_decode", "_hold", "_read", "_stops", "_window", "cut", "text")
+    __slots__ = ("_decode", "_hold", "_last", "_read", "_shown", "_stops", "_window", "cut", "text")
 
     def __init__(self, decode: Decode, stops: tuple[str, ...]) -> None:
         self._decode = decode
@@ -79,20 +82,24 @@ class TextState:
         self._hold = max((len(s) for s in stops), default=1) - 1
         self._window: list[int] = []  # the last tokens whose text may still change
         self._read = 0  # how many of them the text already shows
+        self._last = 0  # where in the window the newest piece of text begins
+        self._shown = ""  # the text of what is read
         self.text = ""
         self.cut: tuple[int, int] | None = None  # where the last matched stop string begins and ends
 
     def push(self, token: int) -> str | None:
         """Take one more token; returns the stop string that it completes, if any."""
         self._window.append(token)
-        shown = self._decode(self._window[: self._read])
         text = self._decode(self._window)
-        if len(text) <= len(shown) or text.endswith("\ufffd"):
+        if len(text) <= len(self._shown) or text.endswith("\ufffd"):
             return None
         old = len(self.text)
-        self.text += text[len(shown) :]
-        del self._window[: self._read]
-        self._read = len(self._window)
+        self.text += text[len(self._shown) :]
+        self._last, self._read, self._shown = self._read, len(self._window), text
+        if self._read >= _WINDOW:
+            del self._window[: self._last]
+            self._last, self._read = 0, len(self._window)
+            self._shown = self._decode(self._window)
         return self._match(old)
 
     def _match(self, old: int) -> str | None:
@@ -116,12 +123,13 @@ class TextState:
         if stopped and self.cut is not None:
             self.text = self.text[: self.cut[1] if include_stop else self.cut[0]]
             return
-        shown = self._decode(self._window[: self._read])
-        self.text += self._decode(self._window)[len(shown) :]
+        if len(self._window) > self._read:
+            self.text += self._decode(self._window)[len(self._shown) :]
 
     def copy(self) -> TextState:
         twin = TextState(self._decode, self._stops)
         twin._window, twin._read = list(self._window), self._read
+        twin._last, twin._shown = self._last, self._shown
         twin.text, twin.cut = self.text, self.cut
         return twin
 

@@ -11,9 +11,10 @@ import enum
 
 import numpy as np
 
-from llm42c.runtime.outputs import FinishReason, TopLogprobs
+from llm42c.runtime.outputs import FinishReason, Limit, TopLogprobs
 from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.token_counts import RowCounts
 
 
 class State(enum.Enum):
@@ -34,6 +35,7 @@ class Request:
         stream: bool,
         seed: int,
         max_tokens: int,
+        limited_by: Limit = "max_tokens",
         eos_ids: frozenset[int],
         max_pages: int,
         text: TextState | None,
@@ -45,11 +47,13 @@ class Request:
         self.stream = stream
         self.seed = seed
         self.max_tokens = max_tokens
+        self.limited_by = limited_by
         self.prompt_len = len(prompt)
         self.limit = len(prompt) + max_tokens
         self.eos_ids = frozenset() if params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids | frozenset(params.stop_token_ids)
         self.processed = params.processes_logits
+        self.seen, self.emitted = RowCounts(0), RowCounts(len(prompt))  # for penalties
 
         self.tokens = list(prompt)
         self.logprobs: list[float] = []
@@ -71,7 +75,8 @@ class Request:
 
         self.pages: list[int] = []
         self.block_row = np.zeros(max_pages, dtype=np.int32)
-        self.page_keys: list[bytes] = []  # of the leading full canonical pages
+        self.page_keys: list[bytes] = []  # of leading full pages; a function of `tokens` alone
+        self.shared_pages = 0  # leading pages that the prefix cache has been offered
         self.num_computed = 0
         self.proved = 0  # leading KV positions that the verifier graph itself wrote or audited
         self.proved_outputs = 0  # leading outputs that the verifier graph itself chose or audited
@@ -156,6 +161,9 @@ class Request:
         del self.logprobs[keep:]
         del self.origins[keep:]
         del self.top_logprobs[keep:]
+        self.seen.take_back(len(self.tokens))
+        self.emitted.take_back(len(self.tokens))
+        self.page_keys.clear()
         if self.text is not None:
             self.text = self.text.restart(self.outputs)
 

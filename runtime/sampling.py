@@ -46,7 +46,7 @@ class SamplingParams:
     likely tokens of every step.
     """
 
-    max_tokens: int | None = None  # None: up to the model's context
+    max_tokens: int | None = None  # None: what fits, RequestOutput.limit says what that was
     min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0  # 0: off
@@ -269,20 +269,27 @@ class RowSampler:
             for j, i in enumerate(todo):
                 request, length = rows[i]
                 try:
-                    process_row(request, work[j], request.token_slice(0, length))
+                    process_row(request, work[j], length)
                 except Exception as error:
                     result.errors[i] = f"{type(error).__name__}: {error}"
             tokens, _ = self._draw(work.to(raw.device), params, position, index)
             logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
             for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
                 result.tokens[i], result.logprobs[i] = token, logprob
-        for i in params.special:
-            k = rows[i][0].params.logprobs
-            if k is not None:
-                result.tops[i] = self._top(logits[i : i + 1], min(k, logits.shape[1]))
+        self._tops(logits, rows, params.special, result)
 
-    def _top(self, row: Tensor, k: int) -> TopLogprobs:
-        if k == 0:
-            return []
-        values, ids = self._sampler.top_logprobs(row, k)
-        return list(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+    def _tops(
+        self, logits: Tensor, rows: list[tuple[Request, int]], special: list[int], result: Sampled
+    ) -> None:
+        """The most likely tokens of the rows that want them: one call of the operator for each number."""
+        wanted: dict[int, list[int]] = {}
+        for i in special:
+            if (k := rows[i][0].params.logprobs) is not None:
+                wanted.setdefault(min(k, logits.shape[1]), []).append(i)
+        for i in wanted.pop(0, []):
+            result.tops[i] = []
+        for k, members in wanted.items():
+            index = torch.tensor(members, device=logits.device)
+            values, ids = self._sampler.top_logprobs(logits[index], k)
+            for i, row_ids, row_values in zip(members, ids.tolist(), values.tolist(), strict=True):
+                result.tops[i] = list(zip(row_ids, row_values, strict=True))

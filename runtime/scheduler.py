@@ -78,7 +78,7 @@ class Scheduler:
     def _free(self, request: Request) -> None:
         self._pool.release(request.pages)
         request.pages = []
-        request.page_keys = []
+        request.shared_pages = 0
         request.num_computed = request.proved = 0
 
     def _admit(self) -> None:
@@ -86,7 +86,7 @@ class Scheduler:
             request = next((r for r in self.waiting if self._certificates.may_run(r.deterministic)), None)
             if request is None:
                 return
-            keys, pages = self._match(request)
+            pages = self._match(request)
             new = self._pages_for(len(request.tokens)) - len(pages)
             idle = sum(self._pool.is_idle(p) for p in pages)
             # A page for each running request, so that an admission does not cause a preemption at once.
@@ -100,36 +100,40 @@ class Scheduler:
                 _append_page(request, page)
                 if self._pool.proved[page] and request.proved == i * self._config.page_size:
                     request.proved += self._config.page_size
-            request.page_keys = keys
+            request.shared_pages = len(pages)
             request.num_computed = len(pages) * self._config.page_size
             self._stats.prefix_hits += len(pages)
             self._stats.prefix_hit_tokens += request.num_computed
             self._grow(request, len(request.tokens))
 
-    def _match(self, request: Request) -> tuple[list[bytes], list[int]]:
-        """Keys and pages of the longest cached prefix that leaves the newest token to be computed."""
-        keys: list[bytes] = []
+    def _match(self, request: Request) -> list[int]:
+        """Pages of the longest cached prefix that leaves the newest token to be computed."""
         pages: list[int] = []
         if self._config.prefix_cache:
-            size = self._config.page_size
-            for i in range((len(request.tokens) - 1) // size):
-                key = self._pool.key(keys[-1] if keys else None, request.tokens[i * size : (i + 1) * size])
-                page = self._pool.lookup(key)
+            for i in range((len(request.tokens) - 1) // self._config.page_size):
+                page = self._pool.lookup(self._key(request, i))
                 if page is None:
                     break
-                keys.append(key)
                 pages.append(page)
-        return keys, pages
+        return pages
 
     def share(self, request: Request) -> None:
         """Offer the request's full canonical pages to the prefix cache."""
         if not self._config.prefix_cache:
             return
+        size = self._config.page_size
+        while (request.shared_pages + 1) * size <= request.num_computed:
+            i = request.shared_pages
+            self._pool.register(request.pages[i], self._key(request, i), request.proved >= (i + 1) * size)
+            request.shared_pages += 1
+
+    def _key(self, request: Request, i: int) -> bytes:
+        """The key of full page `i`, each computed once in a request's life."""
         size, keys = self._config.page_size, request.page_keys
-        while (len(keys) + 1) * size <= request.num_computed:
-            i = len(keys)
-            keys.append(self._pool.key(keys[-1] if keys else None, request.tokens[i * size : (i + 1) * size]))
-            self._pool.register(request.pages[i], keys[i], request.proved >= (i + 1) * size)
+        while len(keys) <= i:
+            start = len(keys) * size
+            keys.append(self._pool.key(keys[-1] if keys else None, request.tokens[start : start + size]))
+        return keys[i]
 
     # -- memory ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from toy import (
     VOCAB,
     NoisyModel,
     ToyModel,
+    ToySampler,
     make_engine,
     pure_logits,
     reference,
@@ -20,7 +23,9 @@ from toy import (
 )
 
 from llm42c.errors import ConfigError, ContractMismatchError, RequestError
+from llm42c.runtime.block_pool import BlockPool
 from llm42c.runtime.outputs import RequestOutput
+from llm42c.runtime.request import State
 from llm42c.runtime.sampling import SamplingParams
 
 PROMPTS = [[(7 * i + 3 * j) % VOCAB for j in range(2 + 3 * i)] for i in range(8)]
@@ -215,6 +220,79 @@ def test_a_request_that_can_never_fit_the_kv_budget_is_refused() -> None:
         engine.submit([1] * 10, SamplingParams(max_tokens=11))
     (output,) = engine.generate([[1] * 10], SamplingParams(max_tokens=10, ignore_eos=True))
     assert len(output.token_ids) == 10
+
+
+@pytest.mark.parametrize(("num_pages", "room", "limit"), [(5, 10, "kv_cache"), (80, 246, "context")])
+def test_without_max_tokens_a_request_gets_what_fits(num_pages: int, room: int, limit: str) -> None:
+    engine = make_engine(config=small_config(num_pages=num_pages))
+    (output,) = engine.generate([[1] * 10], SamplingParams(ignore_eos=True))
+    assert (len(output.token_ids), output.finish_reason, output.limit) == (room, "length", limit)
+    wide = make_engine(config=small_config(num_pages=80))
+    (whole,) = wide.generate([[1] * 10], SamplingParams(ignore_eos=True))
+    assert (output.token_ids, output.logprobs) == (whole.token_ids[:room], whole.logprobs[:room])
+
+
+def test_an_output_names_the_limit_only_if_one_ended_it() -> None:
+    engine = make_engine()
+    (output,) = engine.generate([[1] * 10], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert (output.finish_reason, output.limit) == ("length", "max_tokens")
+    stop = output.token_ids[1]
+    (output,) = engine.generate([[1] * 10], SamplingParams(max_tokens=3, stop_token_ids=(stop,)))
+    assert (output.finish_reason, output.limit) == ("stop", None)
+
+
+def test_a_prompt_that_fills_the_kv_budget_is_refused() -> None:
+    engine = make_engine(config=small_config(num_pages=5))
+    with pytest.raises(RequestError, match="raise kv_cache_bytes") as caught:
+        engine.submit([1] * 20, SamplingParams())
+    assert "\n" not in str(caught.value)
+    assert engine.submit([1] * 19, SamplingParams())
+
+
+def test_the_most_likely_tokens_of_a_step_are_one_call_for_each_number() -> None:
+    class Counting(ToySampler):
+        calls: ClassVar[list[tuple[int, int]]] = []
+
+        def top_logprobs(self, logits, k):  # type: ignore[no-untyped-def]
+            self.calls.append((logits.shape[0], k))
+            return super().top_logprobs(logits, k)
+
+    wanted = [2, 2, 0, 2, 5]
+    params = [SamplingParams(max_tokens=4, ignore_eos=True, logprobs=k) for k in wanted]
+    prompts = [[3 + i, 4, 5] for i in range(5)]
+    engine = make_engine(sampler=Counting())
+    outputs = engine.generate(prompts, params)
+    tops = [len(t) for o in outputs for t in o.top_logprobs or []]
+    assert sorted(tops) == sorted(k for k in wanted for _ in range(4))
+    assert sum(rows for rows, _ in Counting.calls) >= 16
+    steps = engine.stats().fast_steps + engine.stats().verifier_steps
+    assert len(Counting.calls) <= 2 * steps < sum(rows for rows, _ in Counting.calls)
+    for prompt, p, output in zip(prompts, params, outputs, strict=True):
+        (alone,) = make_engine().generate([prompt], p)
+        assert alone.top_logprobs == output.top_logprobs
+
+
+def test_a_waiting_prompt_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[int, ...]] = []
+    key = BlockPool.key
+
+    def counting(self: BlockPool, parent: bytes | None, tokens: Sequence[int]) -> bytes:
+        hashed.append(tuple(tokens))
+        return key(self, parent, tokens)
+
+    monkeypatch.setattr(BlockPool, "key", counting)
+    engine = make_engine(config=small_config(num_pages=16))
+    common = [9] * 16
+    engine.generate([common], SamplingParams(max_tokens=1))  # so that the waiting prompt's pages are known
+    engine.submit(common + [1] * 8, SamplingParams(max_tokens=30, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    hashed.clear()
+    waiting = engine.submit([*common, *([2] * 20)], SamplingParams(max_tokens=20, ignore_eos=True))
+    for _ in range(8):
+        engine.step()
+    assert engine._requests[waiting].state is State.WAITING
+    assert hashed.count(tuple(common[:4])) == 4, "the four known pages, each once"
 
 
 def test_other_mistakes_at_submit() -> None:

@@ -30,7 +30,10 @@ def processed(
     params: SamplingParams, row: torch.Tensor, prompt: list[int], output: list[int]
 ) -> torch.Tensor:
     row = row.clone()
-    process_row(request(params, prompt, frozenset({15})), row, prompt + output)
+    asked = request(params, prompt, frozenset({15}))
+    for token in output:
+        asked.propose(token)
+    process_row(asked, row, len(prompt) + len(output))
     return row
 
 
@@ -79,9 +82,10 @@ def test_user_processors_see_copies_and_cannot_undo_min_tokens() -> None:
 
     row = ROW.clone()
     params = SamplingParams(logits_processors=(user, user), min_tokens=1)
-    process_row(request(params, [1, 2], frozenset({15})), row, history := [1, 2])
+    asked = request(params, [1, 2], frozenset({15}))
+    process_row(asked, row, 2)
     assert calls == [[1, 2], [1, 2]]
-    assert history == [1, 2]
+    assert asked.tokens == [1, 2]
     assert row[15] == -torch.inf
     assert row[0] == 5.0
 
@@ -107,6 +111,24 @@ def test_text_equals_decoding_everything_at_once(ids: list[int]) -> None:
     for token in ids:
         state.push(token)
         assert toy_decode(ids).startswith(state.text)
+    state.finish(False, False)
+    assert state.text == toy_decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_token_costs_one_decoding_of_a_few_tokens(seed: int) -> None:
+    ids = torch.randint(0, 31, (400,), generator=torch.Generator().manual_seed(seed)).tolist()
+    decoded: list[int] = []
+
+    def counting(window: list[int]) -> str:
+        decoded.append(len(window))
+        return toy_decode(window)
+
+    state = TextState(counting, ())
+    for token in ids:
+        state.push(token)
+    assert len(decoded) <= 1.25 * len(ids)
+    assert max(decoded) <= 16
     state.finish(False, False)
     assert state.text == toy_decode(ids)
 

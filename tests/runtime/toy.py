@@ -310,13 +310,16 @@ def small_config(**changes: object) -> EngineConfig:
 
 
 def make_engine(
-    fast: ToyModel | None = None, config: EngineConfig | None = None, check: bool = False
+    fast: ToyModel | None = None,
+    config: EngineConfig | None = None,
+    check: bool = False,
+    sampler: ToySampler | None = None,
 ) -> Engine:
     """An engine on the toy. `check=False` takes the verifier's row independence for granted."""
     config = config or small_config()
     verifier = ToyModel(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
     lazy = dataclasses.replace(config, certify="lazy")
-    engine = Engine(fast or ToyModel(), verifier, lazy, sampler=ToySampler(), decode=toy_decode)
+    engine = Engine(fast or ToyModel(), verifier, lazy, sampler=sampler or ToySampler(), decode=toy_decode)
     engine.certificates.verifier_checked = not check
     if config.certify == "startup":
         engine.certify()
