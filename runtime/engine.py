@@ -166,8 +166,13 @@ class Engine:
             max_pages=self._max_pages,
             text=text,
         )
-        self._requests[request_id] = request
-        self._scheduler.add(request)
+        try:
+            self._requests[request_id] = request
+            self._scheduler.add(request)
+        except BaseException:  # Ctrl-C in between: nothing changes
+            self._requests.pop(request_id, None)
+            self._scheduler.withdraw(request)
+            raise
         return request_id
 
     def _random_seed(self) -> int:
@@ -202,10 +207,12 @@ class Engine:
         )
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
-        ids: list[str] = []
+        before = next(self._arrivals)
         try:
-            for prompt, p in zip(prompts, each, strict=True):
-                ids.append(self.submit(prompt, p, deterministic=deterministic, stream=False))
+            ids = [
+                self.submit(prompt, p, deterministic=deterministic, stream=False)
+                for prompt, p in zip(prompts, each, strict=True)
+            ]
             done: dict[str, RequestOutput | None] = dict.fromkeys(ids)
             others: list[RequestOutput] = []
             while None in done.values():
@@ -215,8 +222,8 @@ class Engine:
                     else:
                         others.append(output)
         except BaseException:
-            for request_id in ids:
-                self.abort(request_id)
+            for request in [r for r in self._requests.values() if r.arrival > before]:
+                self.abort(request.id)
             raise
         self._held = others
         return [output for output in done.values() if output is not None]

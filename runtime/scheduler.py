@@ -55,6 +55,11 @@ class Scheduler:
     def add(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=_arrival)
 
+    def withdraw(self, request: Request) -> None:
+        """Take back an `add` that may have been broken off."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+
     def remove(self, request: Request) -> None:
         """Forget a finished, failed or aborted request and free its pages."""
         (self.running if request.state is State.RUNNING else self.waiting).remove(request)

@@ -77,6 +77,20 @@ def test_at_any_line(fast: Callable[[], ToyModel]) -> None:
     assert _work(engine) == expected
 
 
+def test_at_every_line_of_a_submission() -> None:
+    engine = make_engine()
+    other = engine.submit(PROMPTS[0], PARAMS[0])
+    reached: list[int] = []
+    engine.step = lambda: reached.append(lines) or []  # type: ignore[func-returns-value, method-assign]
+    lines = 0
+    while not reached:
+        lines += 1
+        with contextlib.suppress(KeyboardInterrupt), _interrupted_at(lines):
+            engine.generate(PROMPTS[1:3], PARAMS[0])
+        assert reached or list(engine._requests) == [other] == [r.id for r in engine._scheduler.waiting]
+    assert lines > 100  # both submissions were walked through
+
+
 def test_a_broken_step_fails_the_requests_of_other_threads_instead_of_hanging_them() -> None:
     engine = make_engine(FlipModel())
     pump = Pump(engine)
