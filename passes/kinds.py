@@ -48,12 +48,12 @@ _EXACT = _names(
     "logical_xor isnan isinf isfinite floor_divide floordiv remainder mod fmod bitwise_and bitwise_or "
     "bitwise_not bitwise_xor iadd isub imul itruediv add_ sub_ mul_ div_ clamp_ clamp_min clamp_max relu_ "
     "float half bfloat16 double long int bool type_as type bucketize searchsorted diff __and__ __or__ "
-    "__invert__ __rsub__ nan_to_num outer rshift lshift"
+    "greater greater_equal less less_equal not_equal __invert__ __rsub__ nan_to_num outer rshift lshift"
 )
 _TRANSCENDENTAL = _names(
     "exp log cos sin tanh sigmoid silu gelu softplus erf expm1 log1p pow mish elu selu leaky_relu "
     "hardswish exp2 log2 sin_ cos_ exp_ tan atan asin acos sinh cosh logsigmoid hardsigmoid xlogy rpow "
-    "hardtanh relu6 logit softsign polar"
+    "log_sigmoid hardtanh relu6 logit softsign polar"
 )
 _EXACT_REDUCTION = _names(
     "amax amin argmax argmin max min topk sort argsort any all cummax cummin count_nonzero equal item tolist"

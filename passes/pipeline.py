@@ -36,6 +36,7 @@ from llm42c.passes.residual_shards import residual_shards
 from llm42c.passes.rms_norm import rms_norm
 from llm42c.passes.rotary import merge_rotary, rotary
 from llm42c.passes.sizes import SYMBOLS, baked, concretise
+from llm42c.passes.solve_triangular import solve_triangular
 from llm42c.passes.topk import topk
 
 _PLAIN = frozenset({PLAIN})
@@ -65,6 +66,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("grouped_mm", grouped_mm, _PLAIN),
     Pass("index_add", index_add, _PLAIN),
     Pass("topk", topk, _PLAIN),
+    Pass("solve_triangular", solve_triangular, _PLAIN),
     Pass("matmul", matmul),
     Pass("reductions", reductions),
     Pass("linear_add", linear_add, _PACKED),

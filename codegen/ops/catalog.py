@@ -20,6 +20,7 @@ from llm42c.codegen.ops import (
     rotary,
     running,
     sample,
+    solve_triangular,
 )
 from llm42c.codegen.ops.registry import Operator
 
@@ -41,4 +42,5 @@ OPERATORS: tuple[Operator, ...] = (
     rotary.OP,
     *running.OPERATORS,
     *sample.OPERATORS,
+    solve_triangular.OP,
 )
