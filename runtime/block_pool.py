@@ -3,7 +3,7 @@
 A page holds `page_size` consecutive positions of one sequence. Full pages of canonical KV may be shared: they
 are found by a hash chained over (contract, token ids from position 0), so equal keys mean equal bits. Pages
 that nobody references but that the cache still knows are evicted in least-recently-used order when the free
-list is empty.
+list is empty. Pages may be borrowed for work that can begin anew: a request that needs them takes them back.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class BlockPool:
         # Which shape wrote a position: 0 = verifier, else an id that the certificates know.
         self.origin = np.zeros((num_pages, page_size), dtype=np.int32)
         self._salt = hashlib.blake2b(salt, digest_size=16).digest()
+        self.recalls = 0  # whatever was borrowed before the last one is lost
         self.clear()
 
     def clear(self) -> None:
@@ -37,24 +38,53 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, unreferenced, oldest first
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._borrowed: dict[int, None] = {}
+        self.recalls += 1
 
     @property
     def num_free(self) -> int:
         """Pages that `allocate` can still hand out."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + len(self._borrowed)
 
     def allocate(self) -> int | None:
         """A page with one reference, or None when all are referenced."""
-        if self._free:
-            page = self._free.pop()
-        elif self._idle:
-            page, _ = self._idle.popitem(last=False)
-            self._forget(page)
-        else:
-            return None
-        self.refs[page] = 1
-        self.proved[page] = 0
+        if not self._free and not self._idle and self._borrowed:
+            self.recall()
+        page = self._take()
+        if page is not None:
+            self.refs[page] = 1
+            self.proved[page] = 0
         return page
+
+    def _take(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if not self._idle:
+            return None
+        page, _ = self._idle.popitem(last=False)
+        self._forget(page)
+        return page
+
+    def borrow(self, count: int) -> list[int] | None:
+        """`count` pages until `give_back`, or until `recalls` changes: `allocate` takes all of them back when
+        no others are left. None, and nothing borrowed, when there are not so many."""
+        if len(self._free) + len(self._idle) < count:
+            return None
+        pages = [page for _ in range(count) if (page := self._take()) is not None]
+        self._borrowed |= dict.fromkeys(pages)
+        return pages
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Return what was borrowed; pages that were recalled meanwhile are not the caller's to return."""
+        for page in pages:
+            del self._borrowed[page]
+            self._free.append(page)
+
+    def recall(self) -> None:
+        """Take back everything that is borrowed."""
+        self.recalls += 1
+        self._free += self._borrowed
+        self._borrowed = {}
 
     def retain(self, page: int) -> None:
         if self.refs[page] == 0:

@@ -52,6 +52,7 @@ class Certificates:
         self._queue: OrderedDict[Shape | None, None] = OrderedDict()  # None: the verifier's own check
         self._current: Iterator[bool | None] | None = None
         self._ids: dict[Shape, int] = {}  # small numbers for `BlockPool.origin`; 0 is the verifier
+        self.holds = False  # the verifier graph's check found too few pages: no more requests should start
         self.check_error: Exception | None = None  # what the last attempt to check the verifier graph met
         self.learned: set[Shape] = set()  # revoked by another process; whoever takes back empties it
         self._unsaved: set[Shape] = set()  # their probes failed, which may pass
@@ -79,7 +80,8 @@ class Certificates:
         return True
 
     def advance(self) -> bool:
-        """Run one forward of probing, if any is wanted; returns whether there was something to do.
+        """Run one forward of probing, if any is wanted; returns whether there was something to do. There is
+        not while requests leave too few pages.
 
         A probe's exception is not raised but recorded: the shape stays speculative; for the verifier graph it
         is in `check_error`, and the next deterministic request tries again. Several ranks raise it, because
@@ -95,10 +97,14 @@ class Certificates:
             verdict = next(self._current)
         except BaseException as error:
             self._current = None  # a generator that was broken off never goes on: the probe begins again
+            self._probe.release()
             if not isinstance(error, Exception) or self._ranks.size > 1:
                 raise
             self._failed(error)
             return True
+        if self._probe.starved:
+            self.holds = self.holds or next(iter(self._queue)) is None
+            return False
         if verdict is not None:
             target, _ = self._queue.popitem(last=False)
             self._current = None
@@ -107,6 +113,7 @@ class Certificates:
 
     def _failed(self, error: Exception) -> None:
         target, _ = self._queue.popitem(last=False)
+        self.holds = self.holds and target is not None
         self._stats.probe_failures += 1
         if target is None:
             self.check_error = error
@@ -120,6 +127,7 @@ class Certificates:
         )
 
     def _settle(self, target: Shape | None, verdict: bool) -> None:
+        self.holds = self.holds and target is not None
         if target is not None:
             self.status[target] = "certified" if verdict else SPECULATIVE
             self._stats.probes += 1
@@ -175,8 +183,7 @@ class Certificates:
         if self._config.certificates_path is None:
             return None
         labels = {"contract": self._contract.hash, "fast": self._probe.fast.digest}
-        strength = self._config.max_num_seqs, self._probe.max_pages, self._config.probe_compositions
-        identity = "\n".join([*labels.values(), *map(str, strength)])
+        identity = "\n".join([*labels.values(), *map(str, self._probe.strength)])
         name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
         return CertificateStore(Path(self._config.certificates_path) / name, labels)
 

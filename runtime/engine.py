@@ -85,9 +85,8 @@ class Engine:
                 for model, most in ((fast, rows), (verifier, config.rows))
             )
         self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
-        self.certificates = Certificates(
-            config, self.contract, Probe(fast, verifier, config, context, ranks), self._stats, ranks
-        )
+        probe = Probe(fast, verifier, config, context, self._cache, self._pool, ranks)
+        self.certificates = Certificates(config, self.contract, probe, self._stats, ranks)
         self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats)
         self._auditor = Auditor(
             config, self._cache, self._pool, self._scheduler, self.certificates, self._stats, ranks

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm42c.errors import ConfigError
 from llm42c.packed import KVCache, PackedModel
 from llm42c.ranks import ALONE, Ranks
-from llm42c.runtime.block_pool import as_bits, kv_rows_equal, read_kv
+from llm42c.runtime.block_pool import BlockPool, as_bits, kv_rows_equal, read_kv
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Packer, Span, slots_of
 
 # One beyond a KV split of 256 positions, one of a few pages, one of few tokens.
 LENGTHS = (320, 150, 45)
+LEAST_PAGES = 3  # one of a reference, in two places, and one of a piece
 
 
 @dataclass
@@ -45,7 +47,12 @@ class Piece:
 
 
 class Probe:
-    """Compares in KV caches of its own: the reference's is kept (some 30 pages), a composition's is not."""
+    """Compares in pages borrowed from the engine's own cache, so that probing takes no memory of its own.
+
+    The reference keeps its pages between forwards, a composition for one forward. Requests take pages back
+    when they run out; then the reference is made anew once there is room. Sequences are as long, and batches
+    as full, as the pool allows.
+    """
 
     def __init__(
         self,
@@ -53,15 +60,37 @@ class Probe:
         verifier: PackedModel,
         config: EngineConfig,
         max_len: int,
+        cache: KVCache,
+        pool: BlockPool,
         ranks: Ranks = ALONE,
     ) -> None:
+        """Raises ConfigError for a pool of fewer than LEAST_PAGES pages."""
+        if pool.num_pages < LEAST_PAGES:
+            raise ConfigError(
+                f"the KV budget holds {pool.num_pages} pages, and comparing graphs takes {LEAST_PAGES}; "
+                "raise kv_cache_bytes (or num_pages)"
+            )
         self.fast = fast
         self._ranks = ranks
         self.max_pages = -(-max_len // config.page_size)
         self._verifier = verifier
         self._config = config
-        self._max_len = max_len
+        self._cache = cache
+        self._pool = pool
+        self._sizes = lengths(max_len, pool.num_pages, config.page_size)
         self._reference: Reference | None = None
+        self.starved = False  # the last attempt found too few free pages
+
+    @property
+    def strength(self) -> tuple[int, ...]:
+        """What a verdict depends on besides the graphs."""
+        config = self._config
+        return config.max_num_seqs, self.max_pages, config.probe_compositions, self._room, *self._sizes
+
+    @property
+    def _room(self) -> int:
+        """Pages for the pieces of one composition, while the reference lies in two places."""
+        return self._pool.num_pages - 2 * num_pages(self._sizes, self._config.page_size)
 
     def check_verifier(self) -> Iterator[bool | None]:
         """Run the verifier on other compositions than the reference is made of; yields as `compare` does."""
@@ -69,82 +98,125 @@ class Probe:
         return self._compare(self._verifier, shape, self._config.verify_seqs)
 
     def compare(self, shape: tuple[int, int]) -> Iterator[bool | None]:
-        """Compare the fast graph at `shape`; yields None between forwards and the verdict at last."""
+        """Compare the fast graph at `shape`; yields None between forwards and the verdict at last. Without
+        enough free pages it yields None too, and `starved` is set."""
         return self._compare(self.fast, shape, self._config.max_num_seqs)
 
     def _compare(self, model: PackedModel, shape: tuple[int, int], num_seqs: int) -> Iterator[bool | None]:
-        for agrees in self._compositions(model, shape, num_seqs):
-            if agrees is False:
+        rng = np.random.default_rng([*shape, num_seqs])
+        for kind in range(self._config.probe_compositions):
+            cuts = compose(rng, kind, shape, num_seqs, self._sizes, self._room, self._config.page_size)
+            while (mine := self._attempt(model, shape, num_seqs, cuts)) is None:
+                yield None
+            # A rank sees the keys and values of its own heads only.
+            if not self._ranks.agree(torch.tensor(mine)):
                 yield False
                 return
             yield None
         yield True
 
-    def _compositions(
-        self, model: PackedModel, shape: tuple[int, int], num_seqs: int
-    ) -> Iterator[bool | None]:
-        """One forward at a time: None while the reference is made, then whether each composition agrees."""
-        if self._reference is None:
-            self._reference = Reference(self._verifier, self._config, self._max_len)
-        try:
-            yield from self._reference.build()
-        except BaseException:
-            self._reference = None  # its generator was broken off and never goes on
-            raise
-        rng = np.random.default_rng([*shape, num_seqs])
-        for kind in range(self._config.probe_compositions):
-            cuts = compose(rng, kind, shape, num_seqs, self._max_len)
-            mine = self._reference.agrees(model, shape, num_seqs, cuts)
-            # A rank sees the keys and values of its own heads only.
-            yield bool(self._ranks.agree(torch.tensor(mine)))
+    def _attempt(
+        self, model: PackedModel, shape: tuple[int, int], num_seqs: int, cuts: list[Cut]
+    ) -> bool | None:
+        """At most one forward: the reference's next (then None), or the composition's: whether it agrees."""
+        reference, pool = self._reference, self._pool
+        if reference is None or reference.lost:
+            self._reference = None
+            pages = pool.borrow(num_pages(self._sizes, self._config.page_size))
+            self.starved = pages is None
+            if pages is None:
+                return None
+            reference = Reference(
+                self._verifier, self._config, self._sizes, self.max_pages, self._cache, pool, pages
+            )
+            self._reference = reference
+        if reference.advance():
+            return None
+        lent = pool.borrow(reference.pages_for(cuts))
+        self.starved = lent is None
+        if lent is None:
+            return None
+        agrees = reference.agrees(model, shape, num_seqs, cuts, lent)
+        pool.give_back(lent)
+        return agrees
+
+    def release(self) -> None:
+        """Give every page back; what was broken off begins anew."""
+        self._reference = None
+        self._pool.recall()
 
 
 class Reference:
-    def __init__(self, verifier: PackedModel, config: EngineConfig, max_len: int) -> None:
+    """Random sequences in borrowed pages, and the verifier graph's logits at each of their positions."""
+
+    def __init__(
+        self,
+        verifier: PackedModel,
+        config: EngineConfig,
+        sizes: Sequence[int],
+        max_pages: int,
+        cache: KVCache,
+        pool: BlockPool,
+        pages: list[int],
+    ) -> None:
         self._verifier = verifier
         self._config = config
-        self._max_pages = -(-max_len // config.page_size)
+        self._max_pages = max_pages
+        self._cache = cache
+        self._pool = pool
+        self._recalls = pool.recalls
+        self._pages = pages
         rng = np.random.default_rng(0)
-        self._pieces = []
+        self._pieces: list[Piece] = []
         first = 0
-        for i, length in enumerate(lengths(max_len)):
+        for i, length in enumerate(sizes):
             tokens = rng.integers(0, verifier.vocab_size, length).tolist()
-            piece = Piece(tokens, np.zeros(self._max_pages, dtype=np.int32), i)
+            piece = Piece(tokens, np.zeros(max_pages, dtype=np.int32), i)
             count = -(-length // config.page_size)
-            piece.use(range(first, first + count))
+            piece.use(pages[first : first + count])
             first += count
             self._pieces.append(piece)
-        self._num_pages = first
-        self._cache = verifier.new_kv_cache(first, config.page_size)
+        self._place = {page: i for i, page in enumerate(pages)}
         self._rows: list[list[bytes]] = [[] for _ in self._pieces]  # digest of the logits at each position
-        self._forwards = self._compute()
-        self._packers: dict[tuple[int, int], Packer] = {}
-
-    def build(self) -> Iterator[None]:
-        """What is left of computing the reference, a forward at a time."""
-        yield from self._forwards
-
-    def _compute(self) -> Iterator[None]:
-        config = self._config
-        packer = Packer(
-            config.verify_tokens, config.verify_seqs, config.rows, self._max_pages, config.page_size
+        self._packer = Packer(
+            config.verify_tokens, config.verify_seqs, config.rows, max_pages, config.page_size
         )
-        step = min(config.verify_tokens, config.rows)
+
+    @property
+    def lost(self) -> bool:
+        """Whether its pages were taken back."""
+        return self._recalls != self._pool.recalls
+
+    def advance(self) -> bool:
+        """Compute the next positions, in order; False when all are there."""
+        config = self._config
         for piece, rows in zip(self._pieces, self._rows, strict=True):
-            for start in range(0, len(piece.tokens), step):
-                end = min(len(piece.tokens), start + step)
-                inputs = packer.pack([Span(piece, start, end, start)], config.verify_tokens, config.rows)
+            start = len(rows)
+            end = min(len(piece.tokens), start + min(config.verify_tokens, config.rows))
+            if end > start:
+                span = Span(piece, start, end, start)
+                inputs = self._packer.pack([span], config.verify_tokens, config.rows)
                 rows += row_digests(self._verifier.forward(inputs, self._cache)[: end - start])
-                yield None
+                return True
+        return False
+
+    def pages_for(self, composition: list[Cut]) -> int:
+        """Pages of `agrees`: the reference in another place, and private pages of each piece."""
+        return len(self._pages) + sum(c.num_pages(self._config.page_size) for c in composition)
 
     def agrees(
-        self, model: PackedModel, shape: tuple[int, int], num_seqs: int, composition: list[Cut]
+        self,
+        model: PackedModel,
+        shape: tuple[int, int],
+        num_seqs: int,
+        composition: list[Cut],
+        pages: list[int],
     ) -> bool:
-        """Whether `model` run at `shape` on `composition` gives the reference's bits."""
+        """Whether `model` run at `shape` on `composition`, placed in `pages`, gives the reference's bits."""
         config = self._config
-        spans, cache = self._stage(composition)
+        spans = self._stage(composition, pages)
         packer = Packer(*(shape[0], num_seqs, shape[1]), self._max_pages, config.page_size)
-        logits = model.forward(packer.pack(spans, *shape), cache)
+        logits = model.forward(packer.pack(spans, *shape), self._cache)
         expected = [self._rows[s.request.source][p] for s in spans for p in range(s.first_row, s.end)]
         if row_digests(logits[: len(expected)]) != expected:
             return False
@@ -155,38 +227,38 @@ class Reference:
             wanted.append(slots_of(self._pieces[span.request.source], positions, config.page_size))
         new, old = (torch.from_numpy(np.concatenate(x)) for x in (written, wanted))
         same = kv_rows_equal(
-            read_kv(cache, new, config.page_size), read_kv(self._cache, old, config.page_size)
+            read_kv(self._cache, new, config.page_size), read_kv(self._cache, old, config.page_size)
         )
         return bool(same.all())
 
-    def _stage(self, composition: list[Cut]) -> tuple[list[Span[Piece]], KVCache]:
-        """A cache with each piece's history in place and stale data elsewhere, over permuted pages.
+    def _stage(self, composition: list[Cut], pages: list[int]) -> list[Span[Piece]]:
+        """Put each piece's history into permuted `pages`, with stale data where its KV is to be written.
 
         Full pages of history are shared by all pieces of a sequence, as prefix hits are; the others are
         private.
         """
         size = self._config.page_size
-        private = sum(-(-c.end // size) - c.start // size for c in composition)
-        total = self._num_pages + private
-        physical = np.random.default_rng(total).permutation(total)
-        origin = np.empty(total, dtype=np.int64)  # which reference page a physical page starts as
-        origin[physical[: self._num_pages]] = np.arange(self._num_pages)
-        stale: list[np.ndarray] = []
+        physical = np.random.default_rng(len(pages)).permutation(np.array(pages, dtype=np.int64))
+        moved, physical = physical[: len(self._pages)], physical[len(self._pages) :]
+        origin = [np.array(self._pages, dtype=np.int64)]  # which reference page each physical page starts as
+        target = [moved]
+        stale, foreign = [], []
         spans: list[Span[Piece]] = []
-        fresh = self._num_pages
         for cut in composition:
             source = self._pieces[cut.source]
             piece = Piece(source.tokens, np.zeros(self._max_pages, dtype=np.int32), cut.source)
             shared, used = cut.start // size, -(-cut.end // size)
-            own = physical[fresh : fresh + used - shared]
-            fresh += used - shared
-            origin[own] = source.pages[shared:used]
-            piece.use([*physical[np.asarray(source.pages[:shared], dtype=np.int64)], *own])
-            stale.append(slots_of(piece, np.arange(cut.start, used * size), size))
+            own, physical = physical[: used - shared], physical[used - shared :]
+            target.append(own)
+            origin.append(np.array(source.pages[shared:used], dtype=np.int64))
+            piece.use([*(moved[self._place[p]] for p in source.pages[:shared]), *own])
+            positions = np.arange(cut.start, used * size)
+            stale.append(slots_of(piece, positions, size))
+            foreign.append(source.block_row[positions // size] * size + (positions + 1) % size)
             spans.append(Span(piece, cut.start, cut.end, cut.end - cut.rows))
-        cache = self._verifier.new_kv_cache(total, size)
-        _fill(cache, self._cache, torch.from_numpy(origin), torch.from_numpy(np.concatenate(stale)), size)
-        return spans, cache
+        _copy_pages(self._cache, *(torch.from_numpy(np.concatenate(x)) for x in (target, origin)))
+        _copy_slots(self._cache, *(torch.from_numpy(np.concatenate(x)) for x in (stale, foreign)), size)
+        return spans
 
 
 @dataclass(frozen=True)
@@ -198,43 +270,66 @@ class Cut:
     end: int
     rows: int
 
+    def num_pages(self, page_size: int) -> int:
+        """Pages that no other piece shares."""
+        return -(-self.end // page_size) - self.start // page_size
+
 
 def compose(
-    rng: np.random.Generator, kind: int, shape: tuple[int, int], num_seqs: int, max_len: int
+    rng: np.random.Generator,
+    kind: int,
+    shape: tuple[int, int],
+    num_seqs: int,
+    size: Sequence[int],
+    room: int,
+    page_size: int,
 ) -> list[Cut]:
-    """Pieces for one batch of `shape`: by `kind` mostly decodes, mostly prompt chunks, or a mixture with
-    padding.
+    """Pieces of sequences of length `size` for one batch of `shape`: by `kind` mostly decodes, mostly prompt
+    chunks, or a mixture with padding. At most `room` pages of their own; at least one piece.
     """
-    size = lengths(max_len)
     tokens, rows = shape
     if kind % 3 == 2:
         tokens = max(1, tokens - int(rng.integers(0, tokens // 3 + 1)))
     decodes = {0: min(tokens, num_seqs), 1: 0, 2: min(tokens, num_seqs) // 2}[kind % 3]
     if kind % 3 == 0 and tokens > num_seqs:
         decodes = max(0, num_seqs - 2 * -(-tokens // max(size)))
+    decodes = min(decodes, room)
     cuts: list[Cut] = []
     for i in range(decodes):
         source = i % len(size)
         at = int(rng.integers(0, size[source]))
         cuts.append(Cut(source, at, at + 1, min(rows, 1)))
         rows -= cuts[-1].rows
-    left = tokens - decodes
-    while left > 0 and len(cuts) < num_seqs:
+    left, room = tokens - decodes, room - decodes
+    while left > 0 and room > 0 and len(cuts) < num_seqs:
         if left * 2 > (num_seqs - len(cuts) - 1) * size[0]:  # few sequences are left for many tokens
             source, count = 0, min(left, size[0])
         else:
             source = int(rng.integers(0, len(size)))
             count = min(left, int(rng.integers(1, size[source] + 1)))
         start = int(rng.integers(0, size[source] - count + 1))
+        count = min(count, room * page_size - start % page_size)
         wanted = min(rows, count if count == left else int(rng.integers(0, count + 1)))
         cuts.append(Cut(source, start, start + count, wanted))
         rows -= wanted
         left -= count
+        room -= cuts[-1].num_pages(page_size)
     return [cuts[i] for i in rng.permutation(len(cuts))]
 
 
-def lengths(max_len: int) -> tuple[int, ...]:
-    return tuple(min(n, max_len) for n in LENGTHS)
+def lengths(max_len: int, pool_pages: int, page_size: int) -> tuple[int, ...]:
+    """Lengths of the reference sequences, at most a quarter of the pool (and one page) together."""
+    wanted = [min(n, max_len) for n in LENGTHS]
+    full = num_pages(wanted, page_size)
+    most = max(1, pool_pages // 4)
+    if full <= most:
+        return tuple(wanted)
+    pages = [max(1, -(-n // page_size) * most // full) for n in wanted[:most]]
+    return tuple(min(n, p * page_size) for n, p in zip(wanted, pages, strict=False))
+
+
+def num_pages(sizes: Sequence[int], page_size: int) -> int:
+    return sum(-(-n // page_size) for n in sizes)
 
 
 def row_digests(logits: Tensor) -> list[bytes]:
@@ -243,14 +338,15 @@ def row_digests(logits: Tensor) -> list[bytes]:
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
 
 
-def _fill(cache: KVCache, reference: KVCache, origin: Tensor, stale: Tensor, page_size: int) -> None:
-    """Copy reference page `origin[p]` to each page p, then put another position's data into the `stale`
-    slots.
-    """
-    pages, offsets = stale // page_size, stale % page_size
-    for new, old in zip(cache.k, reference.k, strict=True):
-        new.copy_(old[origin])
-        new[pages, :, :, offsets] = old[origin[pages], :, :, (offsets + 1) % page_size]
-    for new, old in zip(cache.v, reference.v, strict=True):
-        new.copy_(old[origin])
-        new[pages, :, offsets] = old[origin[pages], :, (offsets + 1) % page_size]
+def _copy_pages(cache: KVCache, target: Tensor, origin: Tensor) -> None:
+    """Page `origin[i]` to page `target[i]`; both [N] int64, no page in both."""
+    for x in (*cache.k, *cache.v):
+        x[target] = x[origin]
+
+
+def _copy_slots(cache: KVCache, target: Tensor, origin: Tensor, page_size: int) -> None:
+    """Slot `origin[i]` to slot `target[i]`; both [N] int64, no slot in both."""
+    (to, at), (of, there) = ((s // page_size, s % page_size) for s in (target, origin))
+    for k, v in zip(cache.k, cache.v, strict=True):
+        k[to, :, :, at] = k[of, :, :, there]
+        v[to, :, at] = v[of, :, there]

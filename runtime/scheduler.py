@@ -87,6 +87,8 @@ class Scheduler:
         request.num_computed = request.proved = 0
 
     def _admit(self) -> None:
+        if self._certificates.holds:
+            return
         while len(self.running) < self._config.max_num_seqs:
             request = next((r for r in self.waiting if self._certificates.may_run(r.deterministic)), None)
             if request is None:

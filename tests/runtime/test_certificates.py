@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import VOCAB, NoisyModel, ToyModel, make_engine, reference, small_config, solo
+from toy import VOCAB, NoisyModel, ToyModel, ToySampler, make_engine, reference, small_config, solo
 
-from llm42c.errors import IntegrityError
+from llm42c.errors import ConfigError, IntegrityError
+from llm42c.packed import KVCache
 from llm42c.runtime import probe
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
@@ -76,7 +77,7 @@ class _Culprit(ToyModel):
 def test_a_difference_in_one_respect_is_found(kind: str) -> None:
     fast = _Culprit()
     fast.kind = kind
-    engine = make_engine(fast, small_config(certify="startup"))
+    engine = make_engine(fast, small_config(certify="startup", num_pages=512))
     assert engine.certificates.status[8, 8] == "speculative"
 
 
@@ -85,15 +86,100 @@ def test_a_difference_in_one_respect_is_found(kind: str) -> None:
 def test_compositions_fit_their_shape(shape: tuple[int, int], kind: int) -> None:
     rng = np.random.default_rng(kind)
     for num_seqs, max_len in ((1, 64), (6, 256), (32, 4096)):
-        cuts = probe.compose(rng, kind, shape, num_seqs, max_len)
+        sizes = probe.lengths(max_len, 10**4, 16)
+        cuts = probe.compose(rng, kind, shape, num_seqs, sizes, 10**4, 16)
         assert 1 <= len(cuts) <= num_seqs
         assert 1 <= sum(c.end - c.start for c in cuts) <= shape[0]
         assert sum(c.rows for c in cuts) <= shape[1]
         for cut in cuts:
-            assert 0 <= cut.start < cut.end <= probe.lengths(max_len)[cut.source]
+            assert 0 <= cut.start < cut.end <= sizes[cut.source]
             assert 0 <= cut.rows <= cut.end - cut.start
         if kind % 3 != 2 and num_seqs == 32:
             assert sum(c.end - c.start for c in cuts) == shape[0], "the bucket is not filled"
+
+
+@pytest.mark.parametrize("kind", ["last row", "decode", "kv of one row"])
+@pytest.mark.parametrize("num_pages", [3, 6, 14, 40])
+def test_a_small_pool_shortens_probes_and_they_still_find_a_difference(kind: str, num_pages: int) -> None:
+    fast = _Culprit()
+    fast.kind = kind
+    engine = make_engine(fast, small_config(certify="startup", num_pages=num_pages), check=True)
+    assert engine.certificates.status[2, 2] == "speculative"
+    exact = make_engine(config=small_config(certify="startup", num_pages=num_pages), check=True)
+    assert set(exact.certificates.status.values()) == {"certified"}
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 64])
+def test_reference_sequences_leave_room_for_a_composition(page_size: int) -> None:
+    for num_pages in (*range(probe.LEAST_PAGES, 40), 100, 256, 600):
+        for max_len in (1, 40, 150, 4096):
+            sizes = probe.lengths(max_len, num_pages, page_size)
+            used = probe.num_pages(sizes, page_size)
+            assert min(sizes) >= 1
+            assert 2 * used + 1 <= num_pages
+            assert used <= max(1, num_pages // 4)
+            room = num_pages - 2 * used
+            for kind in range(3):
+                cuts = probe.compose(np.random.default_rng(kind), kind, (24, 8), 6, sizes, room, page_size)
+                assert cuts
+                assert sum(c.num_pages(page_size) for c in cuts) <= room
+
+
+def test_a_pool_too_small_to_compare_anything_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the KV budget holds 2 pages, and comparing graphs takes 3; raise"):
+        make_engine(config=small_config(num_pages=2))
+
+
+def test_probing_takes_no_memory_of_its_own() -> None:
+    caches = []
+
+    class Counting(ToyModel):
+        def new_kv_cache(self, num_pages: int, page_size: int) -> KVCache:
+            caches.append(num_pages)
+            return super().new_kv_cache(num_pages, page_size)
+
+    config = small_config(num_pages=20)
+    verifier = Counting(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
+    engine = Engine(Counting(), verifier, config, sampler=ToySampler())
+    engine.certify()
+    outputs = engine.generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in outputs] == [reference(p, 40, frozenset()) for p in PROMPTS]
+    assert engine.stats().probes > 3
+    assert caches == [20]
+    assert engine._pool.num_free == 20
+
+
+def test_requests_take_pages_back_from_a_probe_which_begins_anew() -> None:
+    engine = make_engine(config=small_config(num_pages=16, certify="startup"))
+    engine.certificates.status.clear()
+    engine.certificates.want((24, 8))
+    engine.certificates.advance()
+    recalls = engine._pool.recalls
+    assert engine._pool._borrowed
+    params = SamplingParams(max_tokens=15, ignore_eos=True)
+    outputs = engine.generate(PROMPTS, params)
+    assert engine._pool.recalls > recalls, "vacuous: there were pages enough"
+    assert [o.token_ids for o in outputs] == [reference(p, 15, frozenset()) for p in PROMPTS]
+    engine.certificates.settle()
+    assert engine.certificates.status[24, 8] == "certified"
+
+
+def test_a_check_of_the_verifier_that_finds_no_pages_gets_them_from_the_next_that_end() -> None:
+    engine = make_engine(config=small_config(num_pages=16, prefix_cache=False), check=True)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    ordinary = [engine.submit(PROMPTS[i % 6], params, deterministic=False) for i in range(4)]
+    for _ in range(9):
+        engine.step()
+    mine = engine.submit(PROMPTS[2], SamplingParams(max_tokens=8, ignore_eos=True))
+    starved, done = 0, {}
+    while mine not in done:
+        engine.submit(PROMPTS[0], params, deterministic=False)  # traffic that never ends
+        done |= {o.request_id: o for o in engine.step() if o.finished}
+        starved += engine.certificates.holds
+        assert len(done) < 40, "the check never got its pages"
+    assert starved, "vacuous: there were pages enough"
+    assert done[mine].token_ids == reference(PROMPTS[2], 8, frozenset())
+    assert set(ordinary) & set(done)
 
 
 def test_certificates_survive_a_restart(tmp_path: Path) -> None:
