@@ -16,7 +16,10 @@ from llm42c.runtime.token_counts import TokenCounts
 if TYPE_CHECKING:
     from llm42c.runtime.request import Request
 
-_WINDOW = 12  # tokens that are decoded together, so that each is seen beside its neighbours
+INCOMPLETE = "\ufffd"  # what decoders show for bytes that are no character (yet)
+MAX_BYTES = 4  # of a character
+LONG_WINDOW, SHORT_WINDOW = 8, 3  # tokens at which a window is shortened, and to which
+STUCK_WINDOW = 32  # tokens that a window never exceeds by much
 Decode = Callable[[list[int]], str]
 FloatRow = npt.NDArray[np.float32]
 
@@ -67,40 +70,62 @@ def _checked(row: Tensor, vocab_size: int) -> Tensor:
 class TextState:
     """Text of the outputs so far, decoded token by token, and the stop strings looked for in it.
 
-    The text is a function of the sequence of tokens pushed, however they were grouped into steps. A token
-    that ends inside a multi-byte character shows once the character is complete.
-
-    A token costs one decoding of the last few tokens: what they show is remembered, and the window gives up
-    its beginning only when it has grown to `_WINDOW` tokens.
+    The text is a function of the sequence of tokens pushed, however they were grouped into steps. A character
+    shows once its last byte is there. A token costs one decode of the last few tokens, and now and then
+    another one that shortens them.
     """
 
-    __slots__ = ("_decode", "_hold", "_last", "_read", "_shown", "_stops", "_window", "cut", "text")
+    __slots__ = ("_decode", "_decoded", "_hold", "_shown", "_stops", "_window", "cut", "text")
 
     def __init__(self, decode: Decode, stops: tuple[str, ...]) -> None:
         self._decode = decode
         self._stops = stops
         self._hold = max((len(s) for s in stops), default=1) - 1
-        self._window: list[int] = []  # the last tokens whose text may still change
-        self._read = 0  # how many of them the text already shows
-        self._last = 0  # where in the window the newest piece of text begins
-        self._shown = ""  # the text of what is read
+        self._window: list[int] = []  # the last tokens: what a next one's text may depend on
+        self._decoded = ""  # the text of the window
+        self._shown = 0  # how many characters of it `text` has
         self.text = ""
         self.cut: tuple[int, int] | None = None  # where the last matched stop string begins and ends
 
+    @property
+    def stops(self) -> bool:
+        """Whether it looks for stop strings."""
+        return bool(self._stops)
+
     def push(self, token: int) -> str | None:
         """Take one more token; returns the stop string that it completes, if any."""
+        before = self._decoded
         self._window.append(token)
-        text = self._decode(self._window)
-        if len(text) <= len(self._shown) or text.endswith("\ufffd"):
+        self._decoded = self._decode(self._window)
+        stuck = len(self._window) > STUCK_WINDOW
+        if self._decoded == before and not before.endswith(INCOMPLETE):
+            if before or stuck:
+                self._window.pop()  # a token without text, such as a skipped special one
+            return None
+        whole = len(self._decoded.rstrip(INCOMPLETE))
+        if whole <= self._shown and stuck:  # what so many tokens did not complete is no character
+            whole = len(self._decoded) - MAX_BYTES + 1
+        if whole <= self._shown:
             return None
         old = len(self.text)
-        self.text += text[len(self._shown) :]
-        self._last, self._read, self._shown = self._read, len(self._window), text
-        if self._read >= _WINDOW:
-            del self._window[: self._last]
-            self._last, self._read = 0, len(self._window)
-            self._shown = self._decode(self._window)
+        self.text += self._decoded[self._shown : whole]
+        self._shown = whole
+        if len(self._window) >= LONG_WINDOW:
+            self._shorten()
         return self._match(old)
+
+    def _shorten(self) -> None:
+        """Drop leading tokens whose absence changes nothing in the text of the others."""
+        unseen = len(self._decoded) - self._shown
+        for keep in range(SHORT_WINDOW, len(self._window)):
+            window = self._window[-keep:]
+            decoded = self._decode(window)
+            # It may begin inside a character. Some text must be left that is shown: whether a next token's
+            # leading space counts depends on what stands before it.
+            tail = decoded.lstrip(INCOMPLETE) or decoded
+            if len(tail) > unseen and self._decoded.endswith(tail):
+                self._window, self._decoded, self._shown = window, decoded, len(decoded) - unseen
+                return
 
     def _match(self, old: int) -> str | None:
         """The leftmost stop string that ends after position `old`."""
@@ -123,13 +148,12 @@ class TextState:
         if stopped and self.cut is not None:
             self.text = self.text[: self.cut[1] if include_stop else self.cut[0]]
             return
-        if len(self._window) > self._read:
-            self.text += self._decode(self._window)[len(self._shown) :]
+        self.text += self._decoded[self._shown :]
+        self._shown = len(self._decoded)
 
     def copy(self) -> TextState:
         twin = TextState(self._decode, self._stops)
-        twin._window, twin._read = list(self._window), self._read
-        twin._last, twin._shown = self._last, self._shown
+        twin._window, twin._decoded, twin._shown = list(self._window), self._decoded, self._shown
         twin.text, twin.cut = self.text, self.cut
         return twin
 

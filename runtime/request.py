@@ -128,7 +128,7 @@ class Request:
 
     def propose(self, token: int) -> None:
         """Append one speculative output; it may be an end of the request, equally speculative."""
-        if not self.pending and self.text is not None:
+        if not self.pending and self.text is not None and self.text.stops:
             self.spec_text = self.text.copy()
         self.pending.append(token)
         try:

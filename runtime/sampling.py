@@ -276,20 +276,21 @@ class RowSampler:
             logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
             for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
                 result.tokens[i], result.logprobs[i] = token, logprob
-        self._tops(logits, rows, params.special, result)
+        wanted = {
+            i: min(k, logits.shape[1])
+            for i in params.special
+            if (k := rows[i][0].params.logprobs) is not None
+        }
+        result.tops.update(self._tops(logits, wanted))
 
-    def _tops(
-        self, logits: Tensor, rows: list[tuple[Request, int]], special: list[int], result: Sampled
-    ) -> None:
-        """The most likely tokens of the rows that want them: one call of the operator for each number."""
-        wanted: dict[int, list[int]] = {}
-        for i in special:
-            if (k := rows[i][0].params.logprobs) is not None:
-                wanted.setdefault(min(k, logits.shape[1]), []).append(i)
-        for i in wanted.pop(0, []):
-            result.tops[i] = []
-        for k, members in wanted.items():
-            index = torch.tensor(members, device=logits.device)
-            values, ids = self._sampler.top_logprobs(logits[index], k)
-            for i, row_ids, row_values in zip(members, ids.tolist(), values.tolist(), strict=True):
-                result.tops[i] = list(zip(row_ids, row_values, strict=True))
+    def _tops(self, logits: Tensor, wanted: dict[int, int]) -> dict[int, TopLogprobs]:
+        """The k most likely tokens of each row in `wanted` (row -> k), by one call for all of them."""
+        most = max(wanted.values(), default=0)
+        if most == 0:
+            return {i: [] for i in wanted}
+        if len(wanted) < len(logits):
+            logits = logits[torch.tensor(list(wanted), device=logits.device)]
+        values, ids = (x.tolist() for x in self._sampler.top_logprobs(logits, most))
+        return {
+            i: list(zip(ids[j][:k], values[j][:k], strict=True)) for j, (i, k) in enumerate(wanted.items())
+        }

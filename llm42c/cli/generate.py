@@ -155,6 +155,7 @@ def _print(built: BuiltEngine, outputs: list[RequestOutput], json_out: bool, str
                     "logprobs": output.logprobs,
                     "top_logprobs": output.top_logprobs,
                     "finish_reason": output.finish_reason,
+                    "limit": output.limit,
                     "error": output.error,
                     "contract": built.engine.contract.hash,
                 }
