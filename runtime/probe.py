@@ -256,8 +256,8 @@ class Reference:
             stale.append(slots_of(piece, positions, size))
             foreign.append(source.block_row[positions // size] * size + (positions + 1) % size)
             spans.append(Span(piece, cut.start, cut.end, cut.end - cut.rows))
-        _copy_pages(self._cache, *(torch.from_numpy(np.concatenate(x)) for x in (target, origin)))
-        _copy_slots(self._cache, *(torch.from_numpy(np.concatenate(x)) for x in (stale, foreign)), size)
+        _copy_pages(self._cache, _joined(target), _joined(origin))
+        _copy_slots(self._cache, _joined(stale), _joined(foreign), size)
         return spans
 
 
@@ -336,6 +336,10 @@ def row_digests(logits: Tensor) -> list[bytes]:
     """A digest of the bits of each row of `logits` [R, V]."""
     rows = as_bits(logits).contiguous().cpu().numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _copy_pages(cache: KVCache, target: Tensor, origin: Tensor) -> None:
