@@ -95,11 +95,13 @@ class Pass:
 class Report:
     """What the pipeline did, pass by pass, in order.
 
-    ``unplaced`` are the calls of the final graph whose order of reduction is not known.
+    ``unplaced`` are the calls of the final graph whose order of reduction is not known, ``notes`` what else
+    went another way than usual, a sentence each.
     """
 
     passes: list[PassReport] = field(default_factory=list)
     unplaced: list[Event] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PassReport:
         """The report of the pass of that name; a pass that ran twice is merged."""
@@ -112,7 +114,7 @@ class Report:
         return merged
 
     def table(self) -> str:
-        """Plain text: a line a pass, the reasons of misses below it, unplaced calls at the end."""
+        """Plain text: a line a pass, the reasons of misses below it, unplaced calls and notes at the end."""
         lines = [f"{'pass':<24}{'matches':>8}{'misses':>8}{'calls':>14}{'ms':>9}"]
         for p in self.passes:
             calls = f"{p.nodes_before} → {p.nodes_after}"
@@ -123,7 +125,7 @@ class Report:
         if self.unplaced:
             lines.append("no known order of reduction:")
             lines += [f"    {e.module or '(top)'}: {e.node}: {e.reason}" for e in self.unplaced]
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *self.notes]) + "\n"
 
     @property
     def seconds(self) -> float:

@@ -35,7 +35,7 @@ from llm42c.passes.reductions import reductions
 from llm42c.passes.residual_shards import residual_shards
 from llm42c.passes.rms_norm import rms_norm
 from llm42c.passes.rotary import merge_rotary, rotary
-from llm42c.passes.sizes import SYMBOLS, baked, concretise
+from llm42c.passes.sizes import NO_SYMBOLS, SYMBOLS, baked, concretise
 from llm42c.passes.solve_triangular import solve_triangular
 from llm42c.passes.topk import topk
 
@@ -93,8 +93,8 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
     """
     report = Report()
     graph = gm.graph
-    if ctx.target != PLAIN:
-        concretise(gm)
+    if ctx.target != PLAIN and (why := concretise(gm)) not in (None, NO_SYMBOLS):
+        report.notes.append(f"sizes stay symbolic: {why}")
     if observe is not None:
         observe("00_input", graph)
     for number, step in enumerate(passes_for(ctx.target), start=1):

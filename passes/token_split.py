@@ -32,7 +32,7 @@ from torch import Tensor, fx
 
 from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
-from llm42c.passes.sizes import SYMBOLS, concretise
+from llm42c.passes.sizes import NO_SYMBOLS, SYMBOLS, concretise
 from llm42c.passes.token_attention import Emit, attention_rule, is_attention
 from llm42c.passes.token_experts import Sorted, inverse_of, is_inverse
 from llm42c.passes.token_rules import (
@@ -51,6 +51,10 @@ from llm42c.passes.token_rules import (
 # Primes in place of the tokens of the two halves; all tokens are their sum.
 HALF_SIZES = (217645177, 246399247)
 ALL_TOKENS = sum(HALF_SIZES)
+_DYNAMIC = (
+    "no size of the graph is symbolic: compile with dynamic=True, or mark the tokens' dimension with "
+    "torch._dynamo.mark_dynamic(input_ids, 1)"
+)
 HALF = "llm42_half"  # on a node's meta: 0, 1, or None for what is computed once
 
 
@@ -99,8 +103,8 @@ def split_tokens(gm: fx.GraphModule, fixed: Mapping[str, int] | None = None) -> 
     original = copied(gm)
     if not any(comm.is_collective(n) for n in original.graph.nodes):
         raise UnsplittableError("no collective in the graph")
-    if SYMBOLS not in original.meta and not concretise(original, fixed):
-        raise UnsplittableError(_without_symbols(original))
+    if SYMBOLS not in original.meta and (why := concretise(original, fixed)) is not None:
+        raise UnsplittableError(_DYNAMIC if why == NO_SYMBOLS else f"sizes cannot be followed: {why}")
     sizes = [n for n in original.graph.nodes if n.op == "placeholder" and _is_int(g.value(n))]
     inputs = {g.value(n): n for n in sizes}
     reasons = []
@@ -112,16 +116,6 @@ def split_tokens(gm: fx.GraphModule, fixed: Mapping[str, int] | None = None) -> 
         except UnsplittableError as reason:
             reasons.append(str(reason))
     raise UnsplittableError("; ".join(reasons) or "no collective on a value with a symbolic size")
-
-
-def _without_symbols(gm: fx.GraphModule) -> str:
-    """Why sizes could not be followed."""
-    if any(isinstance(g.value(n), torch.SymInt) for n in gm.graph.nodes if n.op == "placeholder"):
-        return "more symbolic sizes than can be followed, a value too large, or one that depends on data"
-    return (
-        "no size of the graph is symbolic: compile with dynamic=True, or mark the tokens' dimension with "
-        "torch._dynamo.mark_dynamic(input_ids, 1)"
-    )
 
 
 def _is_int(v: Any) -> bool:

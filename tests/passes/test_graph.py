@@ -72,25 +72,3 @@ def test_a_size_written_into_an_argument_is_found():
     assert not sizes.baked(gm.graph)
     node.args = (node.args[0], (3 * sizes.PRIMES[1],))
     assert sizes.baked(gm.graph) == [node]
-
-
-def test_a_size_that_mixes_symbols_is_refused():
-    t, r = sizes.PRIMES[:2]
-    with pytest.raises(ValueError, match="no multiple"):
-        sizes._symbolic_size(t + r, {t: 7, r: 5})
-    assert sizes._symbolic_size(3 * r + 1, {t: 7, r: 5}) == 16
-    assert sizes._symbolic_size(t * t, {t: 7, r: 5}) == 49
-
-
-def test_sizes_round_trip():
-    gm = capture(lambda x: torch.cat([x, x], -1).transpose(0, 1), torch.randn(5, 6), dynamic=True)
-    before = [(n.name, str(g.value(n).shape)) for n in gm.graph.nodes if g.tensor(n) is not None]
-    assert sizes.concretise(gm)
-    symbols = gm.meta[sizes.SYMBOLS]
-    mode = torch._subclasses.FakeTensorMode(shape_env=next(iter(symbols.values())).node.shape_env)
-    after = [
-        (n.name, str(sizes.symbolic(g.value(n), symbols, mode).shape))
-        for n in gm.graph.nodes
-        if g.tensor(n) is not None
-    ]
-    assert before == after
