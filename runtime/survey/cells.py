@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from llm42c.backend import rewrite_plain
-from llm42c.dump import Dump
 from llm42c.errors import Llm42Error, OptionsError
-from llm42c.options import Options
+from llm42c.runtime.survey.call_by_call import call_by_call
 from llm42c.runtime.survey.tiny import PAD, one_line
 
 Path = Literal["compile", "generate"]
@@ -158,19 +156,11 @@ def _require_close(found: Tensor, wanted: Tensor, bound: float, what: str) -> No
         raise _WrongError(f"{what} differ from eager's by {error:.2g}; rounding allows {bound:.2g}")
 
 
-def _call_by_call(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any) -> Callable[..., Any]:
-    """The backend up to Inductor: the rewritten graph, run by torch one call after the other."""
-    parsed = Options.parse(options)
-    if parsed.reductions == "fixed":
-        rewrite_plain(gm, example_inputs, parsed, Dump.for_options(parsed, "plain"))
-    return gm
-
-
 def check_compile(
     model: Any, eager: Any, options: dict[str, Any] | None = None, *, inductor: bool = True
 ) -> None:
     """Path ``compile``: raises what is wrong, or what the backend raised; `eager`: the same model in fp32."""
-    backend = "llm42" if inductor else _call_by_call
+    backend = "llm42" if inductor else call_by_call
     options = {"strict": True} | (options or {})
     compiled = torch.compile(model, backend=backend, dynamic=True, options=options)
     for length in _LENGTHS:
