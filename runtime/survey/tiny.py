@@ -38,7 +38,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*experts_per_tok|.*top_?k|moe_top_k|moe_k|num_experts_per_token", 2),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length", 256),
-    (r".*sliding_window|attention_window|attention_chunk_size|chunk_size|.*_chunk_size|window_size", 8),
+    (r".*sliding_window|attention_window|attention_chunk_size|chunk_size|.*_chunk_size|window_size", 4),
     (r".*d_state|state_size|ssm_state_size", 16),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"mamba_d_ssm|d_inner", 128),
