@@ -1,4 +1,4 @@
-"""``einsum`` and ``baddbmm`` become products of matrices, which later passes know (plain).
+"""``einsum`` becomes a product of matrices, which later passes know (plain).
 
 Cases (letters of two operands):
 
@@ -6,7 +6,6 @@ Cases (letters of two operands):
    the others are rows of the first or columns of the second: a transposed ``matmul``. Several rows, columns
    or summed letters are folded to one dimension
 2. nothing is summed: a product element by element
-3. ``baddbmm(x, a, b)`` with factors 1: ``matmul`` and an addition
 
 Not rewritten: other numbers of operands, ``...``, a letter twice in an operand, a letter of one operand that
 the result does not have.
@@ -73,11 +72,6 @@ def _letters(equation: Any, operands: list[Any]) -> _Letters | str:
     return _Letters(a, b, out)
 
 
-def _size(before: fx.Node, operand: fx.Node, dim: int) -> Any:
-    size = g.fake(operand).shape[dim]
-    return size if isinstance(size, int) else g.insert(before, "size", (operand, dim))
-
-
 def _permuted(before: fx.Node, operand: fx.Node, has: str, wanted: str) -> fx.Node:
     if has == wanted:
         return operand
@@ -113,8 +107,8 @@ def _elementwise(node: fx.Node, at: _Letters, a: fx.Node, b: fx.Node) -> fx.Node
 
 def _product(node: fx.Node, at: _Letters, a: fx.Node, b: fx.Node) -> fx.Node:
     """Case 1."""
-    rows = [_size(node, a, at.a.index(c)) for c in at.rows]
-    columns = [_size(node, b, at.b.index(c)) for c in at.columns]
+    rows = [g.size(node, a, at.a.index(c)) for c in at.rows]
+    columns = [g.size(node, b, at.b.index(c)) for c in at.columns]
     n = len(at.batch)
     a = _permuted(node, a, at.a, at.batch + at.rows + at.summed)
     b = _permuted(node, b, at.b, at.batch + at.summed + at.columns)
@@ -123,17 +117,6 @@ def _product(node: fx.Node, at: _Letters, a: fx.Node, b: fx.Node) -> fx.Node:
     y = g.insert(node, g.FUNCTIONS["matmul"], (a, b))  # [*batch, M, N]
     y = _unfolded(node, _unfolded(node, y, n + 1, columns), n, rows)
     return _permuted(node, y, at.batch + at.rows + at.columns, at.out)
-
-
-def _baddbmm(node: fx.Node) -> fx.Node | str:
-    """Case 3."""
-    if any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")) or len(node.args) != 3:
-        return "baddbmm with factors"
-    x, a, b = node.args
-    if any(g.tensor(operand) is None for operand in (x, a, b)):
-        return "arguments that are not known"
-    product = g.insert(node, g.FUNCTIONS["bmm"], (a, b))
-    return g.insert(node, g.FUNCTIONS["add"], (product, x))
 
 
 def _einsum(node: fx.Node) -> fx.Node | str:
@@ -149,12 +132,12 @@ def _einsum(node: fx.Node) -> fx.Node | str:
 
 
 def einsum(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
-    """Replace every einsum and baddbmm that is a product of two operands."""
+    """Replace every einsum that is a product of two operands."""
     for node in list(graph.nodes):
         name = plain_name(node) if node.op in ("call_function", "call_method") else ""
-        if name not in ("einsum", "baddbmm") or not isinstance(g.value(node), torch.Tensor):
+        if name != "einsum" or not isinstance(g.value(node), torch.Tensor):
             continue
-        new = _einsum(node) if name == "einsum" else _baddbmm(node)
+        new = _einsum(node)
         if isinstance(new, str):
             report.miss(node, new)
             continue

@@ -22,8 +22,9 @@ VALUE = "example_value"
 
 # fmt: off
 _TORCH = (
-    "abs", "add", "addmm", "amax", "amin", "argmax", "bmm", "cat", "chunk", "clamp", "clone", "concat",
-    "cos", "cumprod", "cumsum", "diff", "div", "eq", "erf", "exp", "expm1", "flatten", "gather", "ge", "gt",
+    "abs", "add", "addmm", "amax", "amin", "argmax", "baddbmm", "bmm", "cat", "chunk", "clamp", "clone",
+    "concat", "cos", "cumprod", "cumsum", "diff", "div", "eq", "erf", "exp", "expm1", "flatten", "gather",
+    "ge", "gt",
     "index_select", "le", "log", "log1p", "log_softmax", "logsumexp", "lt", "masked_fill", "matmul",
     "maximum", "mean", "minimum", "mm", "movedim", "mul", "narrow", "ne", "neg", "norm", "permute", "pow",
     "prod", "reciprocal", "relu", "repeat_interleave", "reshape", "rsqrt", "select", "sigmoid", "sin",
@@ -77,6 +78,7 @@ _SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "cumprod": (("input", None), ("dim", None), ("dtype", None)),
     "logsumexp": (("input", None), ("dim", None), ("keepdim", False)),
     "cat": (("tensors", None), ("dim", 0)),
+    "baddbmm": (("input", None), ("batch1", None), ("batch2", None), ("beta", 1), ("alpha", 1)),
     "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
     "matmul": (("input", None), ("other", None)),
     "mm": (("input", None), ("other", None)),
@@ -361,6 +363,12 @@ def erase_dead(nodes: list[fx.Node]) -> None:
     for node in reversed(nodes):
         if not node.users:
             node.graph.erase_node(node)
+
+
+def size(before: fx.Node, operand: fx.Node, dim: int) -> Any:
+    """A size as a number, or as a node in front of ``before`` that asks for it."""
+    found = fake(operand).shape[dim]
+    return found if isinstance(found, int) else insert(before, "size", (operand, dim))
 
 
 def order(graph: fx.Graph) -> dict[fx.Node, int]:

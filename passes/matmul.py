@@ -38,18 +38,12 @@ def _refusal(node: fx.Node, ctx: Context) -> str | None:
 
 def _batched(node: fx.Node, operand: fx.Node, batch: list[Any]) -> fx.Node:
     """The operand with its leading dimensions broadcast to ``batch`` and folded to one."""
-    rows, cols = (_size(node, operand, d) for d in (-2, -1))
+    rows, cols = (g.size(node, operand, d) for d in (-2, -1))
     t = g.fake(operand)
     if t.dim() != 3 or len(batch) != 1 or not g.same(t.shape[0], g.value(batch[0])):
         operand = g.insert(node, "expand", (operand, *batch, rows, cols))
         operand = g.insert(node, g.FUNCTIONS["reshape"], (operand, (-1, rows, cols)))
     return operand
-
-
-def _size(before: fx.Node, operand: fx.Node, dim: int) -> Any:
-    """A size as a number, or as a node that asks for it."""
-    size = g.fake(operand).shape[dim]
-    return size if isinstance(size, int) else g.insert(before, "size", (operand, dim))
 
 
 def _batch_sizes(node: fx.Node, a: fx.Node, b: fx.Node) -> list[Any]:
@@ -60,7 +54,7 @@ def _batch_sizes(node: fx.Node, a: fx.Node, b: fx.Node) -> list[Any]:
         dim = i - leading - 2
         owner = a if -dim <= g.fake(a).dim() and not g.same(g.fake(a).shape[dim], 1) else b
         owner = owner if -dim <= g.fake(owner).dim() else a
-        sizes.append(_size(node, owner, dim))
+        sizes.append(g.size(node, owner, dim))
     return sizes
 
 
@@ -75,9 +69,9 @@ def matmul(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             continue
         a, b = node.args[:2]
         batch = _batch_sizes(node, a, b)
-        rows, cols = _size(node, a, -2), _size(node, b, -1)
+        rows, cols = g.size(node, a, -2), g.size(node, b, -1)
         left, right = _batched(node, a, batch), _batched(node, b, batch)
-        count = _size(node, left, 0)
+        count = g.size(node, left, 0)
         group = g.insert(node, torch.arange, (count,), {"device": g.fake(node).device})
         group = g.insert(node, g.FUNCTIONS["unsqueeze"], (group, 1))
         group = g.insert(node, "expand", (group, count, rows))

@@ -9,6 +9,7 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.add_rms_norm import add_rms_norm
+from llm42c.passes.addends import addends
 from llm42c.passes.allreduce_rmsnorm import allreduce_rmsnorm
 from llm42c.passes.attention_eager import attention_eager
 from llm42c.passes.attention_sdpa import attention_sdpa
@@ -49,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("dead_code", dead_code, _ALL),
     Pass("common_subexpressions", common_subexpressions, _ALL),
     Pass("complex_numbers", complex_numbers, _PLAIN),
+    Pass("addends", addends, _PLAIN),
     Pass("einsum", einsum, _PLAIN),
     Pass("conv1d", conv1d, _PLAIN),
     Pass("attention_sdpa", attention_sdpa, _PLAIN),

@@ -36,7 +36,7 @@ def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.G
 def run(gm: fx.GraphModule) -> Any:
     """The graph's results on the inputs that it was captured with."""
     with torch.no_grad():
-        outputs = gm(*gm.meta["inputs"])
+        outputs = gm(*(int(x) if isinstance(x, torch.SymInt) else x for x in gm.meta["inputs"]))
     return outputs[0] if len(outputs) == 1 else outputs
 
 

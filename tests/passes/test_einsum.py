@@ -1,4 +1,4 @@
-"""einsum and baddbmm become products that have one order."""
+"""einsum becomes products that have one order."""
 
 from __future__ import annotations
 
@@ -72,24 +72,12 @@ def test_nothing_is_summed() -> None:
     assert same_bits(run(gm), (a * b.unsqueeze(-1)).contiguous())
 
 
-def test_baddbmm() -> None:
-    x, a, b = _operand("bls"), _operand("bln"), _operand("bns")
-    gm = capture(torch.baddbmm, x, a, b)
-    assert len(apply(gm, einsum).matches) == 1
-    apply(gm, matmul)
-    assert not unplaced(gm.graph)
-    exact = torch.baddbmm(x.double(), a.double(), b.double())
-    size = torch.baddbmm(x.abs().double(), a.abs().double(), b.abs().double())
-    assert ((run(gm) - exact).abs() <= 10 * 2.0**-24 * size).all()
-
-
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
         (lambda a, b: torch.einsum("bl->b", a), "two operands"),
         (lambda a, b: torch.einsum("bl,sn->bn", a, b), "a sum over one operand"),
         (lambda a, b: torch.einsum("...l,...l->...", a, a), "the equation"),
-        (lambda a, b: torch.baddbmm(a[:, None], a[:, None], torch.eye(5).expand(2, 5, 5), beta=2), "factors"),
     ],
 )
 def test_near_misses(fn, reason) -> None:
