@@ -147,9 +147,14 @@ def value(node: Any) -> Any:
 
 
 def tensor(node: Any) -> Tensor | None:
-    """Fake tensor of a node, or None for anything that is no tensor."""
+    """Fake tensor of a node, or None for anything that is no tensor.
+
+    A value inside a ``vmap`` counts as none: it has no storage, and its sizes are not those of the call.
+    """
     v = value(node)
-    return v if isinstance(v, Tensor) and isinstance(node, fx.Node) else None
+    if not isinstance(v, Tensor) or not isinstance(node, fx.Node):
+        return None
+    return None if torch._C._functorch.is_batchedtensor(v) else v
 
 
 def fake(node: Any) -> Tensor:
@@ -258,7 +263,7 @@ def fake_execution(graph: fx.Graph, mode: FakeTensorMode | None = None) -> Itera
 
 def compute_value(node: fx.Node, mode: FakeTensorMode | None = None) -> None:
     """Set a node's value by running it on the values of its arguments."""
-    args, kwargs = torch.utils._pytree.tree_map(value, (node.args, node.kwargs))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)  # also within slices
     with fake_execution(node.graph, mode):
         if node.op == "call_function":
             node.meta[VALUE] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -45,3 +45,15 @@ def test_fp64_is_left_alone():
     report = apply(gm, solve_triangular)
     assert report.reasons() == {"dtypes torch.float64 and torch.float64": 1}
     assert unplaced(gm.graph)
+
+
+def test_what_follows_may_be_cut_at_a_symbol():
+    """A result of other strides: values downstream are computed again, slices up to a size among them."""
+
+    def fn(a, b, rows):
+        x = torch.linalg.solve_triangular(a, b, upper=False)
+        return x.transpose(0, 1)[: rows.shape[0]] * 2
+
+    gm = capture(fn, A, B, torch.ones(4), dynamic=True)
+    assert len(apply(gm, solve_triangular).matches) == 1
+    assert same_bits(run(gm), SOLVE(A, B, False, False).transpose(0, 1)[:4] * 2)
