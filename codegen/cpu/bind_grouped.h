@@ -16,7 +16,7 @@ struct GroupedRows {
     const int64_t* id = ids.const_data_ptr<int64_t>();
     const int64_t rows = ids.size(0);
     for (int64_t i = 0; i < rows; i++) {
-      TORCH_CHECK(id[i] >= 0 && id[i] < groups, "grouped_linear: group ", id[i], " is outside of [0, ", groups, ")");
+      TORCH_CHECK_VALUE(id[i] >= 0 && id[i] < groups, "grouped_linear: group ", id[i], " is outside of [0, ", groups, ")");
       start[id[i] + 1]++;
     }
     for (int64_t e = 0; e < groups; e++) start[e + 1] += start[e];
@@ -28,17 +28,17 @@ struct GroupedRows {
 inline at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                  const at::Tensor& group, bool transposed) {
   const char* op = "grouped_linear";
-  TORCH_CHECK(weight.dim() == 3, op, ": expected weight [E, N, K], got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 3, op, ": expected weight [E, N, K], got ", weight.sizes());
   const int64_t n = weight.size(transposed ? 2 : 1), k = weight.size(transposed ? 1 : 2), groups = weight.size(0);
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == k, op, ": expected x [R, ", k, "] for a weight ", weight.sizes(), ", got ",
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == k, op, ": expected x [R, ", k, "] for a weight ", weight.sizes(), ", got ",
               x.sizes());
-  TORCH_CHECK(group.dim() == 1 && group.size(0) == x.size(0) && group.scalar_type() == at::kLong, op,
+  TORCH_CHECK_VALUE(group.dim() == 1 && group.size(0) == x.size(0) && group.scalar_type() == at::kLong, op,
               ": expected group [", x.size(0), "] int64, got ", group.sizes(), " ", group.scalar_type());
   check_dtype(weight, x, op, "weight");
   at::Tensor biases;
   if (bias) {
     check_dtype(*bias, x, op, "bias");
-    TORCH_CHECK(bias->dim() == 2 && bias->size(0) == groups && bias->size(1) == n, op, ": expected bias [", groups,
+    TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == groups && bias->size(1) == n, op, ": expected bias [", groups,
                 ", ", n, "], got ", bias->sizes());
     biases = bias->contiguous();
   }

@@ -46,7 +46,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64
-# in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises RuntimeError for a group outside of [0, E); on
+# in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises ValueError for a group outside of [0, E); on
 # a GPU, which cannot without waiting, such a row is NaN.
 OP = Operator(
     schema="grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor group, bool transposed) -> Tensor",

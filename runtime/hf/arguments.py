@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -73,6 +74,24 @@ def require_supported(arguments: dict[str, Any], *configs: Any) -> None:
     for name, (test, what) in _REFUSED_SETTINGS.items():
         if test(effective(name, arguments, *configs)):
             raise RequestError(f"{name}: {what} is not supported by a deterministic model")
+
+
+def require_batch(arguments: dict[str, Any]) -> None:
+    """Raise RequestError unless the prompts, if there are any, are a tensor of token ids [B, W]."""
+    for name in ("inputs", "input_ids"):
+        value = arguments.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            hint = "; generate_batch takes lists" if isinstance(value, (list, tuple)) else ""
+            raise RequestError(
+                f"{name} must be a tensor of token ids [B, W], not a {type(value).__name__}{hint}"
+            )
+        if value.dim() != 2:
+            hint = ": one prompt is input_ids.unsqueeze(0)" if value.dim() == 1 else ""
+            raise RequestError(f"{name} must be a batch of prompts [B, W], not {list(value.shape)}{hint}")
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise RequestError(f"{name} must hold token ids, not {value.dtype}")
 
 
 def effective(name: str, arguments: dict[str, Any], *configs: Any) -> Any:

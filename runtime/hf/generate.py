@@ -68,6 +68,7 @@ def prepare(
     bound = inspect.signature(original).bind(*positional, **keywords).arguments
     arguments = {k: v for k, v in bound.items() if k != "kwargs"} | bound.get("kwargs", {})
     given = arguments.get("generation_config")
+    args.require_batch(arguments)
     args.require_supported(arguments, given, model.generation_config)
     seed = args.effective("seed", arguments, given, model.generation_config)
     arguments.pop("seed", None)

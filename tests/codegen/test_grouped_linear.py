@@ -79,11 +79,11 @@ def test_strided_input_and_threads():
 
 def test_bad_arguments():
     x, weight, bias, group = _problem(4, 3, 8, 16, torch.float32, False)
-    with pytest.raises(RuntimeError, match=r"group 3 is outside of \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"group 3 is outside of \[0, 3\)"):
         torch.ops.llm42.grouped_linear(x, weight, bias, torch.tensor([0, 1, 3, 2]), False)
-    with pytest.raises(RuntimeError, match="expected x"):
+    with pytest.raises(ValueError, match="expected x"):
         torch.ops.llm42.grouped_linear(x, weight, bias, group, True)
     with pytest.raises(TypeError, match="dtype"):
         torch.ops.llm42.grouped_linear(x, weight.bfloat16(), bias, group, False)
-    with pytest.raises(RuntimeError, match="expected group"):
+    with pytest.raises(ValueError, match="expected group"):
         torch.ops.llm42.grouped_linear(x, weight, bias, group[:2], False)

@@ -14,7 +14,7 @@ from tiny_models import ENGINE, VOCAB, bits, make, padded, plain, prompt, wrappe
 from transformers import GenerationMixin, LlamaForCausalLM
 
 import llm42c
-from llm42c.errors import ConfigError, OptionsError
+from llm42c.errors import ConfigError, OptionsError, RequestError
 
 INPUTS = padded([prompt(5, 1), prompt(9, 2)])
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -413,3 +413,18 @@ def test_an_engine_that_cannot_be_built_leaves_the_model_whole() -> None:
     with pytest.raises(ConfigError, match="does not hold one page"):
         llm42c.deterministic(model, **{**ENGINE, "kv_cache_bytes": 1})
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (torch.tensor([5, 6, 7]), r"not \[3\]: one prompt is input_ids\.unsqueeze\(0\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"not \[1, 2, 3\]"),
+        (torch.ones(1, 3), "must hold token ids, not torch.float32"),
+        ([[5, 6, 7]], "not a list; generate_batch takes lists"),
+    ],
+)
+@pytest.mark.parametrize("name", ["inputs", "input_ids"])
+def test_prompts_that_are_no_batch(name: str, prompts: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        wrapped("llama").generate(**{name: prompts}, max_new_tokens=2)
