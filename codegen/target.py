@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm42c.codegen import cache
+
 MEASURED = "measured"
 MEASURABLE = frozenset(
     {
@@ -259,9 +261,7 @@ def _lines(path: str | Path) -> list[str]:
 
 def cache_file(target: Target) -> Path:
     """Where measurements of this device are kept."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("llm42")) / "targets" / f"{target.hash[:16]}.json"
+    return cache.folder() / "targets" / f"{target.hash[:16]}.json"
 
 
 def measure(target: Target, device: str, *, again: bool = False, path: Path | None = None) -> Target:
@@ -271,17 +271,29 @@ def measure(target: Target, device: str, *, again: bool = False, path: Path | No
     core alone is measured too, which tells how many cores fill the memory.
     """
     path = path or cache_file(target)
-    if not again and (text := "\n".join(_lines(path))):
-        cached = Target.from_json(text)
-        if cached.hash == target.hash:
-            return target.measured({n: v for n, v in cached.values.items() if v.source.startswith(MEASURED)})
+    if not again and (known := _measured(path, target)):
+        return target.measured(known)
     values = _measure_cpu() if device == "cpu" else _measure_gpu(device)
     measured = target.measured(values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(measured.to_json())
-    scratch.replace(path)
+    _kept[path] = measured
+    cache.write(path, measured.to_json())
     return measured
+
+
+_kept: dict[Path, Target] = {}  # what this process has measured: its file need not be there
+
+
+def _measured(path: Path, target: Target) -> dict[str, Value]:
+    """What was measured of ``target`` before; nothing where the file is not there, or is not whole."""
+    try:
+        known = Target.from_json("\n".join(_lines(path)))
+    except (TargetError, ValueError, KeyError, TypeError):
+        if path not in _kept:
+            return {}
+        known = _kept[path]
+    if known.hash != target.hash:
+        return {}
+    return {n: v for n, v in known.values.items() if v.source.startswith(MEASURED)}
 
 
 def decode_workers(target: Target) -> int:
@@ -293,11 +305,8 @@ def decode_workers(target: Target) -> int:
 
 
 def local_decode_workers() -> int:
-    """:func:`decode_workers` of this machine, measured once; 1 where there is no place to keep that."""
-    try:
-        return decode_workers(measure(detect("cpu"), "cpu"))
-    except OSError:
-        return 1
+    """:func:`decode_workers` of this machine, measured once."""
+    return decode_workers(measure(detect("cpu"), "cpu"))
 
 
 def _measure_cpu() -> dict[str, Value]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llm42c import models
+from llm42c.codegen import cache
 from llm42c.codegen.cpu import build
 from llm42c.compiler import Form, ModelCompiler
 from llm42c.device import gpu_identity, parse_device
@@ -87,7 +88,7 @@ def build_engine(
         module = module.to(place)
     config.setdefault("eos_token_ids", eos_token_ids(module))
     if persist_certificates:
-        config.setdefault("certificates_path", str(build.cache_dir() / "certificates"))
+        config.setdefault("certificates_path", _certificates())
     engine_config = EngineConfig(**config)
     if compiler is None:
         ranks.meet("the loaded model")
@@ -143,6 +144,13 @@ def _engine(
         # Ranks compare their batches on the host, which no graph can hold.
         graphs=CudaGraphs(device) if on_gpu and ranks.size == 1 and config.cuda_graphs == "auto" else None,
     )
+
+
+def _certificates() -> str | None:
+    """Where certificates are kept between processes: nowhere, if the cache folder cannot be used."""
+    kept = cache.folder() / "certificates"
+    usable = kept.is_dir() or cache.place(kept.name) is not None
+    return str(kept) if usable else None
 
 
 def eos_token_ids(model: nn.Module) -> tuple[int, ...]:

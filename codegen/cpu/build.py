@@ -14,12 +14,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import platformdirs
 import torch
+
+from llm42c.codegen import cache
 
 SOURCE_DIR = Path(__file__).parent
 ISAS = ("native", "avx512", "avx2", "generic")
@@ -57,11 +59,6 @@ class Toolchain:
             f"no C++ compiler found ({'$CXX=' + wanted if wanted else 'g++ and clang++ were tried'}): "
             "install one, for example with 'apt-get install g++'"
         )
-
-
-def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/llm42`` (``~/.cache/llm42``)."""
-    return Path(platformdirs.user_cache_dir("llm42"))
 
 
 @functools.cache
@@ -112,9 +109,10 @@ def _run(command: list[str]) -> None:
 
 
 def _compile(out: Path, isa: str) -> None:
+    """Write the library, by way of a folder for temporary files: its name appears when it is whole."""
     compiler = Toolchain.find().compiler
     include, link = _torch_paths()
-    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+    with tempfile.TemporaryDirectory(prefix="llm42-build-", ignore_cleanup_errors=True) as tmp:
         flags = [*_FLAGS, *_ISA_FLAGS[isa], _abi_flag(), f"-I{SOURCE_DIR}"]
 
         def compile_one(source: Path) -> str:
@@ -127,23 +125,44 @@ def _compile(out: Path, isa: str) -> None:
             objects = list(pool.map(compile_one, sources()))
         library = Path(tmp) / out.name
         _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(library), *link])
-        os.replace(library, out)
+        if not cache.write(out, library.read_bytes(), seal=True):
+            raise OSError(f"{out} cannot be written")
 
 
 def build(isa: str = "native") -> Path:
     """Path of the compiled library for ``isa``, compiling it if the cache does not hold it."""
     if isa not in ISAS:
         raise ValueError(f"isa {isa!r}: expected one of {', '.join(ISAS)}")
-    folder = cache_dir() / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"no cache folder for the CPU kernels: {error}; set XDG_CACHE_HOME") from error
-    out = folder / f"llm42_cpu_{isa}_{build_key(isa)}.so"
-    if not out.exists():
-        with filelock.FileLock(str(out) + ".lock"):
-            if not out.exists():
+    name = f"llm42_cpu_{isa}_{build_key(isa)}.so"
+    out = cache.folder() / "kernels" / name
+    if cache.is_sealed(out):
+        return out
+    if cache.place("kernels") is not None:
+        try:
+            with filelock.FileLock(str(out) + ".lock"):
+                if not cache.is_sealed(out):
+                    _compile(out, isa)
+            return out
+        except OSError as error:
+            cache.trouble(error)
+    return _build_aside(name, isa)
+
+
+_aside_lock = threading.Lock()
+
+
+def _build_aside(name: str, isa: str) -> Path:
+    """The library in this process's temporary folder."""
+    with _aside_lock:
+        try:
+            out = cache.temporary() / name
+            if not cache.is_sealed(out):
                 _compile(out, isa)
+        except OSError as error:
+            raise BuildError(
+                f"the CPU kernels can be compiled nowhere: {error}; set XDG_CACHE_HOME or TMPDIR to a folder "
+                "that can be written"
+            ) from error
     return out
 
 

@@ -18,14 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm42c.codegen import cache
 from llm42c.codegen.target import Target
 
 # Contraction is off: a fused multiply-add happens exactly where a kernel writes one.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
-
-
-class CacheError(RuntimeError):
-    """Emitted kernels cannot be kept: there is no folder that can be written."""
 
 
 def aligned(x: Any) -> Any:
@@ -48,9 +45,7 @@ def cache_dir() -> Path:
 
     What a launch compiles is in Triton's own cache, under a key of text, device, options and versions.
     """
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("llm42")) / "triton"
+    return cache.folder() / "triton"
 
 
 def versions() -> dict[str, str]:
@@ -69,7 +64,7 @@ def cache_key(source: str, target_hash: str = "", options: Mapping[str, Any] | N
 
 
 def load(name: str, source: str, target: Target | None = None) -> Any:
-    """The function ``name`` of an emitted file, after writing the file to the cache. Raises CacheError."""
+    """The function ``name`` of an emitted file, after writing the file to the cache."""
     return _load(name, source, target.hash if target else "", cache_dir())
 
 
@@ -77,8 +72,9 @@ def load(name: str, source: str, target: Target | None = None) -> Any:
 def _load(name: str, source: str, target_hash: str, folder: Path) -> Any:
     key = cache_key(source, target_hash)
     path = folder / f"{name}-{key[:16]}.py"
-    if _read(path) != source:
-        _write(path, source)
+    if _read(path) != source and not cache.write(path, source):
+        path = cache.temporary() / path.name
+        path.write_text(source)
     spec = importlib.util.spec_from_file_location(f"llm42_emitted_{name}_{key[:16]}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot import the emitted kernel {path}")
@@ -92,17 +88,6 @@ def _read(path: Path) -> str | None:
         return path.read_text()
     except OSError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, whoever else writes the same file. Raises CacheError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as scratch:
-            scratch.write(text)
-        Path(scratch.name).replace(path)
-    except OSError as error:
-        raise CacheError(f"no cache folder for emitted kernels: {error}; set XDG_CACHE_HOME") from error
 
 
 def registers_for(target: Target, warps: int) -> dict[str, int]:
@@ -164,7 +149,7 @@ def compile_ahead(
     kept = _compiled_before(path, key)
     if kept is None:
         kept = _compile(name, source, signature, target, fixed, options)
-        _write(path, json.dumps({"key": key, **kept}))
+        cache.write(path, json.dumps({"key": key, **kept}))
     return Compiled(name, target, Resources(**kept["resources"]), kept["asm"])
 
 

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import typer
+
+from llm42c.cli import exits
+from llm42c.codegen import cache as folders
 
 
 def cache(
@@ -15,22 +17,32 @@ def cache(
 ) -> None:
     """Show where compiled kernels, unpacked models and certificates are kept, and how large they are.
 
-    All of it can be deleted at any time: it is made again when needed.
+    All of it can be deleted at any time: it is made again when needed. Without a folder that can be written
+    work goes on, and begins as slowly each time.
     """
-    folder = platformdirs.user_cache_path("llm42")
+    folder = folders.folder()
     print(folder)
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    for entry in entries:
-        print(f"{_megabytes(entry):9.1f} MB  {entry.name}")
-    if clear:
+    try:
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
         for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        print("cleared")
-    elif not entries:
+            print(f"{_megabytes(entry):9.1f} MB  {entry.name}")
+        if left := folders.leftovers():
+            print(f"{sum(map(_megabytes, left)):9.1f} MB  of it unfinished, from processes that were killed")
+        if clear:
+            for entry in entries:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            print("cleared")
+            return
+    except OSError as error:
+        print(f"stopped: {error}")
+        raise typer.Exit(exits.FAILED) from None
+    if not entries:
         print("empty")
+    reason = folders.obstacle()
+    print("can be written" if reason is None else f"cannot be written: {reason} (set XDG_CACHE_HOME)")
 
 
 def _megabytes(path: Path) -> float:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llm42c.codegen import cache
 from llm42c.codegen.cpu import build
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -29,7 +37,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_second_build_takes_the_cache(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build.build()
     assert path.exists()
-    assert path.is_relative_to(build.cache_dir())
+    assert path.is_relative_to(cache.folder())
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
     assert build.build() == path
 
@@ -64,15 +72,111 @@ def test_a_compile_error_is_shown_and_leaves_nothing(tiny: Path) -> None:
     tiny.write_text("int answer() { return forty_two; }\n")
     with pytest.raises(build.BuildError, match="forty_two"):
         build.build()
-    assert not list(build.cache_dir().rglob("*.so"))
+    assert not list(cache.folder().rglob("*.so"))
     tiny.write_text(SOURCE)
     assert build.build().exists()
 
 
-def test_a_cache_that_cannot_be_made(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny))  # a file
-    with pytest.raises(build.BuildError, match="set XDG_CACHE_HOME"):
-        build.build()
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What this process has said of its cache folder since."""
+    monkeypatch.setattr(cache, "_told", set())
+    return lambda: [r.getMessage() for r in caplog.records if r.name == cache.__name__]
+
+
+def _elsewhere(path: Path) -> bool:
+    return path.is_file() and path.is_relative_to(cache.temporary())
+
+
+def test_a_cache_path_that_is_a_file(tiny: Path, monkeypatch: Any, told: Callable[[], list[str]]) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny))
+    assert _elsewhere(build.build())
+    (line,) = told()
+    assert "set XDG_CACHE_HOME to a folder that can be written" in line
+    assert "\n" not in line
+    assert _elsewhere(build.build())  # compiled once, told once
+    assert len(told()) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_disk(
+    number: int, tiny: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]
+) -> None:
+    real = tempfile.mkstemp
+
+    def refuse(*args: Any, dir: Path, **kwargs: Any) -> Any:
+        if Path(dir).is_relative_to(cache.folder()):
+            raise OSError(number, os.strerror(number), str(dir))
+        return real(*args, dir=dir, **kwargs)
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    assert _elsewhere(build.build())
+    (line,) = told()
+    assert os.strerror(number) in line
+
+
+def test_a_disk_that_fills_while_the_library_is_written(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]
+) -> None:
+    real = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.is_relative_to(cache.folder()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert _elsewhere(build.build())
+    assert len(told()) == 1
+    assert not list(cache.folder().rglob(".scratch-*"))
+
+
+def test_no_home(tiny: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[[], list[str]]) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without a home
+    assert _elsewhere(build.build())
+    (line,) = told()
+    assert "no home folder" in line
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"half", None])
+def test_a_damaged_library_is_built_again(content: bytes | None, tiny: Path) -> None:
+    path = build.build()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert build.build() == path
+    assert cache.is_sealed(path)
+
+
+def test_a_process_killed_while_it_builds(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one neither waits for its lock nor takes what it left."""
+    log, wrapper = tmp_path / "log", tmp_path / "slow-g++"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*) echo here >> {log}; sleep 60;; esac\n'
+        f'exec {build.Toolchain.find().compiler} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    script = (
+        "import pathlib; from llm42c.codegen.cpu import build;"
+        f"build.SOURCE_DIR = pathlib.Path({str(build.SOURCE_DIR)!r}); print(build.build())"
+    )
+    slow = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "CXX": str(wrapper)}, start_new_session=True
+    )
+    while not log.exists():
+        assert slow.poll() is None
+        time.sleep(0.05)
+    os.killpg(slow.pid, signal.SIGKILL)
+    slow.wait()
+    assert not list(cache.folder().rglob("*.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True
+    )
+    assert cache.is_sealed(Path(done.stdout.strip()))
+    assert done.stderr == ""
 
 
 def test_an_unknown_instruction_set() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llm42c.codegen import cache as folders
 from llm42c.codegen import target as targets
 from llm42c.codegen.triton import kernel, silu_mul
 from llm42c.codegen.triton.catalog import Kernel
@@ -67,17 +68,19 @@ def test_a_damaged_file_is_written_again(cache: Path):
 def test_many_writers_leave_one_whole_file(cache: Path):
     text = "x" * 200_000
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: kernel._write(cache / "same.py", text), range(32)))
+        written = list(pool.map(lambda _: folders.write(cache / "same.py", text), range(32)))
+    assert all(written)
     assert [p.name for p in cache.iterdir()] == ["same.py"]
     assert (cache / "same.py").read_text() == text
 
 
-def test_no_folder_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_cache_folder_kernels_come_from_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     blocked = tmp_path / "a file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    with pytest.raises(kernel.CacheError, match="set XDG_CACHE_HOME"):
-        kernel.load("silu_mul", silu_mul.emit(), A100)
+    assert kernel.load("silu_mul", silu_mul.emit(), A100).__name__ == "silu_mul"
 
 
 def test_what_was_compiled_once_is_not_compiled_again(cache: Path, monkeypatch: pytest.MonkeyPatch):
