@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from llm42c import inductor
+from llm42c import inductor, versions
 from llm42c.codegen.target import local_decode_workers
 from llm42c.device import device_of_inputs, has_implementation, in_steps, load_operators
 from llm42c.dump import Dump
@@ -41,6 +41,7 @@ def llm42(
     the model has no known order of reduction, and where an option asks for what this graph cannot have;
     RecompileLimitError before Dynamo would begin to run the function eagerly.
     """
+    versions.notice()
     opts = Options.parse(options, mode)
     free = opts.reductions == "free"
     dump = Dump.for_options(opts, "free" if free else PLAIN)

@@ -8,6 +8,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from llm42c import versions
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINTERS = {"ruff", "mypy"}  # they run with the fixed versions only
@@ -49,3 +51,12 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert oldest.keys() == lower.keys()
     for name, bound in lower.items():
         assert oldest[name] == bound or oldest[name].startswith(f"{bound}."), name
+
+
+def test_the_tested_range_is_the_declared_one() -> None:
+    """What a start checks (llm42c/versions.py) is what pip checks, and holds the fixed versions."""
+    for package, (oldest, newest) in versions.TESTED.items():
+        declared, fixed = _declared()[package], _fixed("constraints.txt")[package]
+        assert versions.minor(_bounds(declared, ">=")[0]) == list(oldest), package
+        assert versions.minor(_bounds(declared, "<")[0]) == [newest[0], newest[1] + 1], package
+        assert list(oldest) <= versions.minor(fixed) <= list(newest), package
