@@ -1,6 +1,6 @@
 """What does a deterministic `generate` cost beside Hugging Face's own, and how long does wrapping take?
 
-    python benchmarks/hf_generate.py [--model smollm2] [--batch 8] [--csv benchmarks/results/hf_generate.csv]
+    python benchmarks/hf_generate.py [MODEL] [--batch 8] [--csv benchmarks/results/hf_generate.csv]
 
 Two copies of one model take turns on the same padded batch: ``llm42`` is wrapped, ``hf eager`` is as it was
 loaded. End-of-sequence is ignored. ``over_eager`` is the median over the rounds of the ratio of neighbours,
@@ -156,7 +156,7 @@ def show(row: Row) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)

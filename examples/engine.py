@@ -1,6 +1,6 @@
 """The engine: deterministic and ordinary requests in one stream of batches.
 
-python examples/engine.py [--model MODEL]
+python examples/engine.py [MODEL]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUESTIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     built = build_engine(parser.parse_args().model)
     engine, tokenizer = built.engine, built.tokenizer
     print("contract", engine.contract.hash[:16])

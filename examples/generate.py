@@ -1,6 +1,6 @@
 """A Hugging Face model whose `generate` gives a prompt the same answer in every batch.
 
-python examples/generate.py [--model MODEL]
+python examples/generate.py [MODEL]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llm42c.models import load_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     model, tokenizer = load_model(parser.parse_args().model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -1,6 +1,6 @@
 """Best of n by exact log-probability: the ranking cannot depend on how the candidates were batched.
 
-    python examples/hf_best_of_n.py [--model MODEL]
+    python examples/hf_best_of_n.py [MODEL]
 
 `logprobs` are those of the raw logits, the same bits in every run, so that ties and near-ties are settled
 the same way each time.
@@ -35,7 +35,7 @@ def best_of(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     model, tokenizer = load_model(parser.parse_args().model)
     llm42c.deterministic(model)
     ids = tokenizer("The recipe calls for a pinch of", return_tensors="pt")["input_ids"]

@@ -1,6 +1,6 @@
 """A function that loads a model, decorated: whoever calls it gets a deterministic one.
 
-python examples/hf_decorator.py [--model MODEL]
+python examples/hf_decorator.py [MODEL]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def load(name: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     name = parser.parse_args().model
     model, tokenizer = load(name), models.load_tokenizer(name)
 

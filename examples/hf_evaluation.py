@@ -1,6 +1,6 @@
 """An evaluation that gives the same score for every batch size and order, down to the last bit.
 
-    python examples/hf_evaluation.py [--model MODEL]
+    python examples/hf_evaluation.py [MODEL]
 
 Each question is answered greedily, and scored by the exact log-probability of its answer. Stock generate
 gives other bits, and now and then another answer, when the batch size changes.
@@ -49,7 +49,7 @@ def evaluate(model: Any, tokenizer: Any, questions: list[str], batch_size: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     model, tokenizer = load_model(parser.parse_args().model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "left"

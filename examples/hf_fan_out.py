@@ -1,6 +1,6 @@
 """Many samples of one prompt, each of which can be drawn again alone.
 
-    python examples/hf_fan_out.py [--model MODEL]
+    python examples/hf_fan_out.py [MODEL]
 
 Row i of `num_return_sequences` has a seed of its own, derived from `seed` and i alone, so a sample does not
 change when more of them are drawn; and an asyncio server may stream samples while others come and go.
@@ -29,7 +29,7 @@ async def stream_all(model: Any, prompt: list[int], seeds: list[int]) -> list[li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     model, tokenizer = load_model(parser.parse_args().model)
     llm42c.deterministic(model)
     prompt = tokenizer("My favourite thing about the sea is")["input_ids"]

@@ -1,6 +1,6 @@
 """torch.compile with the llm42 backend: a prompt's bits do not depend on what shares its batch.
 
-    python examples/quickstart.py [--model MODEL]
+    python examples/quickstart.py [MODEL]
 
 The backend is found by its name; only the loading of the packaged model needs an import of llm42's.
 """
@@ -22,7 +22,7 @@ def last_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2", help="a folder, a hub id, or 'smollm2'")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a folder, a hub id, or 'smollm2'")
     model, tokenizer = load_model(parser.parse_args().model, torch.bfloat16)
     prompt = torch.tensor(tokenizer("The lighthouse keeper had not spoken to")["input_ids"])  # [S]
     others = torch.randint(100, 1000, (6, len(prompt)), generator=torch.Generator().manual_seed(0))

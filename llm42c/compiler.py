@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
+from llm42c import versions
 from llm42c.backend import require_shards
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, graph_digest, new_kv_cache
 from llm42c.codegen.cpu import build
@@ -122,6 +123,7 @@ class ModelCompiler:
         token_weave: TokenWeave = "off",
         residual_shards: bool = False,
     ) -> None:
+        versions.notice()
         self.token_weave, self.residual_shards = token_weave, residual_shards
         self.model = model
         self.strict = strict
@@ -141,7 +143,7 @@ class ModelCompiler:
         ranks.meet("the captured model")
         self.weights = WeightStore(model, keep_originals=keep_originals)
         self._compiled: dict[Form, CompiledModel] = {}
-        self._graphs: list[fx.GraphModule] = []
+        self._graphs: dict[Form, fx.GraphModule] = {}
 
     def compile(self, form: Form = "pinned", *, release: bool = False) -> CompiledModel:
         """The compiled form; asking twice gives the same object. Raises ConfigError for an unknown one.
@@ -159,9 +161,14 @@ class ModelCompiler:
                 raise
         return self._compiled[form]
 
+    def graph(self, form: Form = "pinned") -> fx.Graph:
+        """The graph that the compiled form runs, after all passes."""
+        self.compile(form)
+        return self._graphs[form].graph
+
     def release_originals(self) -> int:
         """Free the parameters that no compiled form reads; returns the bytes freed."""
-        return self.weights.release(*self._graphs)
+        return self.weights.release(*self._graphs.values())
 
     def restore(self) -> None:
         """Give the model its parameters back exactly."""
@@ -201,12 +208,12 @@ class ModelCompiler:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
         self.ranks.require_same(f"the {form} graph", graph_digest(gm))
-        self.weights.materialise(gm, (*self._graphs, gm) if release else ())
+        self.weights.materialise(gm, (*self._graphs.values(), gm) if release else ())
         with dump.generated_code():
             program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
         dump.write("program.py", program.source)
         weaving = self._weaving(gm, program) if form == "pinned" and self.token_weave != "off" else None
-        self._graphs.append(gm)
+        self._graphs[form] = gm
         return CompiledModel(
             form=form,
             vocab_size=config.vocab_size,

@@ -1,4 +1,8 @@
-"""``llm42c.explain(model, inputs)``: what the compiler does with a model, and why not more."""
+"""What the compiler does with a model, and why not more.
+
+``llm42c.explain(model, inputs)`` is about ``torch.compile(model, backend="llm42")``, :func:`explain_engine`
+about the packed graph that an engine (``generate``) runs.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 
 from llm42c import backend
+from llm42c.clusters import find_clusters, outline, structural_hash
+from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.target import Target
 from llm42c.dump import Dump
 from llm42c.errors import Llm42Error, OptionsError
@@ -22,7 +28,8 @@ from llm42c.passes.base import Report
 from llm42c.passes.kinds import Kind, kind, plain_name
 
 if TYPE_CHECKING:
-    from llm42c.weave_option import Weaving
+    from llm42c.compiler import ModelCompiler
+    from llm42c.weave_option import PackedWeaving, Weaving
 
 
 @dataclass
@@ -71,6 +78,66 @@ class Explanation:
         if not self.graphs:
             return "Dynamo captured no graph.\n"
         return "\n".join(_page(i, g, len(self.graphs)) for i, g in enumerate(self.graphs))
+
+
+@dataclass
+class Piece:
+    """A part of an engine's graph that Inductor compiles: its calls by name, where, and how often it runs."""
+
+    calls: dict[str, int]
+    module: str
+    times: int
+
+
+@dataclass
+class EngineExplanation:
+    """The result of :func:`explain_engine`; ``str()`` gives a readable page.
+
+    ``operators`` counts the llm42 operators that are called, ``orders`` says of each in which order it adds.
+    """
+
+    report: Report
+    operators: dict[str, int]
+    orders: dict[str, str]
+    pieces: list[Piece]
+    digest: str
+    weaving: PackedWeaving | None = None
+
+    def __str__(self) -> str:
+        lines = ["the engine's graph", "", self.report.table().rstrip(), "", *_where(self.report)]
+        lines.append("operators: " + (_counts(self.operators) or "none"))
+        lines += [f"    {name}: {order}" for name, order in self.orders.items()]
+        lines.append("compiled by Inductor, with its reductions fixed: " + ("" if self.pieces else "nothing"))
+        lines += [f"    {p.times:>4} × {p.module or '(top)'}: {_counts(p.calls)}" for p in self.pieces]
+        lines += [_verdict(self.report), f"graph {self.digest}"]
+        if self.weaving is not None:
+            lines += ["", "token weaving:", self.weaving.summary()]
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
+    """What became of the model that ``compiler`` was made for, in the form that commits tokens.
+
+    Compiles it if that has not been done. Raises what compiling raises; with ``strict=False`` calls without
+    an order are in the page instead.
+    """
+    compiled = compiler.compile("pinned")
+    graph = compiler.graph("pinned")
+    found: dict[str, Piece] = {}
+    for cluster in find_clusters(graph):
+        calls = Counter(plain_name(n) for n in cluster.nodes if kind(n) not in (Kind.VIEW, Kind.SIZE))
+        key = structural_hash(outline(cluster))
+        piece = found.setdefault(key, Piece(dict(calls.most_common()), _folded(cluster.module), 0))
+        piece.times += 1
+    counts, _ = _census(graph)
+    return EngineExplanation(
+        compiled.report,
+        counts,
+        {name: operators()[name].reduction for name in counts if name in operators()},
+        list(found.values()),
+        compiled.digest,
+        compiled.weaving,
+    )
 
 
 def explain(
@@ -168,13 +235,16 @@ def _page(number: int, graph: GraphExplanation, total: int) -> str:
     lines += _where(graph.report)
     lines.append("operators: " + (_counts(graph.operators) or "none"))
     lines.append("compiled by Inductor: " + (_counts(graph.inductor) or "nothing"))
-    verdict = "every call has a fixed order of arithmetic"
-    if graph.report.unplaced:
-        verdict = f"{len(graph.report.unplaced)} calls have no known order of arithmetic (listed above)"
-    lines.append(f"check: {verdict}")
+    lines.append(_verdict(graph.report))
     if graph.weaving is not None:
         lines += ["", "token weaving:", str(graph.weaving).rstrip()]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(report: Report) -> str:
+    if report.unplaced:
+        return f"check: {len(report.unplaced)} calls have no known order of arithmetic (listed above)"
+    return "check: every call has a fixed order of arithmetic"
 
 
 def _where(report: Report) -> list[str]:

@@ -6,8 +6,10 @@ Mistakes of the user (``llm42c.errors``, unknown options) end in one line on std
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llm42c.cli import exits, parallel
 
@@ -18,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with parallel.session():
+        with parallel.session(), warnings_on_stderr():
             return app(args, prog_name="llm42", standalone_mode=False) or 0
     except Exception as error:
         if args[:1] == ["--debug"]:
@@ -26,6 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error)
     except KeyboardInterrupt:
         return exits.INTERRUPTED
+
+
+@contextlib.contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """What llm42 logs as a warning or worse is one line on stderr, while a command runs."""
+    logger, handler = logging.getLogger("llm42c"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{parallel.prefix()}%(message)s"))
+    handler.setLevel(logging.WARNING)
+    if parallel.silent():  # the first rank says what concerns them all
+        handler.setLevel(logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _explain(error: Exception) -> int:
@@ -40,10 +57,17 @@ def _explain(error: Exception) -> int:
         return exits.FAILED
     message = getattr(error, "format_message", None)  # what typer raises for a wrong command line
     if message is not None or isinstance(error, Llm42Error):
-        _say(message() if message else str(error))
+        _say((message() if message else str(error)) + _hint(error))
         return exits.BAD_INPUT
     _say(f"{type(error).__name__}: {error} (llm42 --debug shows where)")
     return exits.FAILED
+
+
+def _hint(error: Exception) -> str:
+    """What an option's own message does not say."""
+    if getattr(error, "option_name", None) in ("--model", "-m"):
+        return " MODEL is an argument: llm42 COMMAND MODEL"
+    return ""
 
 
 def _say(text: str) -> None:

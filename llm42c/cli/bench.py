@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
+from typer.core import TyperGroup
 
 from llm42c.cli import exits, parallel
 from llm42c.cli.common import (
@@ -21,7 +22,7 @@ from llm42c.cli.common import (
     DtypeOption,
     FastOption,
     KvOption,
-    ModelOption,
+    ModelArgument,
     Report,
     TokenWeaveOption,
     VerifyOption,
@@ -36,17 +37,30 @@ from llm42c.errors import ConfigError
 if TYPE_CHECKING:
     from llm42c.runtime.bench.contenders import Contender
 
-app = typer.Typer(pretty_exceptions_enable=False)
+
+class _Throughput(TyperGroup):
+    """`llm42 bench [MODEL]` is `llm42 bench throughput [MODEL]`."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["throughput", *args]
+        return super().parse_args(context, args)
+
+
+app = typer.Typer(
+    cls=_Throughput,
+    help="Speed: throughput (what `llm42 bench [MODEL]` means), start-up, soak.",
+    pretty_exceptions_enable=False,
+)
 
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV.")]
 
 _HEADINGS = {"requests": "at once", "median_tok_s": "tok/s", "first_over_this": "ratio"}
 
 
-@app.callback(invoke_without_command=True)
+@app.command("throughput")
 def throughput(
-    context: typer.Context,
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelArgument = DEFAULT_MODEL,
     workload: Annotated[
         str, typer.Option("--workload", help="Of mixed, decode, long: a comma-separated list; default all.")
     ] = "",
@@ -74,8 +88,6 @@ def throughput(
     Every other engine is compared with llm42 at the first fraction and the first --verify given: "ratio" is
     how many times as fast that was.
     """
-    if context.invoked_subcommand is not None:
-        return
     percents = _numbers("--deterministic-fraction", deterministic, 0, 100)
     modes = [choice("--verify", mode, ("auto", "always")) for mode in verify.split(",")]
     sizes = _numbers("--requests", requests, 1, 32) if requests else []
@@ -97,7 +109,7 @@ def throughput(
 
 
 @app.command("startup")
-def startup(model: ModelOption = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvOption = None) -> None:
+def startup(model: ModelArgument = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvOption = None) -> None:
     """Seconds from process start to the first token with empty and with warm caches, and peak memory."""
     from llm42c import models, prompts
     from llm42c.runtime.bench.startup import measure_starts
@@ -114,7 +126,7 @@ def startup(model: ModelOption = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvO
 
 @app.command("soak")
 def soak(
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelArgument = DEFAULT_MODEL,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Deterministic requests.")] = 500,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="New tokens of each.")] = 128,
     device: DeviceOption = "cpu",

@@ -31,9 +31,6 @@ DEFAULT_MODEL = "smollm2"
 _DTYPES = ("bfloat16", "float16", "float32")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or 'smollm2'.")]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="MODEL", help="A folder, a hub id, or 'smollm2'.")
-]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help=f"{', '.join(_DTYPES)}; default: the checkpoint's own.")
 ]

@@ -15,7 +15,7 @@ from llm42c.cli.common import (
     DeviceOption,
     FastOption,
     JsonFileOption,
-    ModelOption,
+    ModelArgument,
     Report,
     TokenWeaveOption,
     VerifyOption,
@@ -37,7 +37,7 @@ QUICK_PROMPTS, QUICK_TOKENS = 6, 48
 
 
 def demo(
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelArgument = DEFAULT_MODEL,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Folder of *.txt prompts; default: the ones shipped.")
     ] = None,

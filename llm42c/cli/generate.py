@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +17,14 @@ from llm42c.cli.common import (
     DtypeOption,
     FastOption,
     KvOption,
-    ModelOption,
+    ModelArgument,
     TokenWeaveOption,
     VerifyOption,
     open_engine,
     print_json,
     progress_bars,
 )
-from llm42c.errors import RequestError
+from llm42c.errors import ModelNotFoundError, RequestError
 from llm42c.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; '-' reads one from stdin.")] = None,
-    model: ModelOption = DEFAULT_MODEL,
+    model: ModelArgument = DEFAULT_MODEL,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="'-' reads one from stdin.")
+    ] = None,
     file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -89,7 +93,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    with progress_bars() as report:
+    with _model_before_prompts(bool(prompts)), progress_bars() as report:
         built = open_engine(
             model,
             report,
@@ -112,11 +116,25 @@ def generate(
     _print(built, [done[key] for key in sorted(done, key=_number)], json_out, stream)
 
 
+@contextlib.contextmanager
+def _model_before_prompts(given: bool) -> Iterator[None]:
+    """A prompt in MODEL's place is no model: say so, unless prompts were given as well."""
+    try:
+        yield
+    except ModelNotFoundError as error:
+        if given:
+            raise
+        raise ModelNotFoundError(f"{error}; before a prompt: llm42 generate MODEL PROMPT") from error
+
+
 def _texts(prompts: list[str], files: list[Path]) -> list[str]:
     """Prompts from arguments, then files; stdin for '-' or when nothing else is given."""
     if not prompts and not files:
         if not parallel.silent() and (sys.stdin is None or sys.stdin.isatty()):
-            raise RequestError("no prompt: give one as an argument, with --file, or on stdin")
+            raise RequestError(
+                "no prompt: give one after MODEL (llm42 generate smollm2 'Once upon a time'), "
+                "with --file, or on stdin"
+            )
         prompts = ["-"]
     texts = [parallel.read_stdin().removesuffix("\n") if p == "-" else p for p in prompts]
     for path in files:

@@ -35,10 +35,21 @@ if TYPE_CHECKING:
     from llm42c.runtime.engine import Engine
 
 
+_PIPELINES = ("engine", "compile")
+
+
 def explain(
     model: ModelArgument,
     dtype: DtypeOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of the example prompt.")] = 8,
+    which: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline",
+            help="engine: the graph that generate runs; compile: what torch.compile(backend='llm42') makes. "
+            "Default: engine, and compile with the options below.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of compile's example prompt.")] = 8,
     ranks: Annotated[
         int | None,
         typer.Option("--ranks", min=2, help="As one of so many ranks sees it; under torchrun: all of them."),
@@ -60,7 +71,17 @@ def explain(
         Path | None, typer.Option("--draw", metavar="FILE", help="Write the woven graph: .dot or .mmd.")
     ] = None,
 ) -> None:
-    """Say which pass fired where in the model, why the others did not, and what has no fixed order."""
+    """Say which pass fired where in the model, why others did not, what Inductor compiles, and the orders.
+
+    This is about the engine's graph, which generate runs; --pipeline compile is about torch.compile.
+    """
+    weaves = token_weave != "off" or residual_shards or ranks is not None or target is not None
+    pipeline = choice("--pipeline", which or ("compile" if weaves or draw else "engine"), _PIPELINES)
+    if pipeline == "engine":
+        if weaves or draw:
+            raise ConfigError("--pipeline engine takes none of the options of token weaving: leave them out")
+        _explain_engine(model, dtype)
+        return
     options: dict[str, Any] = {
         "token_weave": choice("--token-weave", token_weave, get_args(TokenWeave)),
         "residual_shards": residual_shards,
@@ -89,6 +110,24 @@ def explain(
     print(found)
     if draw is not None and not silent():
         found.draw(draw)
+
+
+def _explain_engine(model: str, dtype: str | None) -> None:
+    wanted = parse_dtype(dtype)
+    with progress_bars() as report:
+        report("loading", 0, 0)
+        from llm42c import models
+
+        loaded, _ = models.load_model(model, wanted)
+        report("compiling", 0, 0)
+        from llm42c import ranks
+        from llm42c.compiler import ModelCompiler
+        from llm42c.explanation import explain_engine
+
+        compiler = ModelCompiler(loaded, strict=False, ranks=ranks.world())
+        compiler.compile(release=True)
+        found = explain_engine(compiler)
+    print(found)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,6 @@ def _start(name: str, model: str, arguments: list[str], kv_mb: int, environment:
         "-m",
         "llm42c",
         "generate",
-        "--model",
         model,
         "--kv-mb",
         str(kv_mb),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def _json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def _generate(capsys: pytest.CaptureFixture[str], model: str, *arguments: str) -> list[dict[str, Any]]:
-    status = cli.main(["generate", "--model", model, "--json", "--kv-mb", "1", *arguments])
+    status = cli.main(["generate", model, "--json", "--kv-mb", "1", *arguments])
     assert status == 0, capsys.readouterr().err
     return _json_lines(capsys)
 
@@ -59,7 +60,7 @@ def test_prompts_come_from_files_and_stdin(
 
 def test_one_prompt_is_streamed_as_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     (answer,) = _generate(capsys, model, "-n", "6", "w5 w6")
-    assert cli.main(["generate", "--model", model, "--kv-mb", "1", "-n", "6", "w5 w6"]) == 0
+    assert cli.main(["generate", model, "--kv-mb", "1", "-n", "6", "w5 w6"]) == 0
     assert capsys.readouterr().out.strip() == answer["text"].strip()
 
 
@@ -72,7 +73,7 @@ def test_demo_agrees_and_writes_json(model: str, tmp_path: Path, capsys: pytest.
     for i, words in enumerate(("w5 w6 w7", "w9", "w3 w4 w5 w6 w7 w8", "w20 w21")):
         (tmp_path / f"{i}.txt").write_text(words)
     out = tmp_path / "out.json"
-    command = ["demo", "--model", model, "--prompts", str(tmp_path), "-n", "10", "--control-tokens", "3"]
+    command = ["demo", model, "--prompts", str(tmp_path), "-n", "10", "--control-tokens", "3"]
     assert cli.main([*command, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "every deterministic request agrees bit for bit" in printed
@@ -90,7 +91,7 @@ def test_demo_fails_where_bits_differ(
 
     (tmp_path / "a.txt").write_text("w5 w6 w7")
     monkeypatch.setattr(demo, "differing", lambda jobs, a, b: [job.name for job in jobs])
-    command = ["demo", "--model", model, "--prompts", str(tmp_path), "-n", "2", "--control", "off"]
+    command = ["demo", model, "--prompts", str(tmp_path), "-n", "2", "--control", "off"]
     assert cli.main(command) == exits.FAILED
     assert "BITS DIFFER" in capsys.readouterr().out
 
@@ -115,11 +116,21 @@ def test_contract_is_the_same_twice(model: str, capsys: pytest.CaptureFixture[st
     assert f"hash {values[0]['hash']}" in capsys.readouterr().out
 
 
-def test_explain_names_passes(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_is_about_the_graph_that_generate_runs(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["explain", model]) == 0
     printed = capsys.readouterr().out
-    assert "attention" in printed
-    assert "fired in" in printed
+    assert printed.startswith("the engine's graph")
+    assert "pod_attention fired in:" in printed
+    assert "    linear: one fp32 FMA chain" in printed
+    assert "compiled by Inductor" in printed
+    assert "every call has a fixed order" in printed
+    assert cli.main(["explain", model, "--pipeline", "compile"]) == 0
+    plain = capsys.readouterr().out
+    assert plain.startswith("graph 1 of 1")
+    assert "dense_attention" in plain
+    assert "dense_attention" not in printed
 
 
 def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
@@ -139,25 +150,25 @@ def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     ("arguments", "message"),
     [
         (["nonsense"], "nonsense"),
-        (["generate", "--temprature", "1", "w5"], "temprature"),
-        (["generate", "-t", "hot", "w5"], "temperature"),
-        (["generate", "-t", "-1", "w5"], "temperature"),
-        (["generate", "--top-p", "0.5", "w5"], "no effect at temperature 0"),
-        (["generate", "--seed", "-1", "w5"], "seed"),
-        (["generate", "-n", "0", "w5"], "max_tokens"),
-        (["generate", ""], "a prompt is empty"),
-        (["generate", "--file", "/nowhere", "w5"], "/nowhere"),
-        (["generate", "--model", "/nowhere", "w5"], "no model at '/nowhere'"),
-        (["generate", "--model", "MODEL", "--fast", "quick", "w5"], "--fast must be one of pinned, stock"),
-        (["generate", "--model", "MODEL", "--verify", "never", "w5"], "--verify must be one of"),
-        (["generate", "--model", "MODEL", "--dtype", "int8", "w5"], "--dtype must be one of"),
-        (["generate", "--model", "MODEL", "--device", "tpu", "w5"], "device must be cpu or cuda, not 'tpu'"),
+        (["generate", "MODEL", "--temprature", "1", "w5"], "temprature"),
+        (["generate", "MODEL", "-t", "hot", "w5"], "temperature"),
+        (["generate", "MODEL", "-t", "-1", "w5"], "temperature"),
+        (["generate", "MODEL", "--top-p", "0.5", "w5"], "no effect at temperature 0"),
+        (["generate", "MODEL", "--seed", "-1", "w5"], "seed"),
+        (["generate", "MODEL", "-n", "0", "w5"], "max_tokens"),
+        (["generate", "MODEL", ""], "a prompt is empty"),
+        (["generate", "MODEL", "--file", "/nowhere", "w5"], "/nowhere"),
+        (["generate", "/nowhere", "w5"], "no model at '/nowhere'"),
+        (["generate", "MODEL", "--fast", "quick", "w5"], "--fast must be one of pinned, stock"),
+        (["generate", "MODEL", "--verify", "never", "w5"], "--verify must be one of"),
+        (["generate", "MODEL", "--dtype", "int8", "w5"], "--dtype must be one of"),
+        (["generate", "MODEL", "--device", "tpu", "w5"], "device must be cpu or cuda, not 'tpu'"),
         pytest.param(
             ["bench", "soak", "--device", "cuda"],
             "device cuda was asked for, and there is no GPU that torch can use",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
-        (["generate", "--model", "MODEL", "-n", "1000", "w5"], "exceed the context of 96"),
+        (["generate", "MODEL", "-n", "1000", "w5"], "exceed the context of 96"),
         (["demo", "--prompts", "/nowhere"], "no such folder of prompts"),
         (["demo", "--control", "none"], "--control must be one of"),
         (["demo", "--json", "/nowhere/at/all.json"], "cannot write"),
@@ -166,6 +177,14 @@ def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
         (["bench", "--deterministic-fraction", "all"], "integers separated by commas"),
         (["bench", "--verify", "auto,never"], "--verify must be one of"),
         (["certify", "./nowhere"], "no model at"),
+        (["generate", "Once upon a time"], "before a prompt: llm42 generate MODEL PROMPT"),
+        (["bench", "--model", "smollm2"], "MODEL is an argument"),
+        (["bench", "./nowhere"], "no model at './nowhere'"),
+        (["bench", "soak", "./nowhere"], "no model at './nowhere'"),
+        (["bench", "startup", "./nowhere"], "no model at './nowhere'"),
+        (["explain", "MODEL", "--pipeline", "both"], "--pipeline must be one of engine, compile"),
+        (["explain", "MODEL", "--pipeline", "engine", "--ranks", "2"], "leave them out"),
+        (["explain", "no-such-model"], "no folder of that name is here, nothing in Hugging Face's cache"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -179,11 +198,35 @@ def test_a_mistake_is_one_line(
     assert message in err
 
 
+def test_an_unknown_model_is_answered_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the network hangs: looking up an address heeds no time limit."""
+    monkeypatch.setattr("llm42c.hub._question", lambda name, seconds: time.sleep(60))
+    monkeypatch.setattr("llm42c.models.HUB_SECONDS", 0.2)
+    import transformers  # noqa: F401  imported before the clock runs
+
+    start = time.monotonic()
+    assert cli.main(["contract", "no-such-org/no-such-model"]) == exits.BAD_INPUT
+    assert time.monotonic() - start < 3
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no folder of that name" in err
+    assert "the hub did not answer in 0.2 s" in err
+
+
+def test_bench_without_a_command_is_throughput(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--help"]) == 0
+    assert "throughput" in capsys.readouterr().out
+    assert cli.main(["bench", "MODEL", "--help"]) == 0
+    assert "--workload" in capsys.readouterr().out
+
+
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
     from llm42c.errors import ModelNotFoundError
 
     with pytest.raises(ModelNotFoundError):
-        cli.main(["--debug", "generate", "--model", "/nowhere", "w5"])
+        cli.main(["--debug", "generate", "/nowhere", "w5"])
 
 
 def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_torchrun(tmp_path: Path):
     model = tiny_folder.save(tmp_path / "model")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "llm42c", "generate", "w5 w9 w30", "w7 w8", "--model", str(model), "-n", "8", "--ignore-eos",
+        "-m", "llm42c", "generate", str(model), "w5 w9 w30", "w7 w8", "-n", "8", "--ignore-eos",
         "--json", "--token-weave", "auto",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
