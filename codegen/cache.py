@@ -23,7 +23,7 @@ import platformdirs
 
 _log = logging.getLogger(__name__)
 _told: set[Path] = set()  # folders whose trouble has been told
-_NOWHERE = Path(os.devnull) / "llm42"
+_NOWHERE = Path(os.devnull) / "no-home" / "llm42"
 _SEAL = hashlib.sha256().digest_size
 SCRATCH = ".scratch-"  # begins the name of what is not whole yet
 _OLD = 3600.0  # seconds after which a scratch file has no writer any more
@@ -96,6 +96,7 @@ def write(path: Path, data: bytes | str, *, seal: bool = False) -> bool:
                 stream.write(hashlib.sha256(content).digest() if seal else b"")
                 stream.flush()
                 os.fsync(stream.fileno())
+            file.chmod(0o644)  # mkstemp makes it private
             file.replace(path)
     except OSError as error:
         trouble(error)

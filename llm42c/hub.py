@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import re
 import threading
@@ -26,10 +27,11 @@ def cached(name: str) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) else None
 
 
+@functools.cache
 def ask(name: str, seconds: float) -> str | None:
     """None if the hub has the model; else, after at most so many ``seconds``, what stands in the way.
 
-    The question runs in a thread of its own: looking up the hub's address heeds no time limit.
+    It is asked once a process, in a thread: looking up the hub's address heeds no time limit.
     """
     from huggingface_hub import constants
 

@@ -80,6 +80,14 @@ def _from_hub(name: str) -> Path | str:
     )
 
 
+def require(name: str | Path) -> None:
+    """Raise ModelNotFoundError, before anything heavy is imported, if MODEL names nothing that is there."""
+    if isinstance(name, str) and name in ALIASES:
+        _find_gguf(name)
+    else:
+        resolve(name)
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of MODEL alone. Raises ModelNotFoundError."""
     from transformers import AutoTokenizer

@@ -67,7 +67,8 @@ def _hint(error: Exception) -> str:
     """What an option's own message does not say."""
     if getattr(error, "option_name", None) in ("--model", "-m"):
         return " MODEL is an argument: llm42 COMMAND MODEL"
-    return ""
+    context = getattr(error, "ctx", None)
+    return f" ({context.command_path} --help lists what it takes)" if context is not None else ""
 
 
 def _say(text: str) -> None:

@@ -111,13 +111,11 @@ def throughput(
 @app.command("startup")
 def startup(model: ModelArgument = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvOption = None) -> None:
     """Seconds from process start to the first token with empty and with warm caches, and peak memory."""
-    from llm42c import models, prompts
+    from llm42c import prompts
     from llm42c.runtime.bench.startup import measure_starts
 
     if parallel.announced():
         raise ConfigError("bench startup starts processes of its own: run it without torchrun")
-    if model not in models.ALIASES:
-        models.resolve(model)
     files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
     rows = [start.as_row() for start in measure_starts(model, busy_prompts=files, kv_mb=kv_mb)]
     _save(rows, csv)

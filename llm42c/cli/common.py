@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from llm42c.cli.parallel import announced, silent
-from llm42c.errors import ConfigError
+from llm42c.errors import ConfigError, ModelNotFoundError
 from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
@@ -30,7 +30,23 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2"
 _DTYPES = ("bfloat16", "float16", "float32")
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or 'smollm2'.")]
+
+def _is_there(context: typer.Context, name: str) -> str:
+    """MODEL itself, once it is known to name something: before torch is imported, and at once."""
+    from llm42c import models
+
+    try:
+        models.require(name)
+    except ModelNotFoundError as error:
+        if context.info_name != "generate":
+            raise
+        raise ModelNotFoundError(f"{error}; prompts come after it: llm42 generate MODEL PROMPT") from error
+    return name
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", callback=_is_there, help="A folder, a hub id, or 'smollm2'.")
+]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help=f"{', '.join(_DTYPES)}; default: the checkpoint's own.")
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +22,7 @@ from llm42c.cli.common import (
     print_json,
     progress_bars,
 )
-from llm42c.errors import ModelNotFoundError, RequestError
+from llm42c.errors import RequestError
 from llm42c.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 def generate(
     model: ModelArgument = DEFAULT_MODEL,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="'-' reads one from stdin.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="'-' reads one from stdin.")
     ] = None,
     file: Annotated[
         list[Path] | None,
@@ -93,7 +91,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    with _model_before_prompts(bool(prompts)), progress_bars() as report:
+    with progress_bars() as report:
         built = open_engine(
             model,
             report,
@@ -114,17 +112,6 @@ def generate(
     if stream:
         _run(built, done, echo=True)
     _print(built, [done[key] for key in sorted(done, key=_number)], json_out, stream)
-
-
-@contextlib.contextmanager
-def _model_before_prompts(given: bool) -> Iterator[None]:
-    """A prompt in MODEL's place is no model: say so, unless prompts were given as well."""
-    try:
-        yield
-    except ModelNotFoundError as error:
-        if given:
-            raise
-        raise ModelNotFoundError(f"{error}; before a prompt: llm42 generate MODEL PROMPT") from error
 
 
 def _texts(prompts: list[str], files: list[Path]) -> list[str]:

@@ -177,7 +177,8 @@ def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
         (["bench", "--deterministic-fraction", "all"], "integers separated by commas"),
         (["bench", "--verify", "auto,never"], "--verify must be one of"),
         (["certify", "./nowhere"], "no model at"),
-        (["generate", "Once upon a time"], "before a prompt: llm42 generate MODEL PROMPT"),
+        (["generate", "Once upon a time"], "prompts come after it: llm42 generate MODEL PROMPT"),
+        (["certify"], "Missing argument 'MODEL'. (llm42 certify --help"),
         (["bench", "--model", "smollm2"], "MODEL is an argument"),
         (["bench", "./nowhere"], "no model at './nowhere'"),
         (["bench", "soak", "./nowhere"], "no model at './nowhere'"),
@@ -204,7 +205,7 @@ def test_an_unknown_model_is_answered_at_once(
     """Also where the network hangs: looking up an address heeds no time limit."""
     monkeypatch.setattr("llm42c.hub._question", lambda name, seconds: time.sleep(60))
     monkeypatch.setattr("llm42c.models.HUB_SECONDS", 0.2)
-    import transformers  # noqa: F401  imported before the clock runs
+    import huggingface_hub  # noqa: F401  imported before the clock runs
 
     start = time.monotonic()
     assert cli.main(["contract", "no-such-org/no-such-model"]) == exits.BAD_INPUT

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import safetensors
 import tiny_folder
 import torch
 
-from llm42c import models
+from llm42c import hub, models
 from llm42c.codegen import cache
 from llm42c.digest import weights_digest
 from llm42c.errors import ModelNotFoundError
@@ -78,9 +78,11 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
     """Sets what the hub says of every model."""
-    return lambda text: monkeypatch.setattr("llm42c.hub._question", lambda name, seconds: text)
+    hub.ask.cache_clear()
+    yield lambda text: monkeypatch.setattr("llm42c.hub._question", lambda name, seconds: text)
+    hub.ask.cache_clear()
 
 
 def test_a_hub_id_is_left_to_the_hub(answer: Any, hub_cache: Path) -> None:
@@ -105,7 +107,7 @@ def test_a_single_word_asks_no_network(hub_cache: Path, monkeypatch: pytest.Monk
         models.resolve("gpt-none")
 
 
-def test_offline_mode_asks_no_network(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_asks_no_network(answer: Any, hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("llm42c.hub._question", lambda *_: pytest.fail("asked"))
     assert models.resolve("org/cached") == hub_cache
@@ -188,7 +190,7 @@ def _cached() -> list[str]:
 
 KILLED = """
 import sys, time
-from llm42c import models
+from llm42c import hub, models
 
 class Slow:
     def save_pretrained(self, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from llm42c.compiler import ModelCompiler
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Versions that packages seem to have, beside the real ones."""
     fake: dict[str, str] = {}
     real = importlib.metadata.version
