@@ -74,7 +74,10 @@ class Dump:
 
     def write(self, name: str, contents: str) -> None:
         if self._folder is not None:
-            (self._folder / name).write_text(contents)
+            try:
+                (self._folder / name).write_text(contents)
+            except OSError as error:
+                raise _unwritable(self._folder, error) from error
 
     def graph(self, name: str, graph: fx.Graph) -> None:
         """An observer for ``pipeline.run``."""
@@ -110,11 +113,15 @@ class Dump:
                 self.write(f"inductor_{i}.py", source)
 
 
+def _unwritable(folder: Path, error: OSError) -> OptionsError:
+    return OptionsError(f"LLM42_DUMP or the option dump: cannot write to {folder}: {error}")
+
+
 def _fresh_folder(directory: Path, label: str) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionsError(f"LLM42_DUMP or the option dump: cannot write to {directory}: {error}") from error
+        raise _unwritable(directory, error) from error
     number = len(list(directory.iterdir()))
     while True:
         folder = directory / f"{number:04d}_{label}"

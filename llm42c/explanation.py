@@ -69,7 +69,10 @@ class Explanation:
             raise OptionsError(f"{path.name}: drawings are written as .dot or .mmd")
         for plan in plans:
             if (drawing := plan.drawing("dot" if path.suffix == ".dot" else "mermaid")) is not None:
-                path.write_text(drawing)
+                try:
+                    path.write_text(drawing)
+                except OSError as error:
+                    raise OptionsError(f"cannot write {path}: {error.strerror}") from error
                 return
         reason = plans[0].reason if plans else "token_weave is off"
         raise OptionsError(f"there is no plan to draw: {reason}")

@@ -23,12 +23,13 @@ def notice() -> None:
         if not oldest <= minor(found) <= newest:
             _log.warning(
                 "%s %s was not tested: llm42 was, with %s to %s; results may differ or fail (pip install "
-                '"%s<%s" takes a tested one)',
+                '"%s>=%s,<%s" takes a tested one)',
                 package,
                 found,
                 _text(oldest),
                 _text(newest),
                 package,
+                _text(oldest),
                 _text([newest[0], newest[1] + 1]),
             )
 
