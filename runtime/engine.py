@@ -25,13 +25,21 @@ from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
 from llm42c.runtime.graphs import GraphDevice, GraphedModel
-from llm42c.runtime.intake import Limits, check_limits, check_prompt
+from llm42c.runtime.intake import Limits, check_flag, check_id, check_limits, check_prompt
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
 from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.request import Request, State
-from llm42c.runtime.sampling import MAX_SEED, RowSampler, Sampled, Sampler, SamplingParams, operator_sampler
+from llm42c.runtime.sampling import (
+    MAX_SEED,
+    RowSampler,
+    Sampled,
+    Sampler,
+    SamplingParams,
+    operator_sampler,
+    shown,
+)
 from llm42c.runtime.scheduler import FastPlan, Scheduler
 from llm42c.runtime.stats import Stats
 
@@ -104,6 +112,7 @@ class Engine:
         self._touched: dict[str, Request] = {}  # with something new to deliver
         self._held: list[RequestOutput] = []  # for the next `step`
         self._arrivals = itertools.count()
+        self._closed = False
         _log.info(
             "engine built: contract %s, %d KV pages of %d tokens, context %d, %d fast shapes",
             self.contract.hash,
@@ -132,17 +141,20 @@ class Engine:
         With `stream=False` only the finished output is delivered, so that even a revoked certificate can be
         repaired before the user sees a token.
         """
+        self._refuse_if_closed()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be a SamplingParams, not {type(params).__name__}")
         if contract is not None:
-            self.contract.require(contract)
-        arrival = next(self._arrivals)
-        request_id = f"request-{arrival}" if request_id is None else request_id
-        if not isinstance(request_id, str) or not request_id:
-            raise RequestError(f"request_id must be a non-empty string, not {request_id!r}")
+            self._require(contract)
+        check_flag("deterministic", deterministic)
+        check_flag("stream", stream)
+        if request_id is None:
+            arrival, request_id = self._next_id()
+        else:
+            arrival, request_id = next(self._arrivals), check_id(request_id)
         if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use")
+            raise RequestError(f"request id {shown(request_id)} is in use")
         prompt = check_prompt(prompt_ids, self.limits)
         max_tokens, limited_by = check_limits(prompt, params, self.limits)
         text = None
@@ -174,12 +186,40 @@ class Engine:
             raise
         return request_id
 
+    def _next_id(self) -> tuple[int, str]:
+        """An arrival number, and an id after it that no request has taken for itself."""
+        for arrival in self._arrivals:
+            if f"request-{arrival}" not in self._requests:
+                break
+        return arrival, f"request-{arrival}"
+
+    def _require(self, contract: str | Contract) -> None:
+        if not isinstance(contract, Contract) and not (isinstance(contract, str) and contract.isalnum()):
+            raise RequestError(f"contract must be a contract or its hash, not {shown(contract)}")
+        self.contract.require(contract)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RequestError("the engine is closed")
+
+    def close(self) -> None:
+        """Abort every request, and refuse any further one with a RequestError. Its memory goes with the
+        object."""
+        self._closed = True
+        self._drop_everything()
+        self._held = []
+
     def _random_seed(self) -> int:
         seed: int = self._ranks.share(secrets.randbelow(MAX_SEED + 1))
         return seed
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request and free its pages; nothing more is delivered for it. False if it is not running."""
+        """Drop a request and free its pages; nothing more is delivered for it. False if it is not running.
+
+        Raises RequestError for what cannot be a request's id.
+        """
+        if not isinstance(request_id, str):
+            raise RequestError(f"a request id is a string, not {shown(request_id)}")
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
@@ -206,6 +246,7 @@ class Engine:
         )
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        self._refuse_if_closed()
         before = next(self._arrivals)
         try:
             ids = [
@@ -238,7 +279,9 @@ class Engine:
         return self._stats
 
     def kv_digest(self, request_id: str, num_positions: int | None = None) -> str:
-        """Digest of the KV bits of a running request's leading computed positions."""
+        """Digest of the KV bits of a running request's leading computed positions. Raises RequestError."""
+        if request_id not in self._requests:
+            raise RequestError(f"no request {shown(request_id)} is running")
         request = self._requests[request_id]
         count = request.num_computed if num_positions is None else min(num_positions, request.num_computed)
         return kv_digest(self._cache, self._slots(request, 0, count), self.config.page_size)

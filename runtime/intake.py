@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from llm42c.errors import RequestError
 from llm42c.runtime.outputs import Limit
-from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.sampling import SamplingParams, shown
 
 MAX_TOKENS, CONTEXT, KV_CACHE = get_args(Limit)
 
@@ -26,19 +27,38 @@ class Limits:
 
 def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> list[int]:
     """The prompt as plain ints. Raises RequestError if it is empty or holds anything but known token ids."""
+    if isinstance(prompt_ids, str | bytes | bytearray | Mapping | Set):
+        raise RequestError(f"the prompt must be a sequence of token ids, not {type(prompt_ids).__name__}")
     try:
-        prompt = [int(t) for t in prompt_ids]
-        exact = all(t == o and not isinstance(o, bool) for t, o in zip(prompt, prompt_ids, strict=True))
-    except (TypeError, ValueError):
-        exact = False
-    if not exact:
-        raise RequestError("the prompt must be a sequence of token ids")
+        prompt = [_token_id(t) for t in prompt_ids]
+    except Exception:  # whatever a caller's own sequence raises is its caller's mistake
+        raise RequestError("the prompt must be a sequence of token ids") from None
     if not prompt:
         raise RequestError("the prompt is empty")
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-        bad = next(t for t in prompt if not 0 <= t < limits.vocab_size)
+        bad = shown(next(t for t in prompt if not 0 <= t < limits.vocab_size))
         raise RequestError(f"token id {bad} is outside the vocabulary of {limits.vocab_size}")
     return prompt
+
+
+def _token_id(token: Any) -> int:
+    """An integer of Python, NumPy or torch. Raises TypeError for anything that only looks like one."""
+    if isinstance(token, bool) or "bool" in str(getattr(token, "dtype", "")) or getattr(token, "ndim", 0):
+        raise TypeError
+    return operator.index(token)
+
+
+def check_id(request_id: Any) -> str:
+    """`request_id` if it can be one. Raises RequestError."""
+    if not isinstance(request_id, str) or not request_id:
+        raise RequestError(f"request_id must be a non-empty string, not {shown(request_id)}")
+    return request_id
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises RequestError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be True or False, not {shown(value)}")
 
 
 def check_limits(prompt: list[int], params: SamplingParams, limits: Limits) -> tuple[int, Limit]:
@@ -68,7 +88,9 @@ def check_limits(prompt: list[int], params: SamplingParams, limits: Limits) -> t
         )
     for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
         if any(t >= limits.vocab_size for t in ids):
-            raise RequestError(f"{name} holds {max(ids)}, outside the vocabulary of {limits.vocab_size}")
+            raise RequestError(
+                f"{name} holds {shown(max(ids))}, outside the vocabulary of {limits.vocab_size}"
+            )
     if params.stop and not limits.has_text:
         raise RequestError("stop strings need an engine with a tokenizer (decode=...)")
     return max_tokens, limit

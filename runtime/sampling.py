@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 
 MAX_SEED = 2**63 - 1
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, None)
-        _integer("min_tokens", self.min_tokens, 0, None)
-        _integer("top_k", self.top_k, 0, None)
+            _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0)
+        _integer("top_k", self.top_k, 0)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
+            _integer("seed", self.seed, 0)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, None)
+            _integer("logprobs", self.logprobs, 0)
         _real("temperature", self.temperature, 0.0, math.inf)
         _real("top_p", self.top_p, 0.0, 1.0, above=True)
         _real("min_p", self.min_p, 0.0, 1.0)
@@ -94,8 +95,11 @@ class SamplingParams:
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
 
     def _check_collections(self) -> None:
+        for name in ("include_stop", "ignore_eos", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, not {shown(getattr(self, name))}")
         for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, None)
+            _integer("stop_token_ids", token, 0)
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop must hold non-empty strings")
         if any(not callable(p) for p in self.logits_processors):
@@ -104,8 +108,8 @@ class SamplingParams:
             if not isinstance(self.logit_bias, dict):
                 raise RequestError("logit_bias must be a dict of token id to number")
             for token, bias in self.logit_bias.items():
-                _integer("logit_bias token id", token, 0, None)
-                _real(f"logit_bias[{token}]", bias, -1e6, 1e6)
+                _integer("logit_bias token id", token, 0)
+                _real(f"logit_bias[{shown(token)}]", bias, -1e6, 1e6)
 
     def _check_conflicts(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -136,20 +140,32 @@ class SamplingParams:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & MAX_SEED
 
 
-def _integer(name: str, value: Any, low: int, high: int | None) -> None:
+def shown(value: Any) -> str:
+    """A user's value inside of a message: one line, never long."""
+    try:
+        text = repr(value)
+    except Exception:  # of a foreign object, or of an integer with thousands of digits
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _integer(name: str, value: Any, low: int, high: int = MAX_SEED) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{name} must be an integer, not {value!r}")
-    if value < low or (high is not None and value > high):
-        raise RequestError(
-            f"{name} must be {f'in [{low}, {high}]' if high is not None else f'>= {low}'}, not {value}"
-        )
+        raise RequestError(f"{name} must be an integer, not {shown(value)}")
+    if not low <= value <= high:
+        wanted = f">= {low}" if value < low else f"<= {high}"
+        raise RequestError(f"{name} must be {wanted}, not {shown(value)}")
 
 
 def _real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """Raises RequestError unless `value`, rounded to float32 as the sampler sees it, is in [low, high]."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise RequestError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-        raise RequestError(f"{name} must be finite and in {'(' if above else '['}{low}, {high}], not {value}")
+        raise RequestError(f"{name} must be a number, not {shown(value)}")
+    seen = float(np.float32(value)) if abs(value) <= _FLOAT32_MAX else math.nan
+    if not low <= seen <= high or (above and seen == low):
+        interval = f"{'(' if above else '['}{low}, {high}]"
+        raise RequestError(f"{name} must be finite and in {interval}, not {shown(value)}")
 
 
 class Sampler(Protocol):
@@ -236,7 +252,7 @@ class RowSampler:
         self._params = _Params(
             requests,
             temperature=torch.tensor([x.temperature for x in p], dtype=torch.float32, device=device),
-            top_k=torch.tensor([x.top_k for x in p], dtype=torch.int32, device=device),
+            top_k=torch.tensor([min(x.top_k, 2**31 - 1) for x in p], dtype=torch.int32, device=device),
             top_p=torch.tensor([x.top_p for x in p], dtype=torch.float32, device=device),
             min_p=torch.tensor([x.min_p for x in p], dtype=torch.float32, device=device),
             seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
