@@ -298,11 +298,11 @@ class Engine:
         """
         try:
             return self._step()
-        except IntegrityError as error:
-            _log.error("%s", error)
+        except IntegrityError:
             raise
         except BaseException as error:
-            _log.error("a step was broken off (%s): requests dropped", type(error).__name__)
+            count = len(self._requests)
+            _log.info("a step was broken off (%s): %d requests dropped", type(error).__name__, count)
             self._drop_everything()
             raise
 

@@ -48,7 +48,7 @@ def warnings_on_stderr() -> Iterator[None]:
 def _explain(error: Exception) -> int:
     from typer import Abort
 
-    from llm42c.errors import Llm42Error
+    from llm42c.errors import IntegrityError, Llm42Error
 
     if isinstance(error, Abort):
         return exits.INTERRUPTED
@@ -58,7 +58,7 @@ def _explain(error: Exception) -> int:
     message = getattr(error, "format_message", None)  # what typer raises for a wrong command line
     if message is not None or isinstance(error, Llm42Error):
         _say((message() if message else str(error)) + _hint(error))
-        return exits.BAD_INPUT
+        return exits.FAILED if isinstance(error, IntegrityError) else exits.BAD_INPUT
     _say(f"{type(error).__name__}: {error} (llm42 --debug shows where)")
     return exits.FAILED
 

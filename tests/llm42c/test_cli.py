@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import struct
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from llm42c import cli
 from llm42c.cli import exits
+from llm42c.errors import IntegrityError
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +249,17 @@ def test_an_unexpected_error_is_one_line_too(
     monkeypatch.setattr("llm42c.models.load_model", fail)
     assert cli.main(["contract", "smollm2"]) == exits.FAILED
     assert capsys.readouterr().err == "llm42: ZeroDivisionError: oh (llm42 --debug shows where)\n"
+
+
+def test_what_the_runtime_warns_of_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("llm42c.runtime.somewhere")
+    with cli.warnings_on_stderr():
+        log.info("not worth a line")
+        log.warning("cannot write %s", "here")
+    log.error("nobody listens")
+    assert capsys.readouterr().err == "llm42: cannot write here\n"
+
+
+def test_a_broken_promise_is_not_a_mistake_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._explain(IntegrityError("the verifier graph\nis not row independent")) == exits.FAILED
+    assert capsys.readouterr().err == "llm42: the verifier graph is not row independent\n"
