@@ -43,7 +43,8 @@ def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> list[int]:
 
 def _token_id(token: Any) -> int:
     """An integer of Python, NumPy or torch. Raises TypeError for anything that only looks like one."""
-    if isinstance(token, bool) or "bool" in str(getattr(token, "dtype", "")) or getattr(token, "ndim", 0):
+    kind, dims = str(getattr(token, "dtype", "")), getattr(token, "ndim", None)
+    if isinstance(token, bool) or "bool" in kind or dims not in (None, 0):
         raise TypeError
     return operator.index(token)
 
