@@ -84,6 +84,33 @@ def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
     assert first.get("memory_bandwidth") >= first.get("bandwidth_per_core") > 0
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", '{"kind": "cpu", "name": "x", "arch": "y", "values": {"sms": {}}}']
+)
+def test_a_damaged_measurement_is_made_again(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(t, "_measure_cpu", lambda: {"memory_bandwidth": Value(1e9, t.MEASURED)})
+    found, path = t.detect("cpu"), tmp_path / "cpu.json"
+    path.write_text(content)
+    first = t.measure(found, "cpu", path=path)
+    assert Target.from_json(path.read_text()) == first
+
+
+def test_a_measurement_that_cannot_be_kept_lasts_as_long_as_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+
+    def measured() -> dict[str, Value]:
+        calls.append(1)
+        return {"memory_bandwidth": Value(1e9, t.MEASURED), "bandwidth_per_core": Value(5e8, t.MEASURED)}
+
+    monkeypatch.setattr(t, "_measure_cpu", measured)
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    assert t.local_decode_workers() == t.local_decode_workers() == 2
+    assert calls == [1]
+
+
 @pytest.mark.parametrize(("total", "core", "workers"), [(34e9, 20e9, 1), (200e9, 12e9, 16), (10e9, 12e9, 1)])
 def test_decode_workers_are_the_cores_that_fill_the_memory(total: float, core: float, workers: int):
     values = {"memory_bandwidth": Value(total, "measured"), "bandwidth_per_core": Value(core, "measured")}
