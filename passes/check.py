@@ -5,7 +5,13 @@ Cases:
 1. an llm42 operator: its order is part of its definition
 2. views, copies, exactly rounded pointwise calls, sums of integers, maxima: the order cannot be seen
 3. exp, tanh, ...: fixed by compiling without vector code (see ``llm42c.inductor``)
-4. anything else, a sum of floats that no pass knew or an unknown call, is *unplaced* and named
+4. a sort that keeps equals in their order, and the values of a top-k alone
+5. anything else is *unplaced* and named: a sum of floats that no pass knew (also one that writes, such as
+   ``scatter_add_`` and an ``index_put_`` that accumulates), a choice among equals, a call that no list of
+   ``kinds.py`` has
+
+A sum over the batch that a model itself asks for (batch norm in training, a mean over all rows) can have an
+order and still makes a row depend on the others; that is the model, and is not named here.
 
 The graph is not changed. Whoever runs the pipeline decides whether an unplaced call is an error.
 """
@@ -16,16 +22,16 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, Event, PassReport
-from llm42c.passes.kinds import Kind, kind, plain_name
+from llm42c.passes.kinds import UNPLACED, Kind, kind, plain_name
 
 
 def unplaced(graph: fx.Graph) -> list[Event]:
-    """The calls of case 4."""
+    """The calls of case 5."""
     found = []
     for node in graph.nodes:
         if node.op == "call_module" or node.op in ("call_function", "call_method"):
             k = Kind.UNKNOWN if node.op == "call_module" else kind(node)
-            if k in (Kind.REDUCTION, Kind.UNKNOWN):
+            if k in UNPLACED:
                 found.append(Event(node.name, g.where(node), f"{plain_name(node)}: {k.value}"))
     return found
 

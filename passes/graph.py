@@ -394,7 +394,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     if node.op == "call_method":
         target = str(node.target)
         inplace = target.endswith("_") and not target.endswith("__")
-        return [node.args[0]] if inplace or target == "__setitem__" else []  # type: ignore[list-item]
+        inplace |= target == "__setitem__" or target.strip("_") in _IOPS
+        return [node.args[0]] if inplace else []  # type: ignore[list-item]
     if node.op != "call_function":
         return []
     if isinstance(node.target, torch._ops.OpOverload):

@@ -67,7 +67,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("linear", linear),
     Pass("grouped_mm", grouped_mm, _PLAIN),
     Pass("index_add", index_add, _PLAIN),
-    Pass("topk", topk, _PLAIN),
+    Pass("topk", topk),
     Pass("solve_triangular", solve_triangular, _PLAIN),
     Pass("matmul", matmul),
     Pass("reductions", reductions),

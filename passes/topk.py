@@ -1,4 +1,4 @@
-"""Among equal scores, the choice does not depend on the batch (plain).
+"""Among equal scores, the choice does not depend on the batch.
 
 A router may give two experts one score. Which of them ``topk`` takes is nowhere said. On a GPU it depends on
 the algorithm, which is chosen by the number of rows; a stable sort takes the lower index. On a CPU it is a
