@@ -72,6 +72,7 @@ def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Option
         decode_workers=local_decode_workers() if device.type == "cpu" else 0,
     )
     report = pipeline.run(gm, context, dump.graph)
+    report.notes += inductor.notes()
     dump.report(report)
     if options.residual_shards:
         require_shards(report)

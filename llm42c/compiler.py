@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from llm42c import versions
+from llm42c import inductor, versions
 from llm42c.backend import require_shards
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, graph_digest, new_kv_cache
 from llm42c.codegen.cpu import build
@@ -201,6 +201,7 @@ class ModelCompiler:
         target = PACKED if form == "pinned" else STOCK
         dump = Dump.for_options(Options(), target)
         report = pipeline.run(gm, self._context(target, positions), dump.graph)
+        report.notes += inductor.notes() if target == PACKED else []
         dump.report(report)
         if self.residual_shards and form == "pinned":
             require_shards(report)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx
+
+_log = logging.getLogger(__name__)
 
 # The reductions that llm42 does not replace must not be split by shape, and nothing may be chosen by
 # a benchmark. `cpp.simdlen=1`: the vectorised body of a loop and its scalar tail round exp, tanh, ...
@@ -34,6 +38,18 @@ _FIXED: dict[str, Any] = {
 }
 
 
+# What keeps the bits of a pointwise call the same anywhere in a loop, and a sum whole. The other settings
+# matter only to calls that ``check`` names, or repeat torch's own defaults.
+REQUIRED = frozenset(
+    {
+        "split_reductions",
+        "cpp.simdlen",
+        "cpp.enable_unsafe_math_opt_flag",
+        "cpp.enable_floating_point_contract_flag",
+    }
+)
+
+
 def fixed_config() -> dict[str, Any]:
     """The settings for fixed reductions, restricted to those that this version of torch has."""
     from torch._inductor import config
@@ -42,10 +58,39 @@ def fixed_config() -> dict[str, Any]:
     return {key: value for key, value in _FIXED.items() if key in known}
 
 
+def unknown_settings() -> list[str]:
+    """The settings for fixed reductions that this version of torch does not have."""
+    known = fixed_config()
+    return [key for key in _FIXED if key not in known]
+
+
+def notes() -> list[str]:
+    """For reports: a sentence on each setting that this version of torch does not have."""
+    return [
+        f"Inductor of this torch has no setting {key}: "
+        + (
+            "bits of what it compiles may depend on the batch"
+            if key in REQUIRED
+            else "no placed call needs it"
+        )
+        for key in unknown_settings()
+    ]
+
+
+@functools.cache
+def _warn_once() -> None:
+    if missing := sorted(REQUIRED.intersection(unknown_settings())):
+        _log.warning(
+            "Inductor of this torch does not know %s; rows of what it compiles may depend on their batch",
+            ", ".join(missing),
+        )
+
+
 def compile_fixed(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """Compile a rewritten graph with Inductor under :func:`fixed_config`."""
     from torch._inductor.compile_fx import compile_fx
 
+    _warn_once()
     compiled: Any = compile_fx(gm, example_inputs, config_patches=fixed_config())
     return compiled
 
