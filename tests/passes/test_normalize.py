@@ -28,6 +28,8 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         (lambda x: x.to(torch.float64).to(x), {"to": 2}),
         (lambda x: x.to(device="cpu", dtype=torch.bfloat16), {"to": 1}),
         (lambda x: torch.nn.functional.softmax(x, dim=-1), {"softmax": 1}),
+        (torch.nn.ReLU(), {"relu": 1}),
+        (lambda x: torch.nn.functional.relu(x.sin(), True) + 1, {"sin": 1, "relu": 1, "add": 1}),
         (lambda x: x.permute(1, 0).reshape(4, 6), {"permute": 1, "reshape": 1}),
     ],
 )
