@@ -89,8 +89,9 @@ def reference(
         ValueError, TypeError: (the operator) shapes or dtypes that do not fit together.
 
     The bits of a row depend on its query and on the keys and values that it sees, each at its index: not on
-    ``B``, ``Sq`` or ``Sk``, nor on hidden keys, even if they hold NaN. Indices count from the first key that
-    the mask shows to any row of the sequence, so padding on either side changes nothing. (Therefore give a
+    ``B``, ``Sq`` or ``Sk``, nor on hidden keys: on a CPU even if they hold NaN, on a GPU if they are finite
+    where another row of the same tile sees them (docs/gpu.md). Indices count from the first key that the mask
+    shows to any row of the sequence, so padding on either side changes nothing. (Therefore give a
     sliding window as ``window``: as a mask, it moves that first key, and a row's bits then depend on which
     rows share the call.) For equal indices the bits are those of ``paged_attention``.
     """

@@ -58,10 +58,11 @@ def test_the_grid_fits_the_pads_and_the_device(form: Any):
 
 
 def test_the_switch_adds_only_for_those_who_ask():
-    """No group is enabled by anything but ``enable``; the switch's kernel says what it gives up."""
+    """No group is enabled by anything but ``enable``, and no other kernel lets the switch add."""
     assert not symmetric.enabled("0")
-    assert "not deterministic" in emit_multimem(64, 2)
-    assert "multimem" not in "".join(emit(FusedSpec(64, "bfloat16", 2, form)) for form in FORMS)
+    assert "multimem.ld_reduce" in emit_multimem(64, 2)  # control: the word is the instruction's
+    for form, dtype, weight in itertools.product(FORMS, ("bfloat16", "float32"), (True, False)):
+        assert "multimem" not in emit(FusedSpec(64, dtype, 2, form, weight))
 
 
 def run(*program: str) -> dict[str, Any]:
