@@ -89,6 +89,8 @@ class Pump:
         except BaseException as error:
             why = f"a step was broken off: {type(error).__name__}"
             outputs = [_failed(request_id, why) for request_id in list(self._mail)]
+            for output in outputs:
+                self.engine.abort(output.request_id)  # an IntegrityError leaves them in the engine
             raise
         finally:
             with self._changed:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from toy import VOCAB, FlipModel, NoisyModel, ToyModel, make_engine, small_config, solo
 
+from llm42c.errors import IntegrityError
 from llm42c.runtime import engine as engine_module
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.hf.pump import Pump
@@ -116,3 +117,19 @@ def test_a_broken_step_fails_the_requests_of_other_threads_instead_of_hanging_th
         del model.forward  # type: ignore[method-assign]
     assert not engine.has_unfinished()
     assert [o.token_ids for o in engine.generate(PROMPTS[:1], PARAMS[0])] == [solo(PROMPTS[0], PARAMS[0])[0]]
+
+
+def test_an_integrity_failure_leaves_nothing_running_behind_a_shared_engine() -> None:
+    engine = make_engine()
+    pump = Pump(engine)
+    mine = pump.submit(PROMPTS[0], PARAMS[0], stream=True)
+    other = engine.submit(PROMPTS[1], PARAMS[0])  # not the pump's
+
+    def convict() -> bool:
+        raise IntegrityError("the verifier graph is not row independent")
+
+    engine.certificates.advance = convict  # type: ignore[method-assign]
+    with pytest.raises(IntegrityError):
+        pump.poll([mine])
+    assert [o.finish_reason for o in pump.poll([mine])] == ["error"]
+    assert list(engine._requests) == [other]
