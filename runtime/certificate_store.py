@@ -87,7 +87,7 @@ class CertificateStore:
                 together = merge(*self._on_disk(mine))
                 self._replace(together)
             return together
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             self._complain("write", error)
             if revoking:
                 self._remove()
@@ -112,14 +112,18 @@ class CertificateStore:
         except FileNotFoundError:
             return None
         self._seen = True
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         try:
             shapes = {_parse(key): value for key, value in data["shapes"].items()}
             checked = data["verifier_checked"]
             known = all(data[name] == label for name, label in self._labels.items())
+            states = set(shapes.values())
         except (KeyError, TypeError, AttributeError):
             raise ValueError("fields are missing") from None
-        if not known or not isinstance(checked, bool) or not set(shapes.values()) <= set(get_args(Status)):
+        if not known or not isinstance(checked, bool) or not states <= set(get_args(Status)):
             raise ValueError("fields hold something else")
         return Stored(shapes, checked)
 

@@ -158,10 +158,19 @@ def test_a_lock_that_another_process_holds_is_waited_for_only_so_long(
 
 # -- files that cannot be read or written --------------------------------------------------------------------
 
-GARBAGE = ["", "{", "[]", '{"shapes": 3}', "\0" * 100, '{"contract": "c", "fast": "f", "verifier_checked": 1']
+_WHOLE = '{"contract": "c", "fast": "f", "verifier_checked": true, "shapes": {%s}}'
+GARBAGE = [
+    *("", "{", "[]", "3", "null", '{"shapes": 3}', "\0" * 100, "[" * 200_000, "9" * 5000),
+    *(
+        '{"contract": "c", "fast": "f", "verifier_checked": 1',
+        _WHOLE % '"1x1": []',
+        _WHOLE % '"1x1": "maybe"',
+    ),
+    *(_WHOLE % '"1": "certified"', _WHOLE % f'"{"9" * 5000}x1": "certified"'),
+]
 
 
-@pytest.mark.parametrize("text", GARBAGE)
+@pytest.mark.parametrize("text", GARBAGE, ids=range(len(GARBAGE)))
 def test_garbage_holds_nothing_and_certificates_do_not_outlive_it(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,6 +183,20 @@ def test_garbage_holds_nothing_and_certificates_do_not_outlive_it(
     saved = store.save(_stored(s1="certified", s2="speculative", s3="revoked"))
     assert saved.shapes == {(2, 2): "speculative", (3, 3): "revoked"}
     assert CertificateStore(path, LABELS).load() == saved
+
+
+def test_bytes_that_are_no_text_are_garbage(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_bytes(b"\xff\xfe" * 50)
+    assert CertificateStore(tmp_path / "s.json", LABELS).load() == Stored()
+
+
+def test_a_file_system_without_locks_is_gone_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CertificateStore(tmp_path / "s.json", LABELS)
+    monkeypatch.setattr(store._lock, "_acquire", lambda: (_ for _ in ()).throw(NotImplementedError("flock")))
+    assert store.save(_stored(s1="certified")) == _stored(s1="certified")
+    assert _one_line(caplog), caplog.text
 
 
 @pytest.mark.parametrize("field", ["contract", "fast"])
