@@ -241,6 +241,10 @@ class Engine:
 
         Other requests go on meanwhile; what they have to say is returned by the next `step`.
         """
+        if not isinstance(prompts, Sequence | np.ndarray | Tensor):
+            raise RequestError(f"prompts must be a sequence of prompts, not {shown(prompts)}")
+        if not isinstance(params, Sequence | SamplingParams | None):
+            raise RequestError(f"params must be a SamplingParams or a list of them, not {shown(params)}")
         each = (
             [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         )
@@ -248,13 +252,13 @@ class Engine:
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
         self._refuse_if_closed()
         before = next(self._arrivals)
+        others: list[RequestOutput] = []
         try:
             ids = [
                 self.submit(prompt, p, deterministic=deterministic, stream=False)
                 for prompt, p in zip(prompts, each, strict=True)
             ]
             done: dict[str, RequestOutput | None] = dict.fromkeys(ids)
-            others: list[RequestOutput] = []
             while None in done.values():
                 for output in self.step():
                     if output.request_id in done:
@@ -265,7 +269,8 @@ class Engine:
             for request in [r for r in self._requests.values() if r.arrival > before]:
                 self.abort(request.id)
             raise
-        self._held = others
+        finally:
+            self._held = others + self._held
         return [output for output in done.values() if output is not None]
 
     def certify(self) -> None:
@@ -296,6 +301,8 @@ class Engine:
         Raises IntegrityError, with every request as it was, when the verifier graph is found not to be row
         independent.
         """
+        if self._closed:
+            return []  # nor is a shape probed that was still waiting
         try:
             return self._step()
         except IntegrityError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -29,6 +30,10 @@ def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> list[int]:
     """The prompt as plain ints. Raises RequestError if it is empty or holds anything but known token ids."""
     if isinstance(prompt_ids, str | bytes | bytearray | Mapping | Set):
         raise RequestError(f"the prompt must be a sequence of token ids, not {type(prompt_ids).__name__}")
+    # Measured before it is read: a range or a mapped file may be longer than memory.
+    length = _length(prompt_ids)
+    if length > limits.max_model_len:
+        raise RequestError(f"{length} prompt tokens exceed the context of {limits.max_model_len}")
     try:
         prompt = [_token_id(t) for t in prompt_ids]
     except Exception:  # whatever a caller's own sequence raises is its caller's mistake
@@ -41,6 +46,16 @@ def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> list[int]:
     return prompt
 
 
+def _length(prompt_ids: Sequence[int]) -> int:
+    """0 for what has no length."""
+    try:
+        return len(prompt_ids)
+    except OverflowError:
+        return sys.maxsize
+    except Exception:
+        return 0
+
+
 def _token_id(token: Any) -> int:
     """An integer of Python, NumPy or torch. Raises TypeError for anything that only looks like one."""
     kind, dims = str(getattr(token, "dtype", "")), getattr(token, "ndim", None)
@@ -51,8 +66,8 @@ def _token_id(token: Any) -> int:
 
 def check_id(request_id: Any) -> str:
     """`request_id` if it can be one. Raises RequestError."""
-    if not isinstance(request_id, str) or not request_id:
-        raise RequestError(f"request_id must be a non-empty string, not {shown(request_id)}")
+    if not isinstance(request_id, str) or not request_id or not request_id.isprintable():
+        raise RequestError(f"request_id must be a non-empty printable string, not {shown(request_id)}")
     return request_id
 
 

@@ -175,7 +175,10 @@ class Request:
                 self.final_text = self.text.text
             elif decode is not None and self.params.detokenize:
                 shown = self.outputs[:-1] if isinstance(self.stop_reason, int) else self.outputs
-                self.final_text = decode(shown)
+                text = decode(shown)
+                if not isinstance(text, str):
+                    raise TypeError(f"the detokenizer returned {type(text).__name__}")
+                self.final_text = text
         except Exception as error:  # of the user's detokenizer
             self.fail(f"{type(error).__name__}: {error}")
 

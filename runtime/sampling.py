@@ -110,6 +110,7 @@ class SamplingParams:
             for token, bias in self.logit_bias.items():
                 _integer("logit_bias token id", token, 0)
                 _real(f"logit_bias[{shown(token)}]", bias, -1e6, 1e6)
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller's may change
 
     def _check_conflicts(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import VOCAB, NoisyModel, ToyModel, make_engine, small_config, solo
 
-from llm42c.errors import RequestError
+from llm42c.errors import IntegrityError, RequestError
 from llm42c.runtime.engine import Engine
+from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.sampling import SamplingParams
 
 HUGE = 10**400  # beyond every float
@@ -66,6 +67,8 @@ BAD_PROMPTS: dict[str, Callable[[], Any]] = {
     "scalar tensor": lambda: torch.tensor(3),
     "longer than the context": lambda: [1] * 300,
     "longer than the cache": lambda: [1] * 250,
+    "longer than memory": lambda: range(10**12),
+    "longer than a length": lambda: range(10**30),
 }
 BAD_PARAMS: dict[str, Callable[[], Any]] = {
     "dict": lambda: {"max_tokens": 3},
@@ -97,6 +100,7 @@ BAD_KEYWORDS: dict[str, Callable[[], dict[str, Any]]] = {
     "id in use": lambda: {"request_id": "good-0"},
     "empty id": lambda: {"request_id": ""},
     "number as id": lambda: {"request_id": 7},
+    "id of two lines": lambda: {"request_id": "a\nb"},
     "list as id": lambda: {"request_id": []},
     "hostile id": lambda: {"request_id": Hostile()},
     "contract": lambda: {"contract": "0" * 64},
@@ -242,3 +246,73 @@ def test_a_closed_engine_refuses() -> None:
         engine.submit([1], _small())
     with pytest.raises(RequestError, match=r"^the engine is closed$"):
         engine.generate([[1]], _small())
+
+
+@pytest.mark.parametrize("prompts", [None, 3, Hostile(), {1: [2]}])
+def test_generate_refuses_what_is_no_list_of_prompts(prompts: Any) -> None:
+    with pytest.raises(RequestError, match="prompts must be a sequence"):
+        make_engine().generate(prompts)
+
+
+def test_generate_refuses_what_is_no_list_of_parameters() -> None:
+    engine = make_engine()
+    with pytest.raises(RequestError, match="params must be a SamplingParams or a list of them, not 3"):
+        engine.generate([[1]], 3)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="token id -1"):
+        engine.generate([[1], [-1]])
+    assert not engine.has_unfinished()
+
+
+def test_parameters_are_what_they_were_at_submit() -> None:
+    bias = {3: 5.0}
+    params = SamplingParams(max_tokens=6, logit_bias=bias, ignore_eos=True)
+    expected = solo([1, 2], params)
+    engine = make_engine()
+    engine.submit([1, 2], params, stream=False)
+    bias[3], bias[10**9] = -5.0, 1.0
+    done: list[RequestOutput] = []
+    while engine.has_unfinished():
+        done += engine.step()
+    assert [(o.token_ids, o.logprobs) for o in done] == [expected]
+
+
+def test_news_of_others_outlives_a_generate_that_is_broken_off() -> None:
+    engine = make_engine()
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    other = engine.submit([5, 6], params)
+    step = engine.step
+
+    def until_done() -> list[RequestOutput]:
+        if other not in engine._requests:
+            raise IntegrityError("the verifier graph is not row independent")
+        return step()
+
+    engine.step = until_done  # type: ignore[method-assign]
+    with pytest.raises(IntegrityError):
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=40, ignore_eos=True))
+    assert not engine.has_unfinished()
+    (output,) = [o for o in step() if o.finished]
+    assert output.request_id == other
+    assert (output.token_ids, output.logprobs) == solo([5, 6], params)
+
+
+def test_a_detokenizer_that_gives_no_text_fails_its_request_alone() -> None:
+    engine = make_engine()
+    decode = engine._decode
+    assert decode is not None
+    engine._decode = lambda ids: None if 10 in ids else decode(ids)  # type: ignore[assignment,return-value]
+    both = [SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={t: 100.0}) for t in (10, 11)]
+    bad, good = engine.generate([[1, 2], [1, 2]], both)
+    assert (bad.finish_reason, bad.error) == ("error", "TypeError: the detokenizer returned NoneType")
+    assert (good.finish_reason, good.text) == ("length", "LLL")
+
+
+def test_a_closed_engine_runs_nothing() -> None:
+    engine = make_engine()
+    engine.certificates.want((2, 2))
+    engine.step()
+    calls = engine._verifier.calls  # type: ignore[attr-defined]
+    assert calls > 0
+    engine.close()
+    assert engine.step() == []
+    assert engine._verifier.calls == calls  # type: ignore[attr-defined]
