@@ -289,8 +289,7 @@ def test_what_another_process_revoked_is_withdrawn_here_and_taken_back(tmp_path:
         if step == 8:
             other.certificates.revoke({(6, 6)})
             assert engine.stats().certified_tokens > 6, "vacuous: nothing to take back"
-            del engine.certificates.status[24, 8]  # something to probe and save
-            engine.certificates.want((24, 8))
+            engine.certificates._save()  # as after a probe, whose pages may not be free by now
         outputs |= {o.request_id: o for o in engine.step()}
         if not engine.has_unfinished():
             break
