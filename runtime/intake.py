@@ -58,6 +58,8 @@ def _length(prompt_ids: Sequence[int]) -> int:
 
 def _token_id(token: Any) -> int:
     """An integer of Python, NumPy or torch. Raises TypeError for anything that only looks like one."""
+    if type(token) is int:
+        return token
     kind, dims = str(getattr(token, "dtype", "")), getattr(token, "ndim", None)
     if isinstance(token, bool) or "bool" in kind or dims not in (None, 0):
         raise TypeError
