@@ -23,6 +23,7 @@ from typing import Any
 from llm42c.runtime.control import Control
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.loader import BuiltEngine
+from llm42c.runtime.probe import LEAST_PAGES
 from llm42c.runtime.sampling import SamplingParams
 
 # (what is being done, done so far, of how many)
@@ -184,10 +185,10 @@ def run_pressure(engine: Engine, jobs: Sequence[Job], progress: Progress, *, see
 
 
 def scarce_pages(built: BuiltEngine, jobs: Sequence[Job]) -> int:
-    """KV pages for `pressure`: enough for any one request, far too few for all."""
+    """KV pages for `pressure`: enough for any one request and for probes, far too few for all."""
     size = built.engine.config.page_size
     wanted = [-(-(len(job.prompt) + (job.params.max_tokens or 0)) // size) for job in jobs]
-    return max(max(wanted), sum(wanted) // PAGES_SHORT)
+    return max(LEAST_PAGES, max(wanted), sum(wanted) // PAGES_SHORT)
 
 
 def differing(jobs: Sequence[Job], expected: Sequence[Answer], got: Sequence[Answer]) -> list[str]:
