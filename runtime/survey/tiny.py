@@ -29,7 +29,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*intermediate_size|.*ffn_dim|n_inner|d_ff|.*ffn_hidden_size|dim_ff|inner_dim|ffn_size", 96),
     (r"num_attention_heads|n_heads?|num_heads|.*_attention_heads|num_q_heads", 4),
     (r".*num_key_value_heads|num_kv_heads|n_head_kv", 2),
-    (r"qk_rope_head_dim|rope_head_dim", 8),
+    (r"qk_rope_head_dim|rope_head_dim|rotary_dim", 8),
     (r".*head_dim|d_kv|attention_head_size|index_head_dim|mamba_d_head|head_v_dim|head_k_dim", 16),
     (r".*lora_rank|.*_rank|hidden_size_per_layer_input|laurel_rank", 16),
     (r"n_group", 2),
@@ -50,7 +50,18 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 
 # What a class needs besides, with the reason where it is not plain.
-NEEDS: dict[str, dict[str, Any]] = {}
+NEEDS: dict[str, dict[str, Any]] = {
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
+    "Gemma4TextConfig": {"num_kv_shared_layers": 0},
+    "Gemma4UnifiedTextConfig": {"num_kv_shared_layers": 0},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "LongcatFlashConfig": {"head_dim": 8, "qk_head_dim": 24},  # of the rotated part, and of both parts
+    "Mamba2Config": {"num_heads": 8},  # times head_dim: twice the hidden size
+    "XmodConfig": {"default_language": "en_XX"},
+}
 
 
 class CannotBuildError(Exception):
@@ -93,15 +104,23 @@ def _sampled_layers(lists: list[list[Any]]) -> list[int]:
 def _layer_fields(default: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """Number of layers, and what the default configuration lists layer by layer, cut to it."""
     counts = [name for name in fields if _LAYERS.fullmatch(name)]
-    depth = next((getattr(default, n) for n in counts if isinstance(getattr(default, n, None), int)), None)
+    depth = next((_of(default, n) for n in counts if isinstance(_of(default, n), int)), None)
     listed = {
         name: value
         for name in fields
-        if isinstance(value := getattr(default, name, None), (list, tuple)) and len(value) == depth
+        if isinstance(value := _of(default, name), (list, tuple)) and len(value) == depth
     }
     places = _sampled_layers([list(v) for v in listed.values()]) if listed else list(range(_MIN_LAYERS))
     cut = {name: [value[i] for i in places] for name, value in listed.items()}
     return {name: len(places) for name in counts} | cut
+
+
+def _of(default: Any, name: str, otherwise: Any = None) -> Any:
+    """A field of a default configuration; some have none that holds for all layers."""
+    try:
+        return getattr(default, name, otherwise)
+    except Exception:
+        return otherwise
 
 
 def _default(config_class: type) -> Any:
@@ -117,7 +136,7 @@ def tiny_fields(config_class: type) -> dict[str, Any]:
     default = _default(config_class)
     chosen: dict[str, Any] = {}
     for name, given in fields.items():
-        effective = getattr(default, name, given)
+        effective = _of(default, name, given)
         size = None if isinstance(effective, (bool, float, str, list, dict)) else _size(name, effective)
         if size is not None and (effective is not None or name.endswith("_token_id") or "head" in name):
             chosen[name] = size
