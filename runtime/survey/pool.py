@@ -17,6 +17,7 @@ from llm42c.runtime.survey.cells import Cell
 from llm42c.runtime.survey.classes import Decoder
 
 Wanted = tuple[str, str]  # (dtype, path)
+_COMMAND = [sys.executable, "-m", "llm42c.runtime.survey.worker"]
 
 
 @dataclass
@@ -33,9 +34,8 @@ class _Worker:
     """One process; a thread reads its lines, so that waiting can end."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "llm42c.runtime.survey.worker"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()

@@ -1,13 +1,7 @@
-"""Every family of models: one graph, eager's tokens, logits within a derived bound, and determinism.
-
-The table in docs/models.md is made of these results; `LLM42_WRITE_DOCS=1` writes it.
-"""
+"""Families of models in depth: one graph, eager's tokens, logits within a derived bound, and determinism."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,25 +21,7 @@ from tiny_models import (
 
 import llm42c
 
-TABLE = Path(__file__).parents[3] / "docs" / "models.md"
 PROMPTS = [prompt(5, 1), prompt(20, 2), prompt(37, 3)]
-DONE: dict[str, set[str]] = {family: set() for family in FAMILIES}
-EXERCISES = {
-    "llama": "RMSNorm, rotary positions, grouped-query attention, SwiGLU",
-    "mistral": "sliding window",
-    "qwen2": "biases on q, k and v",
-    "qwen3": "norms on q and k, tied embeddings",
-    "phi3": "merged qkv and gate-up weights",
-    "gemma2": "soft-capped scores and logits, local and global layers, four norms a layer",
-    "gemma3": "two rotary tables, local and global layers, norms on q and k",
-    "olmo2": "norms after attention and MLP, norms over whole q and k",
-    "granite": "scaled embeddings, residuals, scores and logits",
-    "gpt2": "learned positions, LayerNorm, GELU, transposed weights",
-    "gpt_neox": "parallel residual, partial rotary positions, LayerNorm",
-    "mixtral": "mixture of experts",
-    "qwen3_moe": "mixture of experts, norms on q and k",
-    "gpt_oss": "mixture of experts with biases, attention sinks, YaRN, local and global layers",
-}
 HALVES = [
     *((family, torch.bfloat16) for family in FAMILIES),
     *((family, torch.float16) for family in ("llama", "gemma3", "gpt2", "gpt_oss")),
@@ -68,7 +44,6 @@ def test_one_graph_and_eager_tokens(family: str) -> None:
     compiler = wrapped(family).llm42._built.compiler
     assert wrapped(family).llm42.compilations == 1
     assert len(compiler.captured.kv_spec) == 2
-    DONE[family].add("eager")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,7 +70,6 @@ def test_logits_are_within_their_bound(family: str) -> None:
         size = sum((p.grad * p).abs().sum().item() for p in exact_model.parameters() if p.grad is not None)
         error = (found[step, place] - exact[step, place]).abs().item()
         assert 0 < error <= n_eps * size
-    DONE[family].add("bound")
 
 
 def _check_rows(model: Any, steps: int) -> None:
@@ -120,14 +94,12 @@ def _check_rows(model: Any, steps: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_deterministic(family: str) -> None:
     _check_rows(wrapped(family), 24)
-    DONE[family].add("float32")
 
 
 @pytest.mark.parametrize(("family", "dtype"), HALVES, ids=lambda v: str(v).removeprefix("torch."))
 def test_rows_are_deterministic_in_half_precision(family: str, dtype: torch.dtype) -> None:
     model = wrapped(family, dtype)
     _check_rows(model, 8)
-    DONE[family].add(str(dtype).removeprefix("torch."))
     llm42c.deterministic.undo(model)
 
 
@@ -160,47 +132,3 @@ def test_experts_shared_by_other_tokens() -> None:
     """With two experts every token shares its expert with strangers."""
     model = llm42c.deterministic(make("mixtral", num_local_experts=2, num_experts_per_tok=1), **ENGINE)
     _check_rows(model, 8)
-
-
-def _table() -> str:
-    lines = [
-        "# Models",
-        "",
-        "This page is written by the test run (`tests/runtime/hf/test_hf_families.py`): a mark stands for a",
-        "test that passed. The models are tiny random ones of each family, so that every construct is",
-        "exercised and eager fp64 can serve as yardstick.",
-        "",
-        "- **one graph, eager's tokens**: the whole model is one graph, and 64 greedy tokens of a padded",
-        "  batch are those of Hugging Face eager in fp32.",
-        "- **logits**: within the first-order rounding bound of fp64 eager over those 64 steps.",
-        "- **fp32, bf16, fp16**: rows alone, in batches of other sizes and orders, padded left or right, and",
-        "  beside strangers give the same tokens and log-probability bits, greedy and sampled.",
-        "",
-        "| family | class | exercises | one graph, eager's tokens | logits | fp32 | bf16 | fp16 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for family, (name, _, _) in FAMILIES.items():
-        marks = [
-            "✓" if key in DONE[family] else "" for key in ("eager", "bound", "float32", "bfloat16", "float16")
-        ]
-        lines.append(f"| {family} | `{name}` | {EXERCISES[family]} | {' | '.join(marks)} |")
-    lines += [
-        "",
-        "Other decoders work if their attention goes through Hugging Face's attention interface and is",
-        "causal or a sliding window; wrapping a model says so in one line if not. Refused by name:",
-        "encoder-decoders, models with recurrent state (Mamba, linear attention), chunked attention, vision",
-        "and audio inputs, quantised weights (load them dequantised: GGUF with",
-        "`GgufConfig(dequantize=True)`), rotary positions that depend on the batch (`dynamic`, `longrope`),",
-        "weights of several dtypes, and models spread over several devices.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def test_the_table_is_current(request: pytest.FixtureRequest) -> None:
-    if any(not {"eager", "bound", "float32", "bfloat16"} <= done for done in DONE.values()):
-        pytest.skip("not every model was tested in this run")
-    if os.environ.get("LLM42_WRITE_DOCS"):
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(_table())
-    assert TABLE.read_text() == _table(), f"run LLM42_WRITE_DOCS=1 {sys.executable} -m pytest {__file__}"
