@@ -99,7 +99,7 @@ def require_placed(report: Report, *, strict: bool) -> None:
     more = f" and {len(report.unplaced) - 5} more" if len(report.unplaced) > 5 else ""
     message = f"no known order of reduction: {'; '.join(shown)}{more}"
     if strict:
-        raise UnsupportedModelError(message)
+        raise UnsupportedModelError(f"{message}; docs/compile.md says what has one")
     _log.warning("%s; rows that pass through these calls may depend on their batch", message)
 
 

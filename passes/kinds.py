@@ -120,7 +120,8 @@ def plain_name(node: fx.Node) -> str:
         return found
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return str(node.target)
-    return str(getattr(node.target, "__name__", node.target))
+    # Dynamo runs `np.sqrt` of a number as `wrapped_sqrt`.
+    return str(getattr(node.target, "__name__", node.target)).removeprefix("wrapped_")
 
 
 def _has_tensor_index(node: fx.Node) -> bool:

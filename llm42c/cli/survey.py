@@ -63,7 +63,7 @@ def survey(
     if json_file is not None:
         write_json(json_file, [dataclasses.asdict(one) for one in found])
     if write is not None:
-        write.write_text(page.page(found, wanted, _versions(inductor)))
+        write.write_text(page.page(found, wanted, _versions(inductor), len(_decoders(None))))
     bad, revealing = page.bad_cells(found), page.share_revealing(found)
     out.print(f"{len(bad)} cells wrong, crashed or slow; eager's rows depend on the batch in {revealing:.0%}")
     if bad or (len(decoders) > 20 and revealing < page.MIN_REVEALING):

@@ -20,9 +20,10 @@ _INTRO = """\
 
 This page is written by `llm42 survey --write docs/models.md`. The survey takes every class that transformers
 itself maps to a causal language model, makes a tiny random model of it (at least two layers, one of each kind
-that its default configuration has), and runs it in fp32 and bf16 through
+that its default configuration has), and runs it in fp32 and bf16 through both doors:
 
-- **`torch.compile`**: `torch.compile(model, backend="llm42", dynamic=True)`
+- **`torch.compile`**: `torch.compile(model, backend="llm42", dynamic=True, options={"strict": True})`, so
+  that a part without a known order is refused, where the default warns
 - **`generate`**: `llm42c.deterministic(model).generate`
 
 Each cell of the table is one of
@@ -85,18 +86,19 @@ def _mark(cell: Cell, reasons: dict[str, int]) -> str:
     return f"{cell.state} {number}"
 
 
-def page(found: list[Surveyed], wanted: list[Wanted], versions: str) -> str:
-    """The whole of docs/models.md."""
+def page(found: list[Surveyed], wanted: list[Wanted], versions: str, listed: int) -> str:
+    """The whole of docs/models.md, for a survey of `found` out of `listed` classes."""
     reasons: dict[str, int] = {}
     built, unbuilt = [one for one in found if one.mixing], [one for one in found if not one.mixing]
     head = [f"{_PATHS[path]} {_DTYPES[dtype]}" for dtype, path in wanted]
     lines = [
         _INTRO,
-        f"Surveyed: {len(built)} classes of {versions}.",
+        f"Surveyed here: {', '.join(head)}; {versions}.",
+        f"Of {listed} classes that transformers lists, {len(found)} were tried, and {len(built)} have a tiny model.",
         f"In fp32, {share_revealing(built):.0%} of them have rows whose bits depend on the batch in eager:",
         "there, equal bits mean something.",
         "",
-        "Classes that are ok in both dtypes:",
+        "Classes that are ok in every dtype surveyed here:",
         "",
         *(f"- {text}" for text in shares(built, wanted)),
         "",

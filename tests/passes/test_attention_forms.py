@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from graphs import apply, calls, capture, run, same_bits
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from llm42c.passes.addends import addends
 from llm42c.passes.attention_eager import attention_eager
+from llm42c.passes.check import unplaced
+from llm42c.passes.matmul import matmul
+from llm42c.passes.reductions import reductions
 
 F = torch.nn.functional
 OP = torch.ops.llm42.dense_attention
@@ -182,3 +186,18 @@ def test_a_bias_that_is_written_to_in_between() -> None:
     report = apply(gm, attention_eager)
     assert not report.matches
     assert "written to" in " ".join(report.reasons())
+
+
+def test_a_scale_that_numpy_computes() -> None:
+    """The root of a number is exact; scores divided by a tensor keep their ordered products."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v, lambda s: s / np.sqrt(q.shape[-1]))
+
+    gm = capture(fn, Q, K, V)
+    apply(gm, attention_eager, matmul, reductions)
+    assert not unplaced(gm.graph)
+    exact = _attend(Q.double(), K.double(), V.double(), lambda s: s / 8**0.5)
+    assert (run(gm) - exact).abs().max() <= 32 * 2.0**-24 * V.abs().max() * (
+        1 + Q.abs().max() * K.abs().max()
+    )
