@@ -94,7 +94,7 @@ def page(found: list[Surveyed], wanted: list[Wanted], versions: str, listed: int
     lines = [
         _INTRO,
         f"Surveyed here: {', '.join(head)}; {versions}.",
-        f"Of {listed} classes that transformers lists, {len(found)} were tried, and {len(built)} have a tiny model.",
+        f"Of {listed} classes in transformers, {len(found)} were tried; {len(built)} have a tiny model.",
         f"In fp32, {share_revealing(built):.0%} of them have rows whose bits depend on the batch in eager:",
         "there, equal bits mean something.",
         "",
