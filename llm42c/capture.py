@@ -9,7 +9,6 @@ symbolic; the number of sequences and of pages is seen by the attention operator
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,14 @@ from torch import nn
 from llm42c import hf_interface
 from llm42c.codegen.ops import registry
 from llm42c.device import CPU, device_of_model
+from llm42c.digest import graph_digest
 from llm42c.errors import ConfigError, UnsupportedModelError
 from llm42c.memory import zeros
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.support import require_supported
 
+_CONSTANT = "constant_"  # begins the names of tensors that are neither parameters nor buffers
 _BATCH_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table")
-_SCHEDULE = frozenset({"decode_workers"})  # arguments of operators that choose who computes what
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,15 @@ class CapturedGraph:
     parameter_names: dict[str, str]
     kv_spec: list[KVSpec]
     digest: str
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Attributes of ``gm`` that are parameters and buffers of the model: its weights' digest has them."""
+        return _weights(self.parameter_names)
+
+
+def _weights(parameter_names: dict[str, str]) -> frozenset[str]:
+    return frozenset(a for a, name in parameter_names.items() if not name.startswith(_CONSTANT))
 
 
 class _GraphCapturedError(Exception):
@@ -135,27 +144,6 @@ def _describe_inputs(batch: PackedInputs, cache: KVCache) -> dict[int, str]:
     return known
 
 
-def graph_digest(gm: torch.fx.GraphModule) -> str:
-    """Hash of what the graph computes: operators, constants and dataflow; not names or schedules."""
-    number = {node: i for i, node in enumerate(gm.graph.nodes)}
-    text = []
-    for node in gm.graph.nodes:
-        args = torch.fx.node.map_arg((_deciding(node), node.kwargs), lambda n: f"%{number[n]}")
-        target = (
-            node.target if isinstance(node.target, str) else torch.fx.node._get_qualified_name(node.target)
-        )
-        text.append(f"{node.op} {target if node.op != 'placeholder' else ''} {args}")
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
-
-
-def _deciding(node: torch.fx.Node) -> tuple[Any, ...]:
-    """The arguments that what is computed depends on: not those that only choose who computes it."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.args
-    names = [argument.name for argument in node.target._schema.arguments]
-    return tuple(a for a, name in zip(node.args, names, strict=False) if name not in _SCHEDULE)
-
-
 def _input_name(example: Any, batch: PackedInputs, known: dict[int, str]) -> str | None:
     """What a placeholder stands for, or None for a parameter, buffer or constant."""
     if isinstance(example, (int, torch.SymInt)):
@@ -196,7 +184,7 @@ def _lift_parameters(
             node.replace_all_uses_with(int(example))
             gm.graph.erase_node(node)
             continue
-        label = qualified.get(id(example), f"constant_{i}")
+        label = qualified.get(id(example), f"{_CONSTANT}{i}")
         attr = label.replace(".", "_")
         if isinstance(example, nn.Parameter):
             gm.register_parameter(attr, example)
@@ -242,7 +230,7 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
         example_inputs=list(kept.values()),
         parameter_names=parameter_names,
         kv_spec=spec,
-        digest=graph_digest(gm),
+        digest=graph_digest(gm, _weights(parameter_names)),
     )
 
 

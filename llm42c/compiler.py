@@ -8,7 +8,7 @@ come from one capture, and pinned forms share one copy of the packed weights.
 from __future__ import annotations
 
 import concurrent.futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 
 from llm42c import inductor, versions
 from llm42c.backend import require_shards
-from llm42c.capture import CapturedGraph, KVSpec, capture_packed, graph_digest, new_kv_cache
+from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
 from llm42c.codegen.cpu import build
 from llm42c.codegen.target import local_decode_workers
+from llm42c.computation import Computation, computation_of
 from llm42c.device import CPU, attention_step, device_of_model, load_operators, require_operators
-from llm42c.digest import require_finite, weights_digest
+from llm42c.digest import graph_digest, require_finite, weights_digest
 from llm42c.dump import Dump
 from llm42c.errors import ConfigError, UnsupportedModelError
 from llm42c.options import Options, TokenWeave
@@ -50,7 +51,8 @@ class CompiledModel:
     vocab_size: int
     max_position_embeddings: int
     dtype: torch.dtype
-    digest: str
+    digest: str  # of the graph as it runs, and its form
+    computation: Computation
     program: PiecewiseProgram
     report: Report
     _inputs: list[str]
@@ -192,6 +194,16 @@ class ModelCompiler:
         with self.ranks.watch("the weaving plan"):
             return weave_packed(gm, self.token_weave, whole)
 
+    def _computation(
+        self, gm: fx.GraphModule, target: str, positions: PositionInput, program: PiecewiseProgram
+    ) -> Computation:
+        """Of the graph without residual shards, which divide the same arithmetic and change no bit."""
+        if self.residual_shards and target == PACKED:
+            gm = _copy(self.captured.gm)
+            pipeline.run(gm, replace(self._context(target, positions), residual_shards=False))
+            self.weights.materialise(gm)
+        return computation_of(gm, self.captured.weights, bool(program.clusters), self.device)
+
     def _compile(self, form: Form, release: bool) -> CompiledModel:
         if form == "stock":
             self.weights.restore()  # it reads the originals, which a packed form may have released
@@ -208,19 +220,21 @@ class ModelCompiler:
         if self.strict and report.unplaced:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
             raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
-        self.ranks.require_same(f"the {form} graph", graph_digest(gm))
+        self.ranks.require_same(f"the {form} graph", graph_digest(gm, self.captured.weights))
         self.weights.materialise(gm, (*self._graphs.values(), gm) if release else ())
         with dump.generated_code():
             program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
         dump.write("program.py", program.source)
         weaving = self._weaving(gm, program) if form == "pinned" and self.token_weave != "off" else None
+        computation = self._computation(gm, target, positions, program)
         self._graphs[form] = gm
         return CompiledModel(
             form=form,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             dtype=next(self.model.parameters()).dtype,
-            digest=f"{self.captured.digest}-{form}",
+            digest=f"{computation.graph}-{form}",
+            computation=computation,
             program=program,
             report=report,
             _inputs=self.captured.inputs,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from llm42c.codegen import target as targets
-from llm42c.codegen import triton as emitters
 from llm42c.codegen.ops import registry
 from llm42c.errors import DeviceError
 
@@ -98,31 +95,21 @@ def in_steps(call: Callable[..., Any], device: torch.device) -> Callable[..., An
     return step
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What bits depend on besides model and shapes, as a contract wants it."""
-
-    isa: str
-    versions: dict[str, str]
-    kernels: dict[str, str]
-
-
-def gpu_identity(device: torch.device) -> Identity:
-    """Model of the GPU; driver, CUDA and Triton; texts of the emitters, and the target that they see."""
+def gpu_identity(device: torch.device) -> dict[str, str]:
+    """What the bits of any kernel hang on there: GPU, driver, CUDA, Triton, torch, and their target."""
     import triton
 
     target = targets.detect("cuda", device.index or 0)
     found = {
+        "gpu": f"{target.name} {target.arch}",
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": triton.__version__,
+        "torch": torch.__version__,
         "driver": driver_version(),
+        "target": target.hash,
     }
-    return Identity(
-        isa=f"{target.name} {target.arch}",
-        versions={name: value for name, value in found.items() if value},
-        kernels={"triton": emitters_digest(), "target": target.hash},
-    )
+    return {name: value for name, value in found.items() if value}
 
 
 def driver_version(path: Path = _DRIVER) -> str:
@@ -132,11 +119,3 @@ def driver_version(path: Path = _DRIVER) -> str:
             return found[1]
     served = getattr(torch._C, "_cuda_getDriverVersion", None)
     return "" if served is None else f"CUDA {served()}"
-
-
-def emitters_digest() -> str:
-    """Hash of the sources that GPU kernels are emitted by."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(str(emitters.__file__)).parent.glob("*.py")):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:32]

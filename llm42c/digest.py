@@ -1,16 +1,22 @@
-"""Digest and health of a model's weights: the first line of every contract."""
+"""Digests of a model's weights and of its graphs, and the weights' health."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from llm42c.errors import WeightsError
 from llm42c.memory import forget
+from llm42c.passes import graph as g
+from llm42c.passes.recipes import RECIPE, PackedWeight, Part, PositionTable, StackedBias
 
 _PIECE = 1 << 20  # elements that are tested at once, so that a large weight is never held twice
+# Arguments of operators that choose who computes what, and the name of a process group.
+_SCHEDULE = frozenset({"decode_workers", "group_name"})
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -56,3 +62,89 @@ def _is_finite(tensor: Tensor) -> bool:
         if not torch.isfinite(piece.float().sum()) and not torch.isfinite(piece).all():
             return False
     return True
+
+
+def graph_digest(gm: fx.GraphModule, weights: Collection[str] = ()) -> str:
+    """Hash of what ``gm`` computes: operators, constants and dataflow; not names, schedules or dead code.
+
+    ``weights``: attributes whose contents another digest covers; they count by name. Packed weights count by
+    their parts, tables and other constants by their contents. Independent calls may stand in any order,
+    unless something outside of llm42's operators writes to a tensor.
+    """
+    return _digest(gm.graph, gm, weights)
+
+
+def _digest(graph: fx.Graph, gm: nn.Module, weights: Collection[str]) -> str:
+    """Of ``graph``, whose attributes are those of ``gm``."""
+    digests: dict[fx.Node, str] = {}
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    written = []
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg(_deciding(node), lambda n: _Reference(digests[n]))  # type: ignore
+        if node.op == "placeholder":
+            text = f"input {inputs.index(node)}"
+        elif node.op == "get_attr":
+            text = _constant(gm, node, weights)
+        else:
+            text = f"{node.op} {_target(node)} {args} {sorted(kwargs.items())}"
+        digests[node] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        if g.mutated_arguments(node):
+            written.append(node)
+    output = next(n for n in graph.nodes if n.op == "output")
+    foreign = any(not _is_ours(n) for n in written)
+    effects = [digests[n] for n in (graph.nodes if foreign else written)]
+    return hashlib.sha256("\n".join([digests[output], *effects]).encode()).hexdigest()[:32]
+
+
+class _Reference:
+    """Stands for a node among arguments; its text is the digest of what the node computes."""
+
+    def __init__(self, digest: str) -> None:
+        self._digest = digest
+
+    def __repr__(self) -> str:
+        return f"%{self._digest}"
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return "" if node.op == "output" else node.target
+    return torch.fx.node._get_qualified_name(node.target)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "llm42"
+
+
+def _deciding(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that what is computed depends on: not those that only choose who computes it."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args, node.kwargs
+    names = [argument.name for argument in node.target._schema.arguments]
+    args = tuple(a for a, name in zip(node.args, names, strict=False) if name not in _SCHEDULE)
+    return args, {name: a for name, a in node.kwargs.items() if name not in _SCHEDULE}
+
+
+def _constant(gm: nn.Module, node: fx.Node, weights: Collection[str]) -> str:
+    recipe = node.meta.get(RECIPE)
+    value = getattr(gm, str(node.target), None)
+    if isinstance(recipe, PackedWeight | StackedBias):
+        parts = " ".join(_part(gm, p, weights) for p in recipe.parts)
+        return f"{type(recipe).__name__} {parts}"
+    if isinstance(value, Tensor) and not value.is_meta and str(node.target) not in weights:
+        return _contents(value)
+    if isinstance(recipe, PositionTable):
+        return f"table {recipe.limit} {_digest(recipe.graph, gm, weights)}"
+    return f"weight {node.target}"
+
+
+def _part(gm: nn.Module, part: Part, weights: Collection[str]) -> str:
+    value = getattr(gm, part.attribute, None)  # gone once the weight is packed
+    known = part.attribute in weights or not isinstance(value, Tensor)
+    text = part.attribute if known or value is None else _contents(value)
+    return f"{text}{' transposed' if part.transposed else ''}"
+
+
+def _contents(tensor: Tensor) -> str:
+    digest = hashlib.sha256(_bytes_of(tensor)).hexdigest()
+    return f"constant {tensor.dtype} {tuple(tensor.shape)} {digest}"

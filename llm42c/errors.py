@@ -35,6 +35,10 @@ class ContractMismatchError(RequestError):
     """A request pinned a contract hash that is not this engine's."""
 
 
+class ContractError(Llm42Error, ValueError):
+    """A text that is no contract."""
+
+
 class WeightsError(Llm42Error, ValueError):
     """The model's weights hold NaN or infinity."""
 

@@ -25,7 +25,7 @@ from llm42c.dump import Dump
 from llm42c.errors import Llm42Error, OptionsError
 from llm42c.options import Options
 from llm42c.passes.base import Report
-from llm42c.passes.kinds import Kind, kind, plain_name
+from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
 
 if TYPE_CHECKING:
     from llm42c.compiler import ModelCompiler
@@ -37,13 +37,15 @@ class GraphExplanation:
     """One graph of the model (there are several when Dynamo breaks it).
 
     ``operators`` counts the llm42 operators of the final graph, ``inductor`` the calls that Inductor
-    compiles, by name; views and sizes are in neither. ``weaving`` is what ``token_weave`` makes of it, None
+    compiles, by name; views and sizes are in neither. ``foreign`` are those of them that are not exact: their
+    bits hang on who computes them. ``weaving`` is what ``token_weave`` makes of it, None
     where the option is off.
     """
 
     report: Report
     operators: dict[str, int]
     inductor: dict[str, int]
+    foreign: dict[str, int] = field(default_factory=dict)
     weaving: Weaving | None = None
 
 
@@ -132,7 +134,7 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
         key = structural_hash(outline(cluster))
         piece = found.setdefault(key, Piece(dict(calls.most_common()), _folded(cluster.module), 0))
         piece.times += 1
-    counts, _ = _census(graph)
+    counts, *_ = _census(graph)
     return EngineExplanation(
         compiled.report,
         counts,
@@ -220,9 +222,10 @@ def _callable(model: Any) -> Any:
     return fresh
 
 
-def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int]]:
+def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     operators: Counter[str] = Counter()
     inductor: Counter[str] = Counter()
+    foreign: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op in ("call_function", "call_method"):
             k = kind(node)
@@ -230,7 +233,8 @@ def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int]]:
                 operators[plain_name(node).removeprefix("llm42::")] += 1
             elif k not in (Kind.VIEW, Kind.SIZE):
                 inductor[plain_name(node)] += 1
-    return dict(operators.most_common()), dict(inductor.most_common())
+                foreign[plain_name(node)] += k in FOREIGN
+    return dict(operators.most_common()), dict(inductor.most_common()), dict((+foreign).most_common())
 
 
 def _page(number: int, graph: GraphExplanation, total: int) -> str:
@@ -238,6 +242,7 @@ def _page(number: int, graph: GraphExplanation, total: int) -> str:
     lines += _where(graph.report)
     lines.append("operators: " + (_counts(graph.operators) or "none"))
     lines.append("compiled by Inductor: " + (_counts(graph.inductor) or "nothing"))
+    lines.append("of these neither ours nor exact: " + (_counts(graph.foreign) or "nothing"))
     lines.append(_verdict(graph.report))
     if graph.weaving is not None:
         lines += ["", "token weaving:", str(graph.weaving).rstrip()]

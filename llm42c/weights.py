@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from llm42c.codegen.ops.trigonometry import ORDERED
 from llm42c.device import device_of_inputs
 from llm42c.errors import WeightsError
 from llm42c.memory import forget, trim
+from llm42c.passes import graph as g
 from llm42c.passes.recipes import PackedWeight, Part, PositionTable, Recipe, recipes
 
 _TRIM = 1 << 20  # bytes freed that are worth a walk through the C library's memory
@@ -178,8 +180,19 @@ class WeightStore:
 def _tabulate(gm: fx.GraphModule, recipe: PositionTable) -> Tensor:
     read = [getattr(gm, str(n.target)) for n in recipe.graph.nodes if n.op == "get_attr"]
     positions = torch.arange(recipe.limit, device=device_of_inputs(read))
-    table = fx.GraphModule(gm, recipe.graph)(positions.unsqueeze(0))
+    table: Tensor = _Ordered(fx.GraphModule(gm, recipe.graph)).run(positions.unsqueeze(0))
     return table.contiguous()
+
+
+class _Ordered(fx.Interpreter):
+    """Runs a graph with the cosines and sines that are the same on every machine."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        name = g.name(n) if n.op in ("call_function", "call_method") else ""
+        if name in ORDERED and len(n.args) == 1 and not n.kwargs:
+            (x,) = self.fetch_args_kwargs_from_env(n)[0]
+            return ORDERED[name](x)
+        return super().run_node(n)
 
 
 def _read(graphs: Sequence[fx.GraphModule]) -> set[int]:

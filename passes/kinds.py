@@ -27,6 +27,8 @@ class Kind(enum.Enum):
 
 
 UNPLACED = (Kind.TIES, Kind.REDUCTION, Kind.UNKNOWN)
+# Neither ours nor exact: the bits hang on who computes.
+FOREIGN = frozenset({Kind.TRANSCENDENTAL, *UNPLACED})
 
 
 def _names(text: str) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """Which shapes of the fast graph give the verifier's bits, and how that is known.
 
 A shape is certified by `Probe` (see probe.py), which compares it with the verifier graph bit for bit; a
-certificate may be revoked by an audit at any time. States are kept on disk under the contract's hash, so that
-a restart need not probe again.
+certificate may be revoked by an audit at any time. States are kept on disk by contract and machine, so that a
+restart need not probe again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from llm42c.computation import machine_state
 from llm42c.errors import IntegrityError
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.certificate_store import CertificateStore, Shape, Status, Stored
@@ -183,6 +184,7 @@ class Certificates:
         if self._config.certificates_path is None:
             return None
         labels = {"contract": self._contract.hash, "fast": self._probe.fast.digest}
+        labels["machine"] = machine_state()  # graphs of one contract may have other shapes certified there
         identity = "\n".join([*labels.values(), *map(str, self._probe.strength)])
         name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
         return CertificateStore(Path(self._config.certificates_path) / name, labels)

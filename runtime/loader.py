@@ -11,9 +11,8 @@ from torch import nn
 
 from llm42c import models
 from llm42c.codegen import cache
-from llm42c.codegen.cpu import build
 from llm42c.compiler import Form, ModelCompiler
-from llm42c.device import gpu_identity, parse_device
+from llm42c.device import parse_device
 from llm42c.errors import ConfigError
 from llm42c.options import TokenWeave
 from llm42c.packed import PackedModel
@@ -42,8 +41,7 @@ class BuiltEngine:
         """
         _check_keys(changes)
         config = replace(self.engine.config, **changes)
-        known = self.engine.contract
-        return _engine(self.compiler, self.fast, config, self.tokenizer, known.weights, known.kernels)
+        return _engine(self.compiler, self.fast, config, self.tokenizer)
 
     @property
     def ranks(self) -> Ranks:
@@ -105,24 +103,17 @@ def build_engine(
         compiler.ranks.meet("the compiled model")
         compiler.release_originals()
         # The fast form is not part of the contract: committed bits are the verifier's.
-        kernels = {"cpu": build.build_key()} if compiler.device.type == "cpu" else {}
-        engine = _engine(compiler, fast, engine_config, tokenizer, compiler.digest, kernels)
+        engine = _engine(compiler, fast, engine_config, tokenizer)
     except BaseException:
         compiler.restore()  # the model is its owner's
         raise
     return BuiltEngine(engine, compiler, module, tokenizer, fast)
 
 
-def _engine(
-    compiler: ModelCompiler,
-    fast: Form,
-    config: EngineConfig,
-    tokenizer: Any,
-    weights: str,
-    kernels: dict[str, str],
-) -> Engine:
+def _engine(compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer: Any) -> Engine:
     ranks, device = compiler.ranks, compiler.device
     on_gpu = device.type != "cpu"
+    computation = compiler.compile("pinned").computation
     decoder: PackedModel = compiler.compile(fast)
     verifier: PackedModel = compiler.compile("pinned")
     if ranks.size > 1:
@@ -135,10 +126,9 @@ def _engine(
         contract=engine_contract(
             verifier,
             config,
-            weights=weights,
-            kernels=kernels,
+            weights=compiler.digest,
+            computation=computation,
             tp_size=ranks.size,
-            gpu=gpu_identity(device) if on_gpu else None,
         ),
         ranks=ranks,
         # Ranks compare their batches on the host, which no graph can hold.

@@ -6,9 +6,7 @@ position). Log-probs are of the raw logits, before penalties, bias and temperatu
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +37,9 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 class SamplingParams:
     """How the tokens of one request are chosen. Raises RequestError from the constructor.
 
-    `temperature` 0 is greedy. Without a `seed`, a deterministic request derives one from its prompt and
-    parameters (so that it stays a function of the request alone); an ordinary one gets a random seed.
+    `temperature` 0 is greedy. Without a `seed`, a deterministic request derives one from its prompt and what
+    decides the distribution (so that it stays a function of the request alone); an ordinary one gets a random
+    seed.
     `repetition_penalty` counts prompt and output as Hugging Face does; `frequency_penalty` and
     `presence_penalty` count the output only, as the OpenAI API does. `min_tokens` masks end-of-sequence and
     stop ids, and ignores stop strings, until that many tokens came out. `logprobs=k` reports the k most
@@ -133,12 +132,22 @@ class SamplingParams:
         )
 
     def derived_seed(self, prompt: Sequence[int]) -> int:
-        """A seed in [0, 2^63) that is a function of the prompt and of every parameter but user callables."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values.pop("logits_processors")
-        values["logit_bias"] = sorted((self.logit_bias or {}).items())
-        text = json.dumps([list(prompt), values], sort_keys=True)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & MAX_SEED
+        """A seed in [0, 2^63): a function of the prompt and of the distribution that tokens are drawn from.
+
+        Numbers count as the sampler reads them, so 1 and 1.0 are one temperature. What does not touch the
+        distribution (limits, stops, `logprobs`, `detokenize`) has no part in it: a longer run begins as a
+        shorter one. User callables have none either.
+        """
+        bias = sorted((token, b) for token, b in (self.logit_bias or {}).items() if b)
+        numbers = (
+            *(self.temperature, self.top_p, self.min_p),
+            *(self.repetition_penalty, self.frequency_penalty, self.presence_penalty),
+            *(b for _, b in bias),
+        )
+        ids = (min(self.top_k, MAX_SEED), len(bias), *(token for token, _ in bias), *prompt)
+        data = (np.array(numbers, np.float32) + np.float32(0)).astype("<f4").tobytes()  # -0 + 0 is 0
+        data += np.array(ids, dtype="<i8").tobytes()
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") & MAX_SEED
 
 
 def shown(value: Any) -> str:

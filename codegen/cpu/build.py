@@ -2,6 +2,9 @@
 
 The cache key covers the sources, the compiler, its flags, torch and the CPU's instruction set, so a
 new torch, an edited kernel or another machine under the same home folder never loads a stale file.
+
+The kernels give the same bits for every instruction set. ``LLM42_ISA`` in the environment, read when the
+library is loaded, chooses one of ``ISAS``; without it everything that the CPU has is used.
 """
 
 from __future__ import annotations
@@ -24,17 +27,25 @@ import torch
 from llm42c.codegen import cache
 
 SOURCE_DIR = Path(__file__).parent
-ISAS = ("native", "avx512", "avx2", "generic")
+ISAS = ("native", "avx512", "avx2", "portable")
+ISA_VARIABLE = "LLM42_ISA"
 _ISA_FLAGS = {
     "native": ["-march=native"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # The portable form of vec.h; the compiler may still vectorise its loops with what the CPU has.
-    "generic": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
+    "portable": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
+}
+# Flags of /proc/cpuinfo that a CPU must have to run the library of an instruction set.
+NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
 }
 # Contraction is off: a fused multiply-add happens exactly where a kernel writes one.
-_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
-_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
+_lock = threading.Lock()
+_loaded: tuple[str, Path] | None = None  # instruction set, library
 
 
 class BuildError(RuntimeError):
@@ -79,6 +90,11 @@ def sources() -> list[Path]:
     return sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("kernels/*.cpp")])
 
 
+def all_sources() -> list[Path]:
+    """Everything that is compiled, headers included."""
+    return sorted([*sources(), *SOURCE_DIR.glob("*.h"), *SOURCE_DIR.glob("kernels/*.h")])
+
+
 def _torch_paths() -> tuple[list[str], list[str]]:
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
@@ -93,10 +109,10 @@ def _abi_flag() -> str:
 def build_key(isa: str = "native") -> str:
     """Hash of everything that the compiled library depends on."""
     digest = hashlib.sha256()
-    for path in sorted([*sources(), *SOURCE_DIR.glob("*.h"), *SOURCE_DIR.glob("kernels/*.h")]):
+    for path in all_sources():
         digest.update(path.relative_to(SOURCE_DIR).as_posix().encode())
         digest.update(path.read_bytes())
-    for item in (Toolchain.find().version, *_FLAGS, *_ISA_FLAGS[isa], torch.__version__, cpu_features()):
+    for item in (Toolchain.find().version, *FLAGS, *_ISA_FLAGS[isa], torch.__version__, cpu_features()):
         digest.update(item.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -113,7 +129,7 @@ def _compile(out: Path, isa: str) -> None:
     compiler = Toolchain.find().compiler
     include, link = _torch_paths()
     with tempfile.TemporaryDirectory(prefix="llm42-build-", ignore_cleanup_errors=True) as tmp:
-        flags = [*_FLAGS, *_ISA_FLAGS[isa], _abi_flag(), f"-I{SOURCE_DIR}"]
+        flags = [*FLAGS, *_ISA_FLAGS[isa], _abi_flag(), f"-I{SOURCE_DIR}"]
 
         def compile_one(source: Path) -> str:
             target = str(Path(tmp) / (source.stem + ".o"))
@@ -129,10 +145,33 @@ def _compile(out: Path, isa: str) -> None:
             raise OSError(f"{out} cannot be written")
 
 
-def build(isa: str = "native") -> Path:
-    """Path of the compiled library for ``isa``, compiling it if the cache does not hold it."""
+def chosen_isa() -> str:
+    """What ``LLM42_ISA`` names, else ``"native"``. Raises BuildError for a name that is not in ``ISAS``."""
+    isa = os.environ.get(ISA_VARIABLE) or "native"
+    if isa not in ISAS:
+        raise BuildError(f"{ISA_VARIABLE}={isa}: expected one of {', '.join(ISAS)}")
+    return isa
+
+
+def require_isa(isa: str) -> None:
+    """Raise BuildError if this CPU cannot run the library of ``isa``."""
+    missing = NEEDS.get(isa, set()) - set(cpu_features().split())
+    if missing:
+        raise BuildError(
+            f"this CPU cannot run {isa} kernels, it lacks {', '.join(sorted(missing))}: "
+            f"unset {ISA_VARIABLE}, or set it to portable"
+        )
+
+
+def build(isa: str | None = None) -> Path:
+    """Path of the compiled library for ``isa`` (by default :func:`chosen_isa`), compiled unless it is cached.
+
+    Raises BuildError without a working compiler, and for an instruction set that this CPU lacks.
+    """
+    isa = isa or chosen_isa()
     if isa not in ISAS:
         raise ValueError(f"isa {isa!r}: expected one of {', '.join(ISAS)}")
+    require_isa(isa)
     name = f"llm42_cpu_{isa}_{build_key(isa)}.so"
     out = cache.folder() / "kernels" / name
     if cache.is_sealed(out):
@@ -166,9 +205,25 @@ def _build_aside(name: str, isa: str) -> Path:
     return out
 
 
-@functools.cache
-def load_library(isa: str = "native") -> Path:
-    """Load the kernels into torch; returns the library's path. One ISA a process."""
-    path = build(isa)
-    torch.ops.load_library(str(path))
-    return path
+def load_library(isa: str | None = None) -> Path:
+    """Load the kernels into torch; returns the library's path. One instruction set a process.
+
+    ``isa``: one of ``ISAS``, by default :func:`chosen_isa`. Raises BuildError for one that this CPU lacks,
+    and for another than is loaded already.
+    """
+    global _loaded
+    with _lock:
+        isa = isa or (chosen_isa() if _loaded is None else _loaded[0])
+        if _loaded is not None:
+            if _loaded[0] != isa:
+                raise BuildError(f"the kernels are loaded for {_loaded[0]}; {isa} needs a process of its own")
+            return _loaded[1]
+        path = build(isa)
+        torch.ops.load_library(str(path))
+        _loaded = (isa, path)
+        return path
+
+
+def loaded_library() -> Path | None:
+    """The library that :func:`load_library` has loaded."""
+    return None if _loaded is None else _loaded[1]

@@ -205,7 +205,8 @@ def contract(
 ) -> None:
     """Print what the bits of this model's deterministic answers depend on, and its hash."""
     with progress_bars() as report:
-        value = open_engine(model, report, dtype=dtype, device=device, fast=fast).engine.contract
+        built = open_engine(model, report, dtype=dtype, device=device, fast=fast)
+    value, foreign = built.engine.contract, built.compiler.compile("pinned").computation.foreign
     fields = dataclasses.asdict(value)
     if json_out:
         print_json({"hash": value.hash, **fields})
@@ -217,3 +218,6 @@ def contract(
                 print(f"{name}.{key} {inner}")
         else:
             print(f"{name} {field}")
+    if foreign:
+        calls = ", ".join(f"{name} ×{count}" for name, count in foreign.items())
+        print(f"not computed by llm42, hence the machine: {calls}")

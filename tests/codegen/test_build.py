@@ -43,7 +43,7 @@ def test_a_second_build_takes_the_cache(tiny: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_key_covers_sources_headers_flags_and_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [build.build_key(), build.build_key("generic")]
+    keys = [build.build_key(), build.build_key("portable")]
     tiny.write_text(SOURCE.replace("42", "43"))
     keys.append(build.build_key())
     (tiny.parent / "answer.h").write_text("#pragma once\n")
@@ -52,7 +52,7 @@ def test_the_key_covers_sources_headers_flags_and_torch(tiny: Path, monkeypatch:
     keys.append(build.build_key())
     monkeypatch.setattr(build, "cpu_features", lambda: "another processor")
     keys.append(build.build_key())
-    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-g"])
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
     keys.append(build.build_key())
     assert len(set(keys)) == len(keys)
     assert build.build_key() == keys[-1]
@@ -180,8 +180,33 @@ def test_a_process_killed_while_it_builds(
 
 
 def test_an_unknown_instruction_set() -> None:
-    with pytest.raises(ValueError, match="expected one of native, avx512, avx2, generic"):
+    with pytest.raises(ValueError, match="expected one of native, avx512, avx2, portable"):
         build.build("sse2")
+
+
+def test_the_instruction_set_may_be_chosen(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.chosen_isa() == "native"
+    monkeypatch.setenv("LLM42_ISA", "portable")
+    assert build.chosen_isa() == "portable"
+    assert "_portable_" in build.build().name
+    monkeypatch.setenv("LLM42_ISA", "generic")
+    with pytest.raises(build.BuildError, match="LLM42_ISA=generic: expected one of native, avx512"):
+        build.build()
+
+
+def test_one_that_the_cpu_lacks_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "cpu_features", lambda: "x86_64 An old one fpu sse2 avx2 f16c")
+    monkeypatch.setenv("LLM42_ISA", "avx2")
+    with pytest.raises(build.BuildError, match=r"cannot run avx2 kernels, it lacks fma: .*to portable"):
+        build.build()
+    assert build.build("portable").exists()
+
+
+def test_a_process_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_loaded", ("avx2", Path("library.so")))
+    assert build.load_library() == build.load_library("avx2") == build.loaded_library() == Path("library.so")
+    with pytest.raises(build.BuildError, match="loaded for avx2; portable needs a process of its own"):
+        build.load_library("portable")
 
 
 def test_concurrent_processes_compile_once(
@@ -210,7 +235,7 @@ def test_kernels_compile_for_an_instruction_set_that_this_machine_may_lack(tmp_p
     if "x86_64" not in build.cpu_features():
         pytest.skip("flags of x86")
     compiler = build.Toolchain.find().compiler
-    flags = [*build._FLAGS, *build._ISA_FLAGS["avx512"], f"-I{build.SOURCE_DIR}", "-O0", "-c"]
+    flags = [*build.FLAGS, *build._ISA_FLAGS["avx512"], f"-I{build.SOURCE_DIR}", "-O0", "-c"]
     for name in ("gemm", "rowwise_norm", "rowwise_pointwise", "rowwise_softmax"):
         source = build.SOURCE_DIR / "kernels" / f"{name}.cpp"
         build._run([compiler, *flags, str(source), "-o", str(tmp_path / "out.o")])
@@ -255,7 +280,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 @pytest.mark.slow
 def test_bits_are_the_same_on_every_instruction_set() -> None:
     flags = build.cpu_features().split()
-    isas = ["native", "generic"]
+    isas = ["native", "portable"]
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags):
         isas.append("avx2")
     results = {}

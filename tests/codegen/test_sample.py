@@ -274,7 +274,7 @@ def test_same_bits_on_every_isa(digest_on: Callable[[str, str], str]) -> None:
     outs = [t for s in SETTINGS for t in torch.ops.llm42.sample(x, *parameters(16, **s))]
     print(digest(*outs, *torch.ops.llm42.top_logprobs(x, 20)))
     """
-    assert digest_on("native", code) == digest_on("generic", code)
+    assert digest_on("native", code) == digest_on("portable", code)
 
 
 # Known answers of philox4x32-10 from the Random123 distribution (Salmon et al.): counter, key, output.
@@ -306,11 +306,11 @@ EXPORT float noise(long seed, long position, long block, float* out) {
 """
 
 
-@pytest.mark.parametrize("isa", ["native", "generic"])
+@pytest.mark.parametrize("isa", ["native", "portable"])
 def test_the_kernels_noise_is_the_specified_one(isa: str, tmp_path: Path) -> None:
     source, library = tmp_path / "noise.cpp", tmp_path / "noise.so"
     source.write_text(NOISE)
-    flags = [*build._FLAGS, *build._ISA_FLAGS[isa], f"-I{build.SOURCE_DIR}"]
+    flags = [*build.FLAGS, *build._ISA_FLAGS[isa], f"-I{build.SOURCE_DIR}"]
     subprocess.run([build.Toolchain.find().compiler, *flags, "-shared", source, "-o", library], check=True)
     lib = ctypes.CDLL(str(library))
     lib.noise.restype = ctypes.c_float

@@ -58,7 +58,7 @@ EXPORT const char* isa() { return LLM42_ISA_NAME; }
 def compile_header(folder: Path, isa: str) -> Path:
     source, library = folder / "vec_test.cpp", folder / f"vec_{isa}.so"
     source.write_text(SOURCE)
-    flags = [*build._FLAGS, *build._ISA_FLAGS[isa], f"-I{build.SOURCE_DIR}"]
+    flags = [*build.FLAGS, *build._ISA_FLAGS[isa], f"-I{build.SOURCE_DIR}"]
     subprocess.run(
         [build.Toolchain.find().compiler, *flags, "-shared", str(source), "-o", library], check=True
     )
@@ -68,7 +68,7 @@ def compile_header(folder: Path, isa: str) -> Path:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     folder = tmp_path_factory.mktemp("vec")
-    return {isa: ctypes.CDLL(str(compile_header(folder, isa))) for isa in ("native", "generic")}
+    return {isa: ctypes.CDLL(str(compile_header(folder, isa))) for isa in ("native", "portable")}
 
 
 def call(library: ctypes.CDLL, name: str, values: np.ndarray, out_dtype: type) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_accuracy_over_a_dense_sweep(libraries: dict[str, ctypes.CDLL], name: st
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_bits_on_every_isa(libraries: dict[str, ctypes.CDLL], name: str) -> None:
     x = every_kind_of_float(3989)
-    native, generic = (apply(libraries[isa], name, x) for isa in ("native", "generic"))
+    native, generic = (apply(libraries[isa], name, x) for isa in ("native", "portable"))
     nan = np.isnan(native)  # the payload of a NaN is nobody's business
     assert np.array_equal(nan, np.isnan(generic))
     assert np.array_equal(bits(native)[~nan], bits(generic)[~nan])

@@ -3,8 +3,9 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm42c.capture import capture_packed, graph_digest
+from llm42c.capture import capture_packed
 from llm42c.codegen.ops import registry
+from llm42c.digest import graph_digest
 
 
 def _llama(heads: int, eps: float) -> LlamaForCausalLM:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import tp_families
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llm42c.capture import capture_packed, graph_digest
+from llm42c.capture import capture_packed
+from llm42c.digest import graph_digest
 from llm42c.errors import UnsupportedModelError
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, Context, Report

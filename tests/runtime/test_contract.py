@@ -7,15 +7,17 @@ import pytest
 import torch
 from toy import ToyModel, make_engine, small_config
 
-from llm42c.device import Identity
-from llm42c.errors import ConfigError, ContractMismatchError
+from llm42c.computation import Computation
+from llm42c.errors import ConfigError, ContractError, ContractMismatchError
 from llm42c.runtime.config import EngineConfig
-from llm42c.runtime.contract import Contract, engine_contract
+from llm42c.runtime.contract import RULES, Contract, engine_contract
 from llm42c.runtime.sampling import SamplingParams
 
 
 def contract() -> Contract:
-    return engine_contract(ToyModel(), small_config(), weights="w0", kernels={"cpu": "k0"})
+    return engine_contract(
+        ToyModel(), small_config(), weights="w0", computation=Computation("g0", implementation={"cpu": "k0"})
+    )
 
 
 def test_round_trip() -> None:
@@ -71,40 +73,48 @@ def test_the_verifier_shape_is() -> None:
         )
 
 
-def test_a_gpu_stands_for_the_cpu_that_feeds_it() -> None:
-    gpu = Identity(
-        "NVIDIA H200 sm_90", {"cuda": "13.0", "triton": "3.6.0", "driver": "570.1"}, {"target": "t0"}
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Computation) if f.name != "foreign"])
+def test_what_computes_is(field: str) -> None:
+    mine = Computation("g0", orders={"linear": "fma-chain/1"}, machine={"torch": "2.13"})
+    value = getattr(mine, field)
+    changed = dataclasses.replace(
+        mine, **{field: "cuda" if field == "target" else value | {"linear": "x"} if value != "g0" else "g1"}
     )
 
-    def on(gpu: Identity) -> Contract:
-        return engine_contract(ToyModel(), small_config(), weights="w0", gpu=gpu)
+    def on(computation: Computation) -> Contract:
+        return engine_contract(ToyModel(), small_config(), weights="w0", computation=computation)
 
-    mine = on(gpu)
-    assert mine != contract()
-    assert mine.isa == "NVIDIA H200 sm_90"
-    assert {"torch", "cuda", "triton", "driver"} <= mine.versions.keys()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
-        assert on(gpu) == mine
-    finally:
-        torch.set_num_threads(threads)
-    for other in (
-        dataclasses.replace(gpu, isa="NVIDIA H100 sm_90"),
-        dataclasses.replace(gpu, versions={**gpu.versions, "driver": "575.2"}),
-        dataclasses.replace(gpu, kernels={"target": "t1"}),
-    ):
-        assert on(other).hash != mine.hash
+    assert on(changed).hash != on(mine).hash
+    assert any(line.startswith(field) for line in on(mine).diff(on(changed)))
 
 
-def test_threads_are() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contract()
+    monkeypatch.setitem(RULES, rule, RULES[rule].replace("/1", "/2"))
+    assert before.diff(contract()) == [f"rules.{rule}: {before.rules[rule]} -> {RULES[rule]}"]
+
+
+def test_threads_are_not() -> None:
     before = contract()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert contract() != before
+        assert contract() == before
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_pin_may_be_the_contract_as_text() -> None:
+    mine = contract()
+    mine.require(mine.to_json())
+    mine.require(json.dumps({"hash": mine.hash, **dataclasses.asdict(mine)}))
+    theirs = dataclasses.replace(mine, page_size=mine.page_size + 1)
+    with pytest.raises(ContractMismatchError, match=f"page_size: {theirs.page_size} -> {mine.page_size}"):
+        mine.require(theirs.to_json())
+    for text in ("{", '{"weights": "w"}', '{"isa": "avx2"}', "[]", '"text"'):
+        with pytest.raises(ContractError, match="this is no contract"):
+            Contract.from_json(text)
 
 
 # -- configuration -------------------------------------------------------------------------------------------

@@ -148,6 +148,16 @@ def test_a_derived_seed_is_a_function_of_the_request() -> None:
     assert solo(PROMPTS[3], other)[0] != alone[0], "vacuous: the seed decides nothing"
 
 
+def test_a_longer_run_begins_as_a_shorter_one() -> None:
+    """No seed is given, and nothing that leaves the distribution alone may change the sample."""
+    long = solo(PROMPTS[3], SamplingParams(max_tokens=16, temperature=1, ignore_eos=True))
+    for change in ({}, {"logprobs": 3}, {"detokenize": False}, {"temperature": 1.0}):
+        params = {"max_tokens": 7, "temperature": 1, "ignore_eos": True} | change
+        tokens, logprobs = solo(PROMPTS[3], SamplingParams(**params))
+        assert (tokens, logprobs) == (long[0][:7], long[1][:7])
+    assert len(set(long[0])) > 4, "vacuous: nothing was drawn"
+
+
 def test_ordinary_requests_without_a_seed_vary() -> None:
     params = SamplingParams(max_tokens=16, temperature=1.0, ignore_eos=True)
     outputs = make_engine().generate([PROMPTS[3]] * 4, params, deterministic=False)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llm42c.errors import RequestError
 from llm42c.runtime.sampling import MAX_SEED, SamplingParams
@@ -75,8 +79,55 @@ def test_derived_seeds() -> None:
     assert base.derived_seed([1, 2]) == same.derived_seed([1, 2])
     assert 0 <= base.derived_seed([1, 2]) <= MAX_SEED
     assert len({base.derived_seed([1, 2]), base.derived_seed([2, 1]), base.derived_seed([1])}) == 3
-    assert SamplingParams(temperature=0.9).derived_seed([1]) != SamplingParams(temperature=1.0).derived_seed(
-        [1]
-    )
     # A known value: seeds must not change with the Python process or version.
-    assert SamplingParams(temperature=1.0).derived_seed([1, 2, 3]) == 2066821965301511109
+    assert SamplingParams(temperature=1.0).derived_seed([1, 2, 3]) == 6166930868629651570
+
+
+DISTRIBUTION: dict[str, Any] = {
+    "temperature": st.sampled_from((0.5, 1, 2)),
+    "top_k": st.integers(0, 3),
+    "top_p": st.sampled_from((0.25, 0.5, 1)),
+    "min_p": st.sampled_from((0, 0.25, 1)),
+    "repetition_penalty": st.sampled_from((0.5, 1, 2)),
+    "frequency_penalty": st.sampled_from((-1, 0, 0.5)),
+    "presence_penalty": st.sampled_from((-1, 0, 0.5)),
+    "logit_bias": st.none() | st.dictionaries(st.integers(0, 3), st.sampled_from((-1, 0, 2)), max_size=3),
+}
+OTHER: dict[str, Any] = {
+    "max_tokens": st.none() | st.integers(8, 99),
+    "min_tokens": st.integers(0, 8),
+    "stop_token_ids": st.sampled_from(((), (1,))),
+    "stop": st.sampled_from(((), ("end",))),
+    "include_stop": st.booleans(),
+    "ignore_eos": st.booleans(),
+    "logprobs": st.none() | st.integers(0, 5),
+}
+distributions, others = st.fixed_dictionaries(DISTRIBUTION), st.fixed_dictionaries(OTHER)
+
+
+def _canonical(values: dict[str, Any]) -> dict[str, Any]:
+    """The distribution by hand: floats, and a bias without zeros."""
+    bias = {token: float(b) for token, b in (values["logit_bias"] or {}).items() if b}
+    return {name: float(v) for name, v in values.items() if name != "logit_bias"} | {"logit_bias": bias}
+
+
+@given(distributions, distributions, others, others, st.booleans())
+def test_equal_distributions_and_only_they_have_equal_seeds(
+    one: dict[str, Any], two: dict[str, Any], this: dict[str, Any], that: dict[str, Any], same: bool
+) -> None:
+    if same:  # spelled in another way
+        two = _canonical(one) | {"top_k": one["top_k"]}
+    mine = SamplingParams(**one, **this).derived_seed([4, 5])
+    equal = mine == SamplingParams(**two, **that).derived_seed([4, 5])
+    assert equal == (_canonical(one) == _canonical(two))
+    assert mine != SamplingParams(**one, **this).derived_seed([5, 4])
+
+
+def test_numbers_that_the_sampler_reads_alike_are_alike() -> None:
+    def seed(**params: Any) -> int:
+        return SamplingParams(**{"temperature": 1, **params}).derived_seed([1])
+
+    assert seed(presence_penalty=0.0) == seed(presence_penalty=-0.0)
+    assert seed(temperature=0.1) == seed(temperature=float(np.float32(0.1)))
+    assert seed(temperature=0.1) != seed(temperature=float(np.nextafter(np.float32(0.1), np.float32(1))))
+    assert seed(top_k=2**40) != seed(top_k=0)

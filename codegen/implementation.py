@@ -1,0 +1,77 @@
+"""Digest of the sources that operators are computed by, without their comments and layout.
+
+It is the same for every instruction set, because all of them are compiled from the same text; and it notices
+an edit that forgot to raise the version of an order.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import io
+import re
+import tokenize
+from collections.abc import Iterable
+from pathlib import Path
+
+from llm42c.codegen.cpu import build
+from llm42c.codegen.ops.registry import operators
+
+_ROOT = Path(__file__).parent
+# A comment, or a literal that may look like the beginning of one.
+_CXX = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+
+
+def implementation_of(names: Iterable[str], target: str) -> dict[str, str]:
+    """What computes the operators ``names`` on ``target`` ("cpu" or "cuda"): a digest a kind of source."""
+    found = {"kernels": kernels_digest()} if target == "cpu" else {"emitters": emitters_digest()}
+    composites = [op.composite for name, op in operators().items() if name in set(names) and op.composite]
+    if composites:
+        files = {Path(inspect.getfile(composite)) for composite in composites}
+        found["composites"] = digest_of(files | set(_ROOT.glob("dist/*.py")))
+    return found
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Of the C++ kernels, and of the flags that all instruction sets are compiled with."""
+    return digest_of(build.all_sources(), *build.FLAGS)
+
+
+@functools.cache
+def emitters_digest() -> str:
+    """Of the sources that GPU kernels are emitted by."""
+    return digest_of(_ROOT.glob("triton/*.py"))
+
+
+def digest_of(paths: Iterable[Path], *further: str) -> str:
+    """Of Python and C++ files, by name, and of ``further`` texts."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        strip = stripped_python if path.suffix == ".py" else stripped_cxx
+        digest.update(f"{path.name}\0{strip(path.read_text())}\0".encode())
+    digest.update("\0".join(further).encode())
+    return digest.hexdigest()[:32]
+
+
+def stripped_cxx(text: str) -> str:
+    """C++ text without comments, indentation and empty lines."""
+    code = _CXX.sub(lambda m: m[0] if m[0].startswith('"') else " ", text)
+    lines = (" ".join(line.split()) for line in code.splitlines())  # a directive ends with its line
+    return "\n".join(line for line in lines if line)
+
+
+def stripped_python(text: str) -> str:
+    """Python text without comments, docstrings and empty lines; the same for every version of Python."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                lines[row - 1] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())

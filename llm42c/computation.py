@@ -1,0 +1,100 @@
+"""What the bits of a compiled graph depend on, apart from weights and shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from llm42c import inductor
+from llm42c.codegen.cpu import build
+from llm42c.codegen.implementation import implementation_of
+from llm42c.codegen.ops.orders import orders_of
+from llm42c.device import gpu_identity
+from llm42c.digest import graph_digest
+from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A graph as it runs, and who computes it.
+
+    ``graph``: digest after all passes. ``orders``: the order of every operator that it calls.
+    ``implementation``: digests of the operators' sources. ``machine``: empty on a CPU if every call is an
+    operator or exact; otherwise what the other calls (``foreign``, by name) hang on.
+    """
+
+    graph: str
+    target: str = "cpu"
+    orders: dict[str, str] = field(default_factory=dict)
+    implementation: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+    foreign: dict[str, int] = field(default_factory=dict)
+
+
+def computation_of(
+    gm: fx.GraphModule, weights: Collection[str], compiled: bool, device: torch.device
+) -> Computation:
+    """``gm`` after the passes, its constants materialised.
+
+    ``weights`` as for :func:`~llm42c.digest.graph_digest`; ``compiled`` says that Inductor compiled a part.
+    """
+    target = "cuda" if device.type == "cuda" else "cpu"
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    names = {_operator(n) for n in calls if kind(n) is Kind.OPERATOR}
+    foreign = {n: kind(n) for n in calls if kind(n) in FOREIGN}
+    machine = gpu_identity(device) if target == "cuda" else {}
+    if compiled:
+        machine |= {"torch": torch.__version__, "inductor": _settings()}
+    if foreign and target == "cpu":
+        machine |= _cpu(threads=any(k is not Kind.TRANSCENDENTAL for k in foreign.values()))
+    return Computation(
+        graph=graph_digest(gm, weights),
+        target=target,
+        orders=orders_of(names, target),
+        implementation=implementation_of(names, target),
+        machine=machine,
+        foreign=dict(Counter(map(plain_name, foreign))),
+    )
+
+
+def _operator(node: fx.Node) -> str:
+    return re.sub(r"^llm42(::|\.)|\.default$", "", plain_name(node))
+
+
+def _settings() -> str:
+    text = json.dumps(inductor.fixed_config(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cpu(threads: bool) -> dict[str, str]:
+    """What scalar and vector code of other libraries hangs on; sums also on the number of threads."""
+    found = {
+        "torch": torch.__version__,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu": hashlib.sha256(build.cpu_features().encode()).hexdigest()[:16],
+        "libc": " ".join(platform.libc_ver()),
+        "compiler": build.Toolchain.find().version,
+    }
+    return found | ({"threads": str(torch.get_num_threads())} if threads else {})
+
+
+def machine_state() -> str:
+    """Everything that may change the bits of some graph on this machine, ours or not: a key for its cache."""
+    library = build.loaded_library()
+    parts = (
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        build.cpu_features(),
+        str(torch.get_num_threads()),
+        "" if library is None else library.name,
+        _settings(),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

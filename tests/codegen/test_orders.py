@@ -1,0 +1,88 @@
+"""Orders are complete, and one version of an order is one set of bits, on every instruction set."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm42c.codegen.cpu import build
+from llm42c.codegen.ops import registry
+from llm42c.codegen.ops.orders import ORDERS, TARGETS, Order, orders_of
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden" / "orders_cpu.json"
+# Data movement; sums over ranks, which need ranks; compositions of exact calls; other layouts of attention.
+ELSEWHERE = {
+    "all_gather_last",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_sharded",
+    "gather_rows",
+    "linear_pack",
+    "linear_unpack",
+    "pod_dense_attention",
+    "pod_varlen_attention",
+    "shard_last",
+    "shard_rows",
+    "solve_triangular",
+}
+
+
+def test_every_operator_has_an_order_on_every_target() -> None:
+    assert ORDERS.keys() == registry.operators().keys()
+    for name, orders in ORDERS.items():
+        assert tuple(orders) == TARGETS, name
+        assert all(o.version >= 1 for o in orders.values())
+
+
+def test_orders_are_listed_by_name_and_version() -> None:
+    assert orders_of(["rotary", "linear", "linear"], "cpu") == {
+        "linear": "fma-chain/1",
+        "rotary": "pointwise/1",
+    }
+    assert orders_of(["linear"], "cuda") != orders_of(["linear"], "cpu")
+    assert str(Order("x", 3)) == "x/3"
+
+
+def test_every_order_has_golden_bits() -> None:
+    golden = json.loads(GOLDEN.read_text())
+    assert {name.split()[0] for name in golden} == ORDERS.keys() - ELSEWHERE
+    for name in golden:
+        operator, order = name.split()
+        assert order == str(ORDERS[operator]["cpu"])
+
+
+def test_bits_of_a_version_never_change() -> None:
+    """If this fails, a kernel gives other bits: raise the version of its order, then write the file anew with
+
+    ``python tests/codegen/order_bits.py native > tests/codegen/golden/orders_cpu.json``.
+    """
+    assert bits_on("native") == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.slow
+def test_bits_of_a_version_are_those_of_every_instruction_set() -> None:
+    golden = json.loads(GOLDEN.read_text())
+    isas = [isa for isa in ("avx512", "avx2", "portable") if can_run(isa)]
+    assert "portable" in isas
+    for isa in isas:
+        assert bits_on(isa) == golden, isa
+
+
+def bits_on(isa: str) -> dict[str, str]:
+    command = [sys.executable, str(HERE / "order_bits.py"), isa]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    digests: dict[str, str] = json.loads(output)
+    return digests
+
+
+def can_run(isa: str) -> bool:
+    try:
+        build.require_isa(isa)
+    except build.BuildError:
+        return False
+    return True
