@@ -18,6 +18,7 @@ Before and after (x: [1, T, K]; wq: [Nq, K], wk, wv: [Nk, K])::
 from __future__ import annotations
 
 import operator
+from collections import Counter
 
 import torch
 from torch import fx
@@ -27,17 +28,35 @@ from llm42c.passes import recipes
 from llm42c.passes.base import Context, PassReport
 from llm42c.passes.linear import Product, is_uniform, product, refusal
 
+_Groups = dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]]
 
-def _candidates(graph: fx.Graph) -> dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]]:
-    """Linears over parameters, grouped by (input, has a bias)."""
-    groups: dict[tuple[fx.Node, bool], list[tuple[fx.Node, Product]]] = {}
-    for node in graph.nodes:
-        p = product(node)
-        if p is None or refusal(p, node) or not is_uniform(p, node):
-            continue
-        if any(operand is not None and operand.op != "get_attr" for operand in (p.weight, p.bias)):
-            continue
-        groups.setdefault((p.x, p.bias is not None), []).append((node, p))
+
+def _why_not(p: Product, node: fx.Node) -> str | None:
+    """Why a product cannot stand in a stack."""
+    if (why := refusal(p, node)) is not None:
+        return why
+    if not is_uniform(p, node):
+        return "operands and result have several dtypes (autocast?)"
+    if any(operand is not None and operand.op != "get_attr" for operand in (p.weight, p.bias)):
+        return "its weight or bias is computed"
+    return None
+
+
+def _candidates(graph: fx.Graph, report: PassReport) -> _Groups:
+    """Linears over parameters, grouped by (input, has a bias). One whose input others read too, and that has
+    no companion, is a miss."""
+    products = [(node, p) for node in graph.nodes if (p := product(node)) is not None]
+    readers = Counter(p.x for _, p in products)
+    groups: _Groups = {}
+    for node, p in products:
+        why = _why_not(p, node)
+        if why is None:
+            groups.setdefault((p.x, p.bias is not None), []).append((node, p))
+        elif readers[p.x] > 1:
+            report.miss(node, why)
+    for (x, biased), members in groups.items():
+        if len(members) == 1 and readers[x] > 1:
+            report.miss(members[0][0], f"no other product of its input has {'a' if biased else 'no'} bias")
     return groups
 
 
@@ -63,7 +82,7 @@ def _merge(graph: fx.Graph, members: list[tuple[fx.Node, Product]]) -> None:
 
 def merge_linears(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Merge every group of two or more."""
-    for members in _candidates(graph).values():
+    for members in _candidates(graph, report).values():
         if len(members) < 2:
             continue
         for node, _ in members:

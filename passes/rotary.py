@@ -68,6 +68,15 @@ def _rotation(add: fx.Node) -> _Rotation | None:
     return None
 
 
+def _resembles(add: fx.Node) -> bool:
+    """Two products are added, and a factor of one is put together from a negative part and another."""
+    if len(add.args) != 2 or not all(g.name(a) == "mul" for a in add.args):
+        return False
+    factors = [f for product in add.args for f in product.args]  # type: ignore[union-attr]
+    parts = [g.bind(f)["tensors"] for f in factors if isinstance(f, fx.Node) and g.name(f) == "cat"]
+    return any(isinstance(p, (list, tuple)) and any(g.name(one) == "neg" for one in p) for p in parts)
+
+
 def _refusal(r: _Rotation, add: fx.Node) -> str | None:
     x, cos, sin, out = g.fake(r.x), g.tensor(r.cos), g.tensor(r.sin), g.fake(add)
     if cos is None or sin is None or x.dim() != 4 or not g.same(x.shape[0], 1):
@@ -94,7 +103,11 @@ def _table(before: fx.Node, node: fx.Node) -> fx.Node:
 def rotary(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Case 1: every rotation, heads seen as [T, H, D]."""
     for add in list(graph.nodes):
-        if g.name(add) != "add" or (r := _rotation(add)) is None:
+        if g.name(add) != "add":
+            continue
+        if (r := _rotation(add)) is None:
+            if _resembles(add):
+                report.miss(add, "what is turned is not the two halves of what stands beside it")
             continue
         reason = _refusal(r, add)
         if reason is not None:

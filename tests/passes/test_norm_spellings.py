@@ -244,6 +244,9 @@ MISSES = {
     "a least value stands for the epsilon": lambda x: x * torch.rsqrt(ms(x).clamp(min=EPS)),
     "the epsilon is no number": lambda x: x * torch.rsqrt(ms(x) + W[0].abs()),
     "not divided by their count": lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS),
+    "the sum of squares is not divided": lambda x: (
+        x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / (H - 1) + EPS)
+    ),
     "not over the last dimension": lambda x: x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + EPS),
     "what is scaled is not what was squared": lambda x: W * x * torch.rsqrt(ms(x) + EPS),
     "one less than the count": lambda x: centred(x) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),
