@@ -6,7 +6,9 @@ Cases:
 2. views, copies, exactly rounded pointwise calls, sums of integers, maxima: the order cannot be seen
 3. exp, tanh, ...: fixed by compiling without vector code (see ``llm42c.inductor``)
 4. a sort that keeps equals in their order, and the values of a top-k alone
-5. anything else is *unplaced* and named: a sum of floats that no pass knew (also one that writes, such as
+5. a packed graph that writes to tensors runs call by call, where 3. does not hold: its exp, tanh, ... are
+   unplaced
+6. anything else is *unplaced* and named: a sum of floats that no pass knew (also one that writes, such as
    ``scatter_add_`` and an ``index_put_`` that accumulates), a choice among equals, a call that no list of
    ``kinds.py`` has
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 from torch import fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.base import Context, Event, PassReport
+from llm42c.passes.base import PACKED, Context, Event, PassReport
 from llm42c.passes.kinds import UNPLACED, Kind, kind, plain_name
 
 
@@ -39,3 +41,17 @@ def unplaced(graph: fx.Graph) -> list[Event]:
 def check(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Report unplaced calls as misses."""
     report.misses += unplaced(graph)
+    if ctx.target == PACKED:
+        report.misses += _call_by_call(graph)
+
+
+def _call_by_call(graph: fx.Graph) -> list[Event]:
+    """The calls of case 5."""
+    writes = [n for n in graph.nodes if g.mutated_arguments(n) and kind(n) is not Kind.OPERATOR]
+    rounded = [n for n in graph.nodes if n.op.startswith("call") and kind(n) is Kind.TRANSCENDENTAL]
+    reason = "a graph that writes to tensors ({}) runs call by call"
+    return [
+        Event(n.name, g.where(n), f"{plain_name(n)}: {reason.format(writes[0].name)}")
+        for n in rounded
+        if writes
+    ]

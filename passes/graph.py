@@ -409,8 +409,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
         return [node.kwargs["out"]]  # type: ignore[list-item]
     called = getattr(node.target, "__name__", "")
     inplace = node.target is operator.setitem or node.kwargs.get("inplace") is True
-    inplace |= called.endswith("_") and not called.endswith("__")
-    inplace |= getattr(node.target, "__module__", "") == "_operator" and called in _IOPS
+    of_python = getattr(node.target, "__module__", "") == "_operator"  # `and_` is an operator, not a writer
+    inplace |= called in _IOPS if of_python else called.endswith("_") and not called.endswith("__")
     return [n for n in node.args[:1] if isinstance(n, fx.Node)] if inplace else []
 
 

@@ -11,6 +11,8 @@ Cases:
 4. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
    ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, slices and
    reshapes of everything, empty parts of a ``cat``, usage logging
+5. ``zeros_like(x).scatter_(…)`` → ``zeros_like(x).scatter(…)``: what is fresh, and read by nobody else, is
+   not written to; a graph that writes to tensors cannot be divided into pieces
 
 Before and after (fp32 model, x: [B, S, H])::
 
@@ -102,6 +104,8 @@ def _spell(node: fx.Node) -> None:
         spelled = _OPERATORS.get(function) or _ALIASES.get(function)
         if not spelled or not any(g.tensor(a) is not None for a in node.args):
             return
+        if spelled == "relu" and g.mutated_arguments(node):
+            return
         if g.tensor(node.args[0]) is None:  # `2 * x`: the functions take the tensor first
             if spelled not in ("add", "mul"):
                 return
@@ -111,6 +115,8 @@ def _spell(node: fx.Node) -> None:
                 return  # it writes to its argument
             node.args, node.kwargs = node.args[:1] or (node.kwargs["input"],), {}
         node.target = g.FUNCTIONS[spelled]
+        if spelled == "relu":  # `F.relu(x, inplace=False)`
+            node.args, node.kwargs = node.args[:1], {}
         if spelled in ("softmax", "log_softmax"):
             _drop_stacklevel(node)
 
@@ -228,8 +234,26 @@ def _rewrite(node: fx.Node, copies_may_alias: bool) -> fx.Node | None:
     return first[0] if isinstance(first, (tuple, list)) else first
 
 
+def _out_of_place(graph: fx.Graph) -> None:
+    """Case 5: a tensor that is fresh, and read by nobody else, need not be written to."""
+    made_by: dict[int | None, fx.Node] = {}  # the node that made a storage
+    for node in list(graph.nodes):
+        made_by.setdefault(g.storage_of(node), node)
+        base, target = g.arg(node), str(node.target)
+        written = node.op == "call_method" and g.mutated_arguments(node) == [base]
+        if not written or g.tensor(node) is None or not hasattr(torch.Tensor, target[:-1]):
+            continue
+        fresh = base.op in ("call_function", "call_method") and made_by[g.storage_of(base)] is base
+        if fresh and list(base.users) == [node]:
+            node.target = target[:-1]
+            g.compute_value(node)
+            g.refresh(g.users(node))
+            made_by[g.storage_of(node)] = node
+
+
 def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite every node of ``graph`` to its canonical spelling."""
+    _out_of_place(graph)
     functional = not any(g.mutated_arguments(node) for node in graph.nodes if not _is_ours(node))
     inputs = {g.storage_of(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     for node in list(graph.nodes):
