@@ -9,13 +9,15 @@ symbolic; the number of sequences and of pages is seen by the attention operator
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm42c import hf_interface
+from llm42c import hf_interface, written
 from llm42c.codegen.ops import registry
 from llm42c.device import CPU, device_of_model
 from llm42c.digest import graph_digest
@@ -102,8 +104,35 @@ def _example_batch(tokens: int = 48, rows: int = 24) -> PackedInputs:
     )
 
 
+def _paged(batch: PackedInputs, cache: KVCache) -> dict[str, Any]:
+    paged = {name: getattr(batch, name) for name in _BATCH_FIELDS}
+    return paged | {"k_cache": cache.k, "v_cache": cache.v}
+
+
+def _decoder(model: nn.Module, paged: dict[str, Any]) -> Callable[..., Any]:
+    """What is captured: logits [1, R, V] and, where the graph must know the whole batch, its tensors.
+
+    The model itself where it takes positions and says for which rows it wants logits. Others get what their
+    forward has parameters for; their positions are found in the graph.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+    def run(input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Any:
+        arguments: dict[str, Any] = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        arguments = {name: value for name, value in arguments.items() if name in takes}
+        logits = model(input_ids=input_ids, use_cache=False, return_dict=True, **arguments).logits
+        if "logits_to_keep" not in takes:
+            logits = logits[:, logits_to_keep]
+        kept = [t.view_as(t) for name in _BATCH_FIELDS for t in (paged[name],)]
+        kept += [t.view_as(t) for t in (*paged["k_cache"], *paged["v_cache"])]
+        return logits, position_ids.view_as(position_ids), kept
+
+    return run
+
+
 def _run_dynamo(
-    model: nn.Module, batch: PackedInputs, cache: KVCache
+    model: nn.Module, batch: PackedInputs, cache: KVCache, whole: bool
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
     captured: list[tuple[torch.fx.GraphModule, list[Any]]] = []
 
@@ -114,10 +143,12 @@ def _run_dynamo(
     input_ids, positions = batch.input_ids.unsqueeze(0), batch.positions.unsqueeze(0)
     for tensor, dim in ((input_ids, 1), (positions, 1), (batch.slot_mapping, 0), (batch.logits_indices, 0)):
         torch._dynamo.mark_dynamic(tensor, dim)
-    paged = {name: getattr(batch, name) for name in _BATCH_FIELDS}
-    paged |= {"k_cache": cache.k, "v_cache": cache.v}
     before = set(model.__dict__)
-    compiled = torch.compile(model, backend=grab, fullgraph=True)
+    arguments: dict[str, Any] = {"position_ids": positions, "logits_to_keep": batch.logits_indices}
+    target: Any = _decoder(model, _paged(batch, cache)) if whole else model
+    if not whole:
+        arguments["use_cache"] = False
+    compiled: Any = torch.compile(target, backend=grab, fullgraph=True)
     for mark in set(model.__dict__) - before:  # that torch.compile leaves on the model
         del model.__dict__[mark]
     # A number that differs from a model captured before (a scale, an epsilon) must stay a constant: Dynamo
@@ -125,13 +156,7 @@ def _run_dynamo(
     constants = torch._dynamo.config.patch(automatic_dynamic_shapes=False, specialize_float=True)
     stopped = contextlib.suppress(_GraphCapturedError, torch._dynamo.exc.BackendCompilerFailed)
     with torch.no_grad(), constants, stopped:
-        compiled(
-            input_ids=input_ids,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=batch.logits_indices,
-            llm42_batch=paged,
-        )
+        compiled(input_ids=input_ids, **arguments)
     if not captured:
         raise UnsupportedModelError(f"{type(model).__name__}: Dynamo captured no graph")
     return captured[0]
@@ -204,19 +229,35 @@ def _lift_parameters(
 def capture_packed(model: nn.Module) -> CapturedGraph:
     """The canonical packed graph of ``model``; the model is left as it was.
 
-    Raises UnsupportedModelError when the model cannot be captured as one graph, or when a layer's
-    attention does not go through Hugging Face's attention interface.
+    Raises UnsupportedModelError when the model cannot be captured as one graph, or when a layer's attention
+    neither goes through Hugging Face's attention interface nor is written out as one that is provably causal.
     """
     registry.define()
     require_supported(model)
+    if getattr(model, "_supports_attention_backend", False):
+        return _captured(model, hf_interface.ATTENTION_NAME)
+    try:
+        return _captured(model, hf_interface.ATTENTION_NAME)
+    except UnsupportedModelError:
+        torch._dynamo.reset()
+    return _captured(model, hf_interface.WRITTEN_OUT)
+
+
+def _captured(model: nn.Module, attention: str) -> CapturedGraph:
     dtype, device = next(model.parameters()).dtype, device_of_model(model)
     batch, spec = _example_batch().to(device), kv_spec(model)
     cache = new_kv_cache(spec, 1, 16, dtype, device)
-    gm, examples = _capture(model, batch, cache)
-    found = _check_attention(model, gm, len(spec))
-    if found != spec:  # a configuration need not say how its model shares KV heads: the graph does
-        spec, cache = found, new_kv_cache(found, 1, 16, dtype, device)
-        gm, examples = _capture(model, batch, cache)
+    found = _capture(model, batch, cache, attention)
+    if found.kv_spec != spec:  # a configuration need not say how its model shares KV heads: the graph does
+        spec = found.kv_spec
+        found = _capture(model, batch, new_kv_cache(spec, 1, 16, dtype, device), attention)
+    return found
+
+
+def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache, attention: str) -> CapturedGraph:
+    takes = inspect.signature(model.forward).parameters
+    whole = attention == hf_interface.WRITTEN_OUT or not {"position_ids", "logits_to_keep"} <= set(takes)
+    gm, examples = _traced(model, batch, cache, attention, whole)
     known = _describe_inputs(batch, cache)
     names = [_input_name(example, batch, known) for example in examples]
     parameter_names = _lift_parameters(gm, examples, model, names)
@@ -224,24 +265,28 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
     for name, example in zip(names, examples, strict=True):
         if name is not None and not name.startswith("const:"):
             kept.setdefault(name, example)
+    if whole:
+        written.rewrite(gm, list(kept), len(cache.k), model, attention == hf_interface.WRITTEN_OUT)
     return CapturedGraph(
         gm=gm,
         inputs=list(kept),
         example_inputs=list(kept.values()),
         parameter_names=parameter_names,
-        kv_spec=spec,
+        kv_spec=_check_attention(model, gm, len(cache.k)),
         digest=graph_digest(gm, _weights(parameter_names)),
     )
 
 
-def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache) -> tuple[torch.fx.GraphModule, list[Any]]:
+def _traced(
+    model: nn.Module, batch: PackedInputs, cache: KVCache, attention: str, whole: bool
+) -> tuple[torch.fx.GraphModule, list[Any]]:
     try:
-        with hf_interface.installed(model):
-            return _run_dynamo(model, batch, cache)
+        with hf_interface.installed(model, _paged(batch, cache), attention):
+            return _run_dynamo(model, batch, cache, whole)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured as one graph: {reason}"
+            f"{type(model).__name__} cannot be captured as one graph: {reason}; see docs/models.md"
         ) from error
 
 
@@ -253,7 +298,8 @@ def _check_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) ->
     schema = torch.ops.llm42.paged_attention.default._schema
     place = {argument.name: i for i, argument in enumerate(schema.arguments)}
     caches = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    calls = [n for n in gm.graph.nodes if n.target == torch.ops.llm42.paged_attention]
+    operator = torch.ops.llm42.paged_attention
+    calls = [n for n in gm.graph.nodes if n.target in (operator, operator.default)]
     calls.sort(key=lambda n: caches.index(n.args[place["k_cache"]]))
     if len(calls) != layers:
         raise UnsupportedModelError(
@@ -267,10 +313,6 @@ def _check_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) ->
         )
     spec = []
     for call in calls:
-        q, k, v = (call.args[place[name]].meta["example_value"].shape for name in ("q", "k", "v"))
-        if not int(q[2]) == int(k[2]) == int(v[2]):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is not supported: its keys and values have different head sizes"
-            )
+        k = call.args[place["k"]].meta["example_value"].shape
         spec.append(KVSpec(int(k[1]), int(k[2])))
     return spec

@@ -30,6 +30,7 @@ from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
 from llm42c.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.ranks import ALONE, Ranks
+from llm42c.support import context_limit
 from llm42c.tensor_parallel import divide
 from llm42c.weights import WeightStore
 
@@ -209,7 +210,8 @@ class ModelCompiler:
             self.weights.restore()  # it reads the originals, which a packed form may have released
         gm = _copy(self.captured.gm)
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-        positions = PositionInput(self._placeholder("positions"), config.max_position_embeddings)
+        limit = context_limit(self.model)
+        positions = PositionInput(self._placeholder("positions"), limit)
         target = PACKED if form == "pinned" else STOCK
         dump = Dump.for_options(Options(), target)
         report = pipeline.run(gm, self._context(target, positions), dump.graph)
@@ -231,7 +233,7 @@ class ModelCompiler:
         return CompiledModel(
             form=form,
             vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=limit,
             dtype=next(self.model.parameters()).dtype,
             digest=f"{computation.graph}-{form}",
             computation=computation,

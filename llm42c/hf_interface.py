@@ -10,13 +10,14 @@ prefixes, blocks) is found here instead of being computed as something else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 ATTENTION_NAME = "llm42_paged"
+WRITTEN_OUT = "eager"
 UNKNOWN_WINDOW = -1
 """The ``window`` argument of an attention call whose mask is not a causal or sliding one."""
 
@@ -24,43 +25,60 @@ _CONFIG_FIELDS = {
     "_attn_implementation": "_attn_implementation_internal",
     "_experts_implementation": "_experts_implementation_internal",
 }
+_MULTIPLE = 8  # head sizes that the operator takes
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface on a packed batch.
-
-    query: [1, Hq, T, D]; key, value: [1, Hkv, T, D], positions already applied. Returns [1, T, Hq, D].
+def attention_function(batch: Mapping[str, Any]) -> Callable[..., tuple[Tensor, None]]:
+    """Hugging Face's attention interface on a packed batch, whose tensors it holds: models differ in
+    whether they hand unknown keyword arguments down to it.
     """
-    batch = kwargs["llm42_batch"]
-    layer = module.layer_idx
-    out = torch.ops.llm42.paged_attention(
-        query[0].transpose(0, 1),  # [T, Hq, D]
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        batch["k_cache"][layer],
-        batch["v_cache"][layer],
-        batch["slot_mapping"],
-        batch["cu_seqlens_q"],
-        batch["kv_lens"],
-        batch["block_table"],
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        _window(module, attention_mask, sliding_window or 0),
-        softcap or 0.0,
-        s_aux,
-    )
-    return out.unsqueeze(0), None
+
+    def attention_forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """query: [1, Hq, T, D]; key: [1, Hkv, T, D]; value: [1, Hkv, T, E], positions already applied.
+
+        Returns [1, T, Hq, E]. Sizes that the operator does not take are filled up with zeros, which change
+        no score and no value.
+        """
+        layer = module.layer_idx
+        widest = max(query.shape[-1], value.shape[-1])
+        head_dim = -(-widest // _MULTIPLE) * _MULTIPLE
+        out = torch.ops.llm42.paged_attention(
+            _widened(query[0].transpose(0, 1), head_dim),  # [T, Hq, D]
+            _widened(key[0].transpose(0, 1), head_dim),
+            _widened(value[0].transpose(0, 1), head_dim),
+            batch["k_cache"][layer],
+            batch["v_cache"][layer],
+            batch["slot_mapping"],
+            batch["cu_seqlens_q"],
+            batch["kv_lens"],
+            batch["block_table"],
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            _window(module, attention_mask, sliding_window or 0),
+            softcap or 0.0,
+            s_aux,
+        )
+        if value.shape[-1] != head_dim:
+            out = out[..., : value.shape[-1]]
+        return out.unsqueeze(0), None
+
+    return attention_forward
+
+
+def _widened(x: Tensor, head_dim: int) -> Tensor:
+    missing = head_dim - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _window(module: nn.Module, mask: Tensor | None, window: int) -> int:
@@ -108,13 +126,16 @@ def _grouped(module: Any, rows: Tensor, name: str, group: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def installed(model: nn.Module) -> Iterator[None]:
-    """The model calls our functions, without dropout, inside this block; its own settings return after it."""
+def installed(model: nn.Module, batch: Mapping[str, Any], attention: str = ATTENTION_NAME) -> Iterator[None]:
+    """The model calls our functions, without dropout, inside this block; its own settings return after it.
+
+    With ``attention=WRITTEN_OUT`` it computes scores and masks itself.
+    """
     from transformers import AttentionInterface
     from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionInterface.register(ATTENTION_NAME, attention_function(batch))
     AttentionMaskInterface.register(ATTENTION_NAME, mask_marker)
     ExpertsInterface.register(ATTENTION_NAME, experts_forward)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -126,7 +147,8 @@ def installed(model: nn.Module) -> Iterator[None]:
         if hasattr(config, name)
     ]
     for config, stored, _ in before:
-        setattr(config, stored, ATTENTION_NAME)
+        ours = attention if stored == _CONFIG_FIELDS["_attn_implementation"] else ATTENTION_NAME
+        setattr(config, stored, ours)
     for module in training:
         module.training = False
     try:

@@ -1,7 +1,7 @@
 """Which models can be served at all: every refusal is one line that names the reason.
 
 These are the reasons that can be seen before a capture. A model that passes may still be refused by the
-capture itself, for an attention that does not go through Hugging Face's attention interface.
+capture itself, for an attention that is neither causal nor a sliding window, or not provably so.
 """
 
 from __future__ import annotations
@@ -27,6 +27,19 @@ def require_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported: {reason}")
 
 
+def context_limit(model: nn.Module) -> int:
+    """The number of positions that a model has, by whatever name its configuration calls it.
+
+    A model without positions of its own (linear biases) has as many as it was trained for, else 2048.
+    """
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return 2048
+
+
 def _reasons(model: nn.Module) -> Iterator[str]:
     config: Any = getattr(model, "config", None)
     if config is None or not callable(getattr(model, "generate", None)):
@@ -39,8 +52,6 @@ def _reasons(model: nn.Module) -> Iterator[str]:
             yield f"it takes more than text ({name}); load its text model alone"
     if getattr(model, "_is_stateful", False):
         yield "its layers keep a recurrent state (Mamba, linear attention) besides keys and values"
-    if not getattr(model, "_supports_attention_backend", False):
-        yield "its attention does not go through Hugging Face's attention interface"
     text = config.get_text_config(decoder=True)
     yield from _layer_reasons(text)
     yield from _weight_reasons(model, config)

@@ -28,7 +28,7 @@ from llm42c.passes.kinds import UNPLACED, Kind, kind, plain_name
 
 
 def unplaced(graph: fx.Graph) -> list[Event]:
-    """The calls of case 5."""
+    """The calls of case 6."""
     found = []
     for node in graph.nodes:
         if node.op == "call_module" or node.op in ("call_function", "call_method"):

@@ -26,7 +26,7 @@ from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.streaming import StreamedToken
 from llm42c.runtime.loader import BuiltEngine, build_engine
 from llm42c.runtime.stats import Stats
-from llm42c.support import require_supported
+from llm42c.support import context_limit, require_supported
 
 _KV_BUDGET = 256 * 2**20
 
@@ -195,8 +195,7 @@ class Handle:
 
     def _kv_budget(self) -> int:
         """At most what full batches of full contexts need, at least one full context, else 256 MiB."""
-        config = self.model.config.get_text_config(decoder=True)
-        context = self.options.get("max_model_len") or config.max_position_embeddings
+        context = self.options.get("max_model_len") or context_limit(self.model)
         item = next(self.model.parameters()).dtype.itemsize
         token = sum(2 * s.num_kv_heads * s.head_dim for s in kv_spec(self.model)) * item
         one = (min(context, 8192) + 16) * token

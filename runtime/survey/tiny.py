@@ -61,6 +61,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "LongcatFlashConfig": {"head_dim": 8, "qk_head_dim": 24},  # of the rotated part, and of both parts
     "Mamba2Config": {"num_heads": 8},  # times head_dim: twice the hidden size
     "XmodConfig": {"default_language": "en_XX"},
+    "CodeGenConfig": {"rotary_dim": 8},
+    "GPTJConfig": {"rotary_dim": 8},
 }
 
 
@@ -140,6 +142,8 @@ def tiny_fields(config_class: type) -> dict[str, Any]:
         size = None if isinstance(effective, (bool, float, str, list, dict)) else _size(name, effective)
         if size is not None and (effective is not None or name.endswith("_token_id") or "head" in name):
             chosen[name] = size
+        if name == "is_decoder":
+            chosen[name] = True
         if name in ("initializer_range", "init_std", "initializer_std"):
             chosen[name] = 0.1
     if default is not None:

@@ -376,10 +376,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "not a Hugging Face model with a generate method",
     ),
-    "own attention": (
-        lambda: _build("BloomForCausalLM", "BloomConfig", vocab_size=99, hidden_size=32, n_layer=1, n_head=2),
-        "attention interface",
-    ),
     "chunked attention": (
         lambda: _build(
             "Llama4ForCausalLM",
