@@ -16,6 +16,7 @@ from llm42c.runtime.survey.mixing import mixing
 from llm42c.runtime.survey.pool import Surveyed
 from llm42c.runtime.survey.tiny import CannotBuildError, tiny_model
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BY_NAME = {decoder.name: decoder for decoder in decoders()}
 # One of each construct: rotary positions, learned ones, ALiBi, experts, attention of the model's own.
 QUICK = ("LlamaForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM", "MixtralForCausalLM", "GPTJForCausalLM")
@@ -169,3 +170,9 @@ def test_a_page_says_what_was_found() -> None:
     assert "it is odd" in text
     assert "`C`: it is large" in text
     assert [cell.name for cell in page.bad_cells(found)] == ["B"]
+
+
+def test_the_committed_page_is_clean() -> None:
+    found = page.states(PAGE.read_text())
+    assert found
+    assert {state for states in found.values() for state in states} <= {"ok", "refused"}
