@@ -17,8 +17,7 @@ from llm42c.packed import PackedModel
 from llm42c.runtime import processors
 from llm42c.runtime.config import EngineConfig
 
-# What turns logits into tokens, by name and version. A version is raised by whoever changes a bit of it:
-# tests/runtime/test_contract.py holds what each version gives.
+# What turns logits into tokens, by name and version. A version is raised by whoever changes a bit of it.
 RULES = {
     "noise": "philox4x32-10/1",  # of (seed, position, vocabulary index)
     "choice": "gumbel-max/1",  # of logits over temperature; equal scores go to the lowest index
