@@ -7,7 +7,8 @@ Cases:
 2. casts become ``x.to(dtype)``: ``x.float()``, ``x.bfloat16()``, ``x.type_as(y)``, ``x.to(y)``,
    ``x.to(device=same, dtype=d)``
 3. ``x.pow(2)``, ``x ** 2``, ``x * x`` → ``torch.square(x)``;  powers of -0.5, 0.5 and -1 → ``rsqrt``,
-   ``sqrt`` and ``reciprocal``, as ``torch.pow`` itself does;  ``1 / x`` → ``torch.reciprocal(x)``
+   ``sqrt`` and ``reciprocal``, as ``torch.pow`` itself does;  ``1 / x`` → ``torch.reciprocal(x)``;  a product
+   of matrices that sums over one element, ``[*, M, 1] @ [*, 1, N]`` → ``torch.mul`` (a zero keeps its sign)
 4. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
    ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, slices and
    reshapes of everything, empty parts of a ``cat``, usage logging
@@ -168,7 +169,19 @@ def _simplify(node: fx.Node) -> Any:
         a, b = node.args
         if a is b and g.tensor(a) is not None:
             return "square", (a,)
+    if kind in ("matmul", "bmm") and _sums_one_element(node):
+        return "mul", tuple(node.args)
     return None
+
+
+def _sums_one_element(node: fx.Node) -> bool:
+    """``[*, M, 1] @ [*, 1, N]`` of one dtype: rotary angles as transformers used to write them."""
+    if len(node.args) != 2 or node.kwargs:
+        return False
+    a, b = (g.tensor(arg) for arg in node.args)
+    if a is None or b is None or a.dim() < 2 or b.dim() < 2:
+        return False
+    return a.dtype == b.dtype and g.same(a.shape[-1], 1) and g.same(b.shape[-2], 1)
 
 
 def _is_nothing(node: fx.Node, copies_may_alias: bool) -> bool:

@@ -6,8 +6,8 @@ other calls are all fused needs no generated kernel at all.
 
 Cases:
 
-1. a value computed from the positions [1, T] and constants alone, by pointwise calls, views and
-   concatenations that keep exactly one dimension of T (``cos``, ``sin`` [1, T, D])
+1. a value computed from the positions [1, T] and constants (parameters, their views and casts) alone, by
+   pointwise calls, views and concatenations that keep exactly one dimension of T (``cos``, ``sin`` [1, T, D])
                                                      → ``index_select(table, dim, positions)``
 
 A value that is cheaper to compute than to look up (a cast, a view) is left alone, and so is one whose
@@ -54,18 +54,25 @@ def _is_rowwise(node: fx.Node, rows: object) -> bool:
     return True
 
 
-def _functions_of(positions: fx.Node, rows: object) -> list[fx.Node]:
-    """Nodes computed row by row from the positions and constants alone, in graph order."""
+def _functions_of(positions: fx.Node, rows: object) -> tuple[list[fx.Node], set[fx.Node]]:
+    """Nodes computed row by row from the positions and constants alone, and the constants that are computed
+    from parameters; the first list holds both, in graph order.
+    """
     found: dict[fx.Node, None] = {}
+    constants: set[fx.Node] = set()
     for node in positions.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         sources = node.all_input_nodes
-        reads = any(s is positions or s in found for s in sources)
-        closed = all(s is positions or s in found or s.op == "get_attr" for s in sources)
-        if reads and closed and _is_rowwise(node, rows):
+        if not all(s is positions or s in found or s.op == "get_attr" for s in sources):
+            continue
+        if any(s is positions or (s in found and s not in constants) for s in sources):
+            if _is_rowwise(node, rows):
+                found[node] = None
+        elif sources and kind(node) in (Kind.VIEW, Kind.EXACT):
             found[node] = None
-    return list(found)
+            constants.add(node)
+    return list(found), constants
 
 
 def _needed(results: list[fx.Node], among: list[fx.Node]) -> list[fx.Node]:
@@ -96,9 +103,9 @@ def position_table(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     if spec is None or positions is None:
         return
     rows = g.fake(positions).shape[-1]
-    among = _functions_of(positions, rows)
+    among, constants = _functions_of(positions, rows)
     inside = set(among)
-    results = [n for n in among if any(u not in inside for u in n.users)]
+    results = [n for n in among if n not in constants and any(u not in inside for u in n.users)]
     worth = [n for n in results if any(kind(m) is Kind.TRANSCENDENTAL for m in _needed([n], among))]
     size = sum(g.fake(n).numel() // rows * spec.limit * g.fake(n).dtype.itemsize for n in worth)
     if size > MAX_BYTES:

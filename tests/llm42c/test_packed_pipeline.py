@@ -127,3 +127,11 @@ def test_a_table_that_is_too_large_is_not_made():
     report = pipeline.run(captured.gm, tiny.packed_context(captured, limit=1 << 22))
     assert not report["position_table"].matches
     assert "MiB" in " ".join(report["position_table"].reasons())
+
+
+def test_frequencies_that_were_cast_are_constants_still():
+    """`model.to(bfloat16)` casts the rotary frequencies too; the graph casts them back in every step."""
+    captured = tiny.capture(tiny.model("llama").to(torch.bfloat16))
+    assert any(t.dtype == torch.bfloat16 for n, t in captured.gm.named_buffers() if "inv_freq" in n)
+    report = pipeline.run(captured.gm, tiny.packed_context(captured))
+    assert len(report["position_table"].matches) >= 2

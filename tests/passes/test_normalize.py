@@ -31,6 +31,9 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         (torch.nn.ReLU(), {"relu": 1}),
         (lambda x: torch.nn.functional.relu(x.sin(), True) + 1, {"sin": 1, "relu": 1, "add": 1}),
         (lambda x: x.permute(1, 0).reshape(4, 6), {"permute": 1, "reshape": 1}),
+        (lambda x: x[:, :, None] @ x[:, None, :], {"getitem": 2, "mul": 1}),
+        (lambda x: x[:, None, :, None] @ x[0].reshape(1, 8), {"getitem": 2, "reshape": 1, "mul": 1}),
+        (lambda x: x[:, None, :] @ x[:, :, None], {"getitem": 2, "matmul": 1}),
     ],
 )
 def test_spelling(fn, expected):
