@@ -77,8 +77,9 @@ def attention_function(batch: Mapping[str, Any]) -> Callable[..., tuple[Tensor, 
 
 
 def _widened(x: Tensor, head_dim: int) -> Tensor:
+    """x [T, H, D] with zeros behind. (``F.pad`` would guard on the number of tokens.)"""
     missing = head_dim - x.shape[-1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return torch.cat([x, torch.zeros_like(x[..., :1]).expand(-1, -1, missing)], -1) if missing else x
 
 
 def _window(module: nn.Module, mask: Tensor | None, window: int) -> int:

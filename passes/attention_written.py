@@ -36,7 +36,7 @@ from torch import Tensor, fx
 from llm42c.passes import graph as g
 from llm42c.passes.attention_sdpa import unrepeated
 from llm42c.passes.base import PassReport
-from llm42c.passes.head_dims import common_head_dim, padded
+from llm42c.passes.head_dims import common_head_dim
 from llm42c.passes.kinds import plain_name
 from llm42c.passes.token_functions import TokenFunctions
 
@@ -283,8 +283,8 @@ def _rewrite(
     q, k, v = (_rows(out, x, dtype) for x in (call.q, k4, v4))
     head_dim = common_head_dim(q, k, v)
     extra = _EXTRA if slopes is not None else 0
-    q, k = (padded(out, x, head_dim) for x in (q, k))
-    v = padded(out, v, head_dim + extra)
+    q, k = (_filled(out, x, head_dim) for x in (q, k))
+    v = _filled(out, v, head_dim + extra)
     if slopes is not None:
         q, k = _with_bias(out, q, k, slopes / call.scale, batch.positions, limit)
     options = (call.scale, window, 0.0, None)
@@ -316,6 +316,17 @@ def _rows(before: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
     if g.fake(x).dim() == 4:
         x = g.insert(before, g.FUNCTIONS["select"], (x, 0, 0))
     return g.insert(before, g.FUNCTIONS["transpose"], (x, 0, 1))
+
+
+def _filled(before: fx.Node, x: fx.Node, head_dim: int) -> fx.Node:
+    """x [T, H, D] with zeros behind, [T, H, head_dim]. (``F.pad`` would guard on the number of tokens.)"""
+    missing = head_dim - int(g.fake(x).shape[-1])
+    if not missing:
+        return x
+    one = g.insert(before, g.FUNCTIONS["narrow"], (x, 2, 0, 1))
+    zero = g.insert(before, torch.zeros_like, (one,))
+    zeros = g.insert(before, "expand", (zero, -1, -1, missing))
+    return g.insert(before, g.FUNCTIONS["cat"], ([x, zeros], 2))
 
 
 def _with_bias(
