@@ -6,8 +6,6 @@ Cases:
 2. ``x @ w.T``, ``torch.matmul(x, w.t())``, ``torch.mm``          (w: [N, K])
 3. ``x @ w``, ``torch.addmm(b, x, w)``  with a 2-D weight         (w: [K, N], as in GPT-2's Conv1D)
 4. any of these under autocast: the casts that autocast makes become explicit
-5. a product over K = 1, such as rotary frequencies (``inv_freq[:, None] @ position[None]``), is a
-   multiplication: it has nothing to sum
 
 Plain target: ``llm42::linear_dense(x, w, b)`` on the user's own parameter. Packed target: the weight is
 a ``get_attr`` of a parameter; it becomes a packed constant (see ``recipes.py``) and the call
@@ -94,16 +92,6 @@ def refusal(p: Product, out: fx.Node) -> str | None:
     return None
 
 
-def is_outer_product(node: fx.Node) -> bool:
-    """Case 5: a matmul whose inner dimension is 1."""
-    if g.name(node) not in ("matmul", "bmm"):
-        return False
-    a, b = (g.tensor(arg) for arg in node.args)
-    if a is None or b is None or a.dim() < 2 or b.dim() < 2:
-        return False
-    return g.same(a.shape[-1], 1) and g.same(b.shape[-2], 1) and a.dtype == b.dtype
-
-
 def is_uniform(p: Product, out: fx.Node) -> bool:
     """Operands and result have one dtype. Under autocast they do not: it casts, then multiplies."""
     operands = (p.x, p.weight, *([p.bias] if p.bias is not None else []))
@@ -125,10 +113,6 @@ def _dense(node: fx.Node, p: Product) -> fx.Node:
 def linear(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every recognised product by ``llm42::linear`` (packed) or ``llm42::linear_dense``."""
     for node in list(graph.nodes):
-        if is_outer_product(node):
-            report.match(node)
-            g.replace(node, g.insert(node, g.FUNCTIONS["mul"], node.args))
-            continue
         p = product(node)
         if p is None:
             if g.name(node) in ("matmul", "mm", "bmm", "addmm"):

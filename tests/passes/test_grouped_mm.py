@@ -13,6 +13,7 @@ from transformers.integrations import moe  # noqa: F401  (defines transformers::
 from llm42c.passes.base import Context
 from llm42c.passes.check import unplaced
 from llm42c.passes.grouped_mm import grouped_mm
+from llm42c.passes.topk import topk
 
 E, K, N, CHOSEN = 4, 72, 40, 2
 _random = torch.Generator().manual_seed(0)
@@ -72,6 +73,7 @@ def test_sorted_rows(product: Any, dynamic: bool, dtype: torch.dtype) -> None:
     assert (len(report.matches), report.misses) == (1, [])
     assert "histc" not in calls(gm)
     assert "cumsum" not in calls(gm)
+    apply(gm, topk)  # the router's
     assert not unplaced(gm.graph)
     assert same_bits(run(gm), _expected(x, EXPERTS))
 

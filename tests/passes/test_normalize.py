@@ -34,6 +34,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         (lambda x: x[:, :, None] @ x[:, None, :], {"getitem": 2, "mul": 1}),
         (lambda x: x[:, None, :, None] @ x[0].reshape(1, 8), {"getitem": 2, "reshape": 1, "mul": 1}),
         (lambda x: x[:, None, :] @ x[:, :, None], {"getitem": 2, "matmul": 1}),
+        (lambda x: x[None, :, :1] @ x[None, :1, :], {"getitem": 2, "mul": 1}),
     ],
 )
 def test_spelling(fn, expected):
