@@ -30,6 +30,7 @@ PATHS: tuple[Path, ...] = ("compile", "generate")
 DTYPES = ("float32", "bfloat16")
 # At so few rows a library picks its kernels by their number; the longer rows exceed windows and chunks.
 _LENGTH = 3
+_ORDERS = ([0, 1, 2, 3, 4], [3, 0], [4, 2, 1])  # rows of the batches that are compared with rows alone
 _LONGER = 17
 _PROMPTS = (5, 17, 9)
 _NEW_TOKENS = 6
@@ -112,7 +113,12 @@ def is_revealing(model: Any) -> bool:
 
 
 def require_sane(model: Any) -> None:
-    """Raises ValueError where equal answers would prove nothing: no scale, equal rows, unmixed tokens."""
+    """Raises ValueError where equal answers would prove nothing: no scale, equal rows, unmixed tokens.
+
+    Raises what eager itself raises for a batch that the checks run.
+    """
+    for rows in (1, *map(len, _ORDERS)):  # raises where eager itself cannot run a batch
+        logits(model, tokens(model, rows, _LENGTH))
     ids = tokens(model, 2, _LONGER)
     out = logits(model, ids).float()
     other = ids.clone()
@@ -163,7 +169,7 @@ def check_compile(
     compiled = torch.compile(model, backend=backend, dynamic=True, options=options)
     ids = tokens(model, 5, _LENGTH)
     alone = torch.cat([logits(compiled, ids[i : i + 1]) for i in range(len(ids))])
-    for order in ([0, 1, 2, 3, 4], [3, 0], [4, 2, 1]):
+    for order in _ORDERS:
         together = logits(compiled, ids[order])
         for place, row in enumerate(order):
             if not torch.equal(together[place], alone[row]):
