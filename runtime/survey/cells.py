@@ -37,7 +37,8 @@ _NEW_TOKENS = 6
 # The longest sum of a tiny model has this many terms; a chain of n products is the exact product for weights
 # that differ by at most n·eps each.
 _LONGEST_SUM = 128
-_ENGINE = {
+# Small enough that chunks, windows and buckets end inside a short prompt.
+ENGINE: dict[str, Any] = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 32,
     "verify_tokens": 16,
@@ -186,7 +187,7 @@ def check_generate(model: Any, eager: Any) -> None:
     """Path ``generate``: greedy tokens and the bits of their log-probs, alone and in padded batches."""
     import llm42c
 
-    wrapped = llm42c.deterministic(model, **_ENGINE)
+    wrapped = llm42c.deterministic(model, **ENGINE)
     prompts = [tokens(model, 1, length, seed)[0] for seed, length in enumerate(_PROMPTS, start=2)]
     alone = [_generate(wrapped, [p]) for p in prompts]
     for order in ([0, 1, 2], [2, 0]):

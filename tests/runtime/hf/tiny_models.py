@@ -11,18 +11,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from llm42c.runtime.survey.cells import ENGINE as ENGINE
+
 VOCAB = 199
 PAD, BOS, EOS = 0, 1, 2
-ENGINE = {
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 32,
-    "verify_tokens": 16,
-    "verify_seqs": 8,
-    "verify_window": 8,
-    "probe_compositions": 1,
-    "kv_cache_bytes": 2**22,
-    "persist_certificates": False,
-}
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
