@@ -12,8 +12,7 @@ Cases:
 4. things that do nothing go away: casts to the same dtype, ``dropout`` outside training or with p=0,
    ``x * 1.0``, ``x + 0`` on integers, ``detach``, ``contiguous()`` of a row-major tensor, slices and
    reshapes of everything, empty parts of a ``cat``, usage logging
-5. ``zeros_like(x).scatter_(…)`` → ``zeros_like(x).scatter(…)``: what the graph made, and has no
-   other view, is not written to; a graph that writes to tensors cannot be divided into pieces
+5. writes to tensors that the graph made become values (``in_place.py``)
 
 Before and after (fp32 model, x: [B, S, H])::
 
@@ -34,6 +33,7 @@ from torch import Tensor, fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
+from llm42c.passes.in_place import filled_by_parts, written_in_place
 
 _CAST_METHODS = {
     "float": torch.float32,
@@ -247,59 +247,10 @@ def _rewrite(node: fx.Node, copies_may_alias: bool) -> fx.Node | None:
     return first[0] if isinstance(first, (tuple, list)) else first
 
 
-_IN_PLACE = {
-    operator.iadd: torch.add,
-    operator.isub: torch.sub,
-    operator.imul: torch.mul,
-    operator.itruediv: torch.div,
-}
-
-
-def _out_of_place(graph: fx.Graph) -> None:
-    """Case 5: a tensor that the graph made, and that has no other view, need not be written to.
-
-    Who reads it afterwards reads the result instead.
-    """
-    views: dict[int | None, list[fx.Node]] = {}  # nodes by storage, in graph order
-    for node in graph.nodes:
-        views.setdefault(g.storage_of(node), []).append(node)
-    for node in list(graph.nodes):
-        base, written = g.arg(node), g.mutated_arguments(node)
-        if not isinstance(base, fx.Node) or written != [base] or g.tensor(node) is None:
-            continue
-        pure = _pure(node)
-        views_before = [n for n in views[g.storage_of(base)] if n is not base and n < node]
-        made_here = base.op in ("call_function", "call_method") and views[g.storage_of(base)][0] is base
-        if pure is None or not made_here or _read(views_before, node):
-            continue
-        same = g.same_shape(g.fake(base), g.fake(node)) and g.fake(base).dtype == g.fake(node).dtype
-        if not same:
-            continue
-        node.op, node.target = pure
-        for user in [user for user in base.users if node < user]:
-            user.replace_input_with(base, node)
-        g.compute_value(node)
-        views.setdefault(g.storage_of(node), []).append(node)
-        g.refresh(g.users(node))
-
-
-def _read(nodes: list[fx.Node], after: fx.Node) -> bool:
-    return any(after < user for n in nodes for user in n.users)
-
-
-def _pure(node: fx.Node) -> tuple[str, Any] | None:
-    """Operation and target of the call that computes the same and writes nothing."""
-    if node.op == "call_function" and node.target in _IN_PLACE:
-        return "call_function", _IN_PLACE[node.target]
-    name = str(node.target)
-    if node.op == "call_method" and name.endswith("_") and hasattr(torch.Tensor, name[:-1]):
-        return "call_method", name[:-1]
-    return None
-
-
 def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite every node of ``graph`` to its canonical spelling."""
-    _out_of_place(graph)
+    written_in_place(graph)
+    filled_by_parts(graph)
     functional = not any(g.mutated_arguments(node) for node in graph.nodes if not _is_ours(node))
     inputs = {g.storage_of(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     for node in list(graph.nodes):

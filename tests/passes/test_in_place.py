@@ -1,0 +1,93 @@
+"""Writes become values where nobody can tell, and stay where somebody could."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graphs import capture, run
+from torch import Tensor, fx
+
+from llm42c.passes import graph as g
+from llm42c.passes.base import Context, PassReport
+from llm42c.passes.cleanup import erase_dead_code
+from llm42c.passes.normalize import normalize
+
+
+def normalized(fn: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    gm = capture(fn, *inputs)
+    normalize(gm.graph, Context(), PassReport("normalize"))
+    erase_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def writes(gm: fx.GraphModule) -> list[str]:
+    return [n.name for n in gm.graph.nodes if g.mutated_arguments(n)]
+
+
+def scattered(x: Tensor) -> Tensor:
+    mask = torch.zeros_like(x)
+    mask.scatter_(1, x.argmax(-1, keepdim=True), 1.0)
+    return x * mask.unsqueeze(0)
+
+
+def divided(x: Tensor) -> Tensor:
+    top, _ = x.topk(2, -1)
+    top /= top.sum(-1, keepdim=True)
+    return top + 1
+
+
+def added(x: Tensor) -> Tensor:
+    y = x.exp()
+    y += x
+    y *= 2
+    return y
+
+
+def by_parts(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], 6)
+    y[..., 2:].copy_(x[..., :4])
+    y[..., :2].copy_(x[..., 4:6])
+    return y * 2
+
+
+def an_older_view(x: Tensor) -> Tensor:
+    y = x.exp()
+    view = y[:, :2]
+    y += 1
+    return view * 2
+
+
+def an_input(x: Tensor) -> Tensor:
+    x += 1
+    return x * 2
+
+
+def a_gap(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], 7)
+    y[..., :2].copy_(x[..., :2])
+    y[..., 3:].copy_(x[..., :4])
+    return y * 2
+
+
+def inputs() -> Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("fn", [scattered, divided, added, by_parts], ids=lambda f: f.__name__)
+def test_writes_become_values(fn: Callable[..., Any]) -> None:
+    gm = normalized(fn, inputs())
+    assert writes(gm) == []
+    assert torch.equal(run(gm), fn(inputs()))
+
+
+@pytest.mark.parametrize("fn", [an_older_view, an_input, a_gap], ids=lambda f: f.__name__)
+def test_near_misses_stay(fn: Callable[..., Any]) -> None:
+    gm = normalized(fn, inputs())
+    assert writes(gm) != []
+    gm.meta["inputs"] = [inputs() if isinstance(t, Tensor) else t for t in gm.meta["inputs"]]
+    assert torch.equal(run(gm), fn(inputs()))
