@@ -178,9 +178,10 @@ def test_near_misses(miss: str) -> None:
 def test_a_bias_that_is_written_to_in_between() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         bias = m + 1.0
+        older = bias[:1]  # read after the write, which therefore stays one
         p = (q @ k.transpose(2, 3) + bias).softmax(-1)
         bias.add_(1.0)
-        return p @ v + bias.sum()
+        return p @ v + older.sum()
 
     gm = capture(fn, Q, K, V, BIAS)
     report = apply(gm, attention_eager)

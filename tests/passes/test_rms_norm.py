@@ -103,9 +103,10 @@ def _in_double(x):
 
 def _written_in_between(x):
     a = x.sin()
+    older = a[:1]  # read after the write, which therefore stays one
     r = torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + 1e-5)
     a.add_(1)
-    return a * r
+    return a * r + older.exp().sum()
 
 
 @pytest.mark.parametrize(
