@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from llm42c.digest import graph_digest
 from llm42c.errors import ConfigError, UnsupportedModelError
 from llm42c.memory import zeros
 from llm42c.packed import KVCache, PackedInputs
-from llm42c.support import require_supported
+from llm42c.support import layer_config, require_supported, unsupported
 
 _CONSTANT = "constant_"  # begins the names of tensors that are neither parameters nor buffers
 _BATCH_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table")
@@ -68,12 +69,17 @@ class _GraphCapturedError(Exception):
 
 
 def kv_spec(model: nn.Module) -> list[KVSpec]:
-    """Per layer, the number of KV heads and the head size, from the model's configuration."""
+    """Layer by layer, KV heads and head size, as far as the model's configuration says them."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+    layers: int = config.num_hidden_layers
+    each = [layer_config(config, layer) for layer in range(layers)]
+    return [_kv_spec(layer) for layer in each]
+
+
+def _kv_spec(config: Any) -> KVSpec:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return [KVSpec(kv_heads, head_dim)] * config.num_hidden_layers
+    return KVSpec(getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
 def new_kv_cache(
@@ -106,7 +112,7 @@ def _example_batch(tokens: int = 48, rows: int = 24) -> PackedInputs:
 
 def _paged(batch: PackedInputs, cache: KVCache) -> dict[str, Any]:
     paged = {name: getattr(batch, name) for name in _BATCH_FIELDS}
-    return paged | {"k_cache": cache.k, "v_cache": cache.v}
+    return paged | {"k_cache": cache.k, "v_cache": cache.v, "calls": []}
 
 
 def _decoder(model: nn.Module, paged: dict[str, Any]) -> Callable[..., Any]:
@@ -158,7 +164,7 @@ def _run_dynamo(
     with torch.no_grad(), constants, stopped:
         compiled(input_ids=input_ids, **arguments)
     if not captured:
-        raise UnsupportedModelError(f"{type(model).__name__}: Dynamo captured no graph")
+        raise unsupported(model, "Dynamo captured no graph of it")
     return captured[0]
 
 
@@ -284,33 +290,37 @@ def _traced(
         with hf_interface.installed(model, _paged(batch, cache), attention):
             return _run_dynamo(model, batch, cache, whole)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured as one graph: {reason}; see docs/models.md"
-        ) from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise unsupported(model, f"{_culprit(error)} cannot be part of one graph: {reason}") from error
+
+
+def _culprit(error: Exception) -> str:
+    """The line of the model at which Dynamo gave up."""
+    torch_itself = os.path.dirname(torch.__file__)
+    frames = [f for f in getattr(error, "real_stack", None) or () if not f.filename.startswith(torch_itself)]
+    if not frames:
+        return "its forward"
+    last = frames[-1]
+    return f"`{last.line}` ({os.path.basename(last.filename)}, line {last.lineno}, in {last.name})"
 
 
 def _check_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) -> list[KVSpec]:
-    """The KV shapes that the graph's attention calls use, layer by layer.
+    """The KV shapes that the graph's attention calls use, call by call; a layer has one call or more.
 
     Raises UnsupportedModelError when a layer has another attention, or one that the operator cannot do.
     """
     schema = torch.ops.llm42.paged_attention.default._schema
     place = {argument.name: i for i, argument in enumerate(schema.arguments)}
-    caches = [n for n in gm.graph.nodes if n.op == "placeholder"]
     operator = torch.ops.llm42.paged_attention
     calls = [n for n in gm.graph.nodes if n.target in (operator, operator.default)]
-    calls.sort(key=lambda n: caches.index(n.args[place["k_cache"]]))
-    if len(calls) != layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported: {len(calls)} of {layers} layers use an attention that "
-            "llm42 can replace; layers that keep other sequence state are not served"
+    if len(calls) < layers:
+        raise unsupported(
+            model,
+            f"{len(calls)} of {layers} layers use an attention that llm42 can replace; "
+            "layers that keep other sequence state are not served",
         )
     if any(n.args[place["window"]] == hf_interface.UNKNOWN_WINDOW for n in calls):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported: "
-            "its attention mask is neither causal nor a sliding window"
-        )
+        raise unsupported(model, "its attention mask is neither causal nor a sliding window")
     spec = []
     for call in calls:
         k = call.args[place["k"]].meta["example_value"].shape

@@ -23,14 +23,14 @@ from llm42c.computation import Computation, computation_of
 from llm42c.device import CPU, attention_step, device_of_model, load_operators, require_operators
 from llm42c.digest import graph_digest, require_finite, weights_digest
 from llm42c.dump import Dump
-from llm42c.errors import ConfigError, UnsupportedModelError
+from llm42c.errors import ConfigError
 from llm42c.options import Options, TokenWeave
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
 from llm42c.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.ranks import ALONE, Ranks
-from llm42c.support import context_limit
+from llm42c.support import context_limit, unsupported
 from llm42c.tensor_parallel import divide
 from llm42c.weights import WeightStore
 
@@ -221,7 +221,8 @@ class ModelCompiler:
             require_shards(report)
         if self.strict and report.unplaced:
             events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
-            raise UnsupportedModelError(f"no fixed order of reduction is known for {events}")
+            reason = f"no fixed order of reduction is known for {events}"
+            raise unsupported(self.model, reason, "docs/compile.md")
         self.ranks.require_same(f"the {form} graph", graph_digest(gm, self.captured.weights))
         self.weights.materialise(gm, (*self._graphs.values(), gm) if release else ())
         with dump.generated_code():

@@ -31,6 +31,9 @@ _MULTIPLE = 8  # head sizes that the operator takes
 def attention_function(batch: Mapping[str, Any]) -> Callable[..., tuple[Tensor, None]]:
     """Hugging Face's attention interface on a packed batch, whose tensors it holds: models differ in
     whether they hand unknown keyword arguments down to it.
+
+    Each call has keys and values of its own, also where a layer attends twice or is run again: the n-th call
+    uses the n-th cache. (With fewer caches than calls they are shared: the graph shows how many it needs.)
     """
 
     def attention_forward(
@@ -51,15 +54,16 @@ def attention_function(batch: Mapping[str, Any]) -> Callable[..., tuple[Tensor, 
         Returns [1, T, Hq, E]. Sizes that the operator does not take are filled up with zeros, which change
         no score and no value.
         """
-        layer = module.layer_idx
+        place = len(batch["calls"]) % len(batch["k_cache"])
+        batch["calls"].append(place)
         widest = max(query.shape[-1], value.shape[-1])
         head_dim = -(-widest // _MULTIPLE) * _MULTIPLE
         out = torch.ops.llm42.paged_attention(
             _widened(query[0].transpose(0, 1), head_dim),  # [T, Hq, D]
             _widened(key[0].transpose(0, 1), head_dim),
             _widened(value[0].transpose(0, 1), head_dim),
-            batch["k_cache"][layer],
-            batch["v_cache"][layer],
+            batch["k_cache"][place],
+            batch["v_cache"][place],
             batch["slot_mapping"],
             batch["cu_seqlens_q"],
             batch["kv_lens"],

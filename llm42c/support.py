@@ -14,6 +14,7 @@ from torch import nn
 
 from llm42c.errors import UnsupportedModelError
 
+_PAGE = "docs/huggingface.md#which-decoders-are-served"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 _OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
@@ -21,10 +22,15 @@ _OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_config
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
+def unsupported(model: nn.Module, reason: str, page: str = _PAGE) -> UnsupportedModelError:
+    """The refusal of a model, in one line: its class, the construct, and what to read."""
+    return UnsupportedModelError(f"{type(model).__name__} is not supported: {reason}; see {page}")
+
+
 def require_supported(model: nn.Module) -> None:
     """Raise UnsupportedModelError, in one line, if ``model`` cannot be made deterministic."""
     for reason in _reasons(model):
-        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {reason}")
+        raise unsupported(model, reason)
 
 
 def context_limit(model: nn.Module) -> int:
@@ -38,6 +44,12 @@ def context_limit(model: nn.Module) -> int:
         if isinstance(limit, int) and limit > 0:
             return limit
     return 2048
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """The configuration of one layer, where layers differ; else the configuration itself."""
+    each = getattr(config, "per_layer_config", None)
+    return config if each is None else each[layer]
 
 
 def _reasons(model: nn.Module) -> Iterator[str]:
@@ -55,7 +67,8 @@ def _reasons(model: nn.Module) -> Iterator[str]:
     text = config.get_text_config(decoder=True)
     yield from _layer_reasons(text)
     yield from _weight_reasons(model, config)
-    if getattr(text, "num_attention_heads", None) is None or getattr(text, "num_hidden_layers", None) is None:
+    layers = getattr(text, "num_hidden_layers", None)
+    if layers is None or getattr(layer_config(text, 0), "num_attention_heads", None) is None:
         yield "its configuration names no attention heads or layers"
 
 

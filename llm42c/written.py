@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from llm42c.errors import UnsupportedModelError
 from llm42c.passes import graph as g
 from llm42c.passes.attention_written import NotProvenError, PackedBatch, attention_written
 from llm42c.passes.base import Context, PassReport
 from llm42c.passes.cleanup import erase_dead_code
 from llm42c.passes.normalize import normalize
 from llm42c.passes.token_functions import TokenFunctions, left_over, recover_positions
-from llm42c.support import context_limit
+from llm42c.support import context_limit, unsupported
 
 _METADATA = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table")
 
@@ -31,24 +30,22 @@ def rewrite(gm: fx.GraphModule, inputs: list[str], layers: int, model: nn.Module
     normalize(graph, Context(), report)
     erase_dead_code(graph)
     values = TokenFunctions(graph, g.fake(positions).shape[-1], positions)
-    name = type(model).__name__
     if attention:
         k_cache, v_cache = ([placeholder[f"{kind}_cache.{i}"] for i in range(layers)] for kind in "kv")
         batch = PackedBatch(positions, k_cache, v_cache, tuple(placeholder[m] for m in _METADATA))
         try:
             attention_written(graph, values, batch, context_limit(model), report)
         except NotProvenError as error:
-            raise UnsupportedModelError(
-                f"{name} is not supported: its attention {error}; see docs/models.md"
-            ) from error
+            raise unsupported(model, f"its attention {error}") from error
         erase_dead_code(graph)
     recover_positions(values)
     erase_dead_code(graph)
     fault = left_over(values)
     if fault is not None:
-        raise UnsupportedModelError(
-            f"{name} is not supported: it counts tokens from the beginning of the batch in "
-            f"{g.where(fault) or 'the model'} ({fault.name}); see docs/models.md"
+        raise unsupported(
+            model,
+            "it counts tokens from the beginning of the batch in "
+            f"{g.where(fault) or 'the model'} ({fault.name})",
         )
     graph.lint()
     gm.recompile()

@@ -79,25 +79,23 @@ class _Call:
 def attention_written(
     graph: fx.Graph, values: TokenFunctions, batch: PackedBatch, limit: int, report: PassReport
 ) -> None:
-    """Replace every such attention, layer by layer in graph order. Raises NotProvenError.
+    """Replace every such attention; the n-th in graph order uses the n-th cache. Raises NotProvenError.
 
-    ``limit``: the number of positions that the model has.
+    With fewer caches than attentions they are shared. ``limit``: the number of positions that the model has.
     """
-    layer = 0
+    found = 0
     proven: dict[Any, tuple[int, Tensor | None]] = {}
     for node in list(graph.nodes):
         call = _sdpa(node, values) if g.name(node) == "sdpa" else _softmax(node, values)
         if call is None:
             continue
-        if layer >= len(batch.k_cache):
-            raise NotProvenError(f"is called more often than it has layers ({len(batch.k_cache)})")
         key = (call.causal, *call.added, *call.masks)
         if key not in proven:
             proven[key] = _prove(call, values, limit)
         report.match(node)
-        _rewrite(call, batch, layer, limit, *proven[key])
+        _rewrite(call, batch, found % len(batch.k_cache), limit, *proven[key])
         values._closed.clear()
-        layer += 1
+        found += 1
 
 
 def _softmax(node: fx.Node, values: TokenFunctions) -> _Call | None:
@@ -273,7 +271,7 @@ def _slopes(bias: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _rewrite(
-    call: _Call, batch: PackedBatch, layer: int, limit: int, window: int, slopes: Tensor | None
+    call: _Call, batch: PackedBatch, place: int, limit: int, window: int, slopes: Tensor | None
 ) -> None:
     out = call.out
     wanted = int(g.fake(out).shape[-1])
@@ -288,7 +286,7 @@ def _rewrite(
     if slopes is not None:
         q, k = _with_bias(out, q, k, slopes / call.scale, batch.positions, limit)
     options = (call.scale, window, 0.0, None)
-    args = (q, k, v, batch.k_cache[layer], batch.v_cache[layer], *batch.metadata, *options)
+    args = (q, k, v, batch.k_cache[place], batch.v_cache[place], *batch.metadata, *options)
     y = g.insert(out, torch.ops.llm42.paged_attention.default, args, like=out)
     if int(g.fake(y).shape[-1]) != wanted:
         y = g.insert(out, g.FUNCTIONS["narrow"], (y, 2, 0, wanted))

@@ -11,14 +11,17 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from llm42c.capture import kv_spec
+from llm42c.capture import KVSpec
+from llm42c.compiler import ModelCompiler
 from llm42c.device import device_of_model
 from llm42c.errors import RequestError
+from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.hf import batch, generate, streaming
 from llm42c.runtime.hf.fingerprint import Fingerprint
@@ -29,6 +32,7 @@ from llm42c.runtime.stats import Stats
 from llm42c.support import context_limit, require_supported
 
 _KV_BUDGET = 256 * 2**20
+_CONFIG = {f.name for f in fields(EngineConfig)}
 
 
 class Handle:
@@ -184,20 +188,23 @@ class Handle:
         require_supported(self.model)
         options = dict(self.options)
         keep = options.pop("keep_weights", False)
-        if "kv_cache_bytes" not in options and "num_pages" not in options:
-            options["kv_cache_bytes"] = self._kv_budget()
+        # A bad value is refused before the capture.
+        EngineConfig(**{n: value for n, value in options.items() if n in _CONFIG})
         with _own_modes(self.model):
-            self._built = build_engine(self.model, keep_originals=keep, **options)
+            compiler = ModelCompiler(self.model, keep_originals=keep)
+            if "kv_cache_bytes" not in options and "num_pages" not in options:
+                options["kv_cache_bytes"] = self._kv_budget(compiler.captured.kv_spec)
+            self._built = build_engine(self.model, compiler=compiler, **options)
         self.compilations += 1
         self._pump = Pump(self._built.engine)
         self._released = not keep
         self._watch()
 
-    def _kv_budget(self) -> int:
+    def _kv_budget(self, spec: list[KVSpec]) -> int:
         """At most what full batches of full contexts need, at least one full context, else 256 MiB."""
         context = self.options.get("max_model_len") or context_limit(self.model)
         item = next(self.model.parameters()).dtype.itemsize
-        token = sum(2 * s.num_kv_heads * s.head_dim for s in kv_spec(self.model)) * item
+        token = sum(2 * s.num_kv_heads * s.head_dim for s in spec) * item
         one = (min(context, 8192) + 16) * token
         return max(one, min(_KV_BUDGET, one * self.options.get("max_num_seqs", 32)))
 

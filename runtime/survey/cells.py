@@ -4,7 +4,7 @@ Paths:
 
 - ``compile``: ``torch.compile(model, backend="llm42", dynamic=True)``, called on [B, S] tokens; what has no
   known order is refused (``strict``)
-- ``generate``: ``llm42c.deterministic(model).generate``
+- ``generate``: ``llm42c.deterministic(model).generate``; eager is transformers' own ``generate``
 
 A cell is *ok* if every row has the same bits alone, in batches of other sizes, at another place and beside
 other rows (of another length: padded, for ``generate``), and in fp32 logits are within a bound of eager's.
@@ -13,12 +13,14 @@ It is *refused* if llm42 says so in one line. Everything else is *wrong*, a *cra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from llm42c.errors import Llm42Error, OptionsError
 from llm42c.runtime.survey.call_by_call import call_by_call
@@ -123,23 +125,23 @@ def require_sane(model: Any) -> None:
     ids = tokens(model, 2, _LONGER)
     out = logits(model, ids).float()
     other = ids.clone()
-    other[:, 0] -= 1
+    other[:, -_LENGTH] -= 1  # inside of every window
     if not torch.isfinite(out).all() or not 1e-3 < out.std().item() < 1e3:
         raise ValueError(f"its random logits have no sane scale (deviation {out.std().item():.3g})")
     if torch.equal(out[0], out[1]):
         raise ValueError("its logits do not depend on the tokens")
     if torch.equal(logits(model, other)[:, -1].float(), out[:, -1]):
-        raise ValueError("its last logits do not depend on the first token")
+        raise ValueError("its last logits do not depend on the tokens before")
 
 
 @torch.no_grad()
-def rounding_bound(model: Any, ids: Tensor) -> float:
-    """How far the rounding of fp32 sums can move a logit of eager `model`, to first order.
+def rounding_bound(model: Any, compute: Callable[[], Tensor]) -> float:
+    """How far rounding of fp32 sums can move a logit that `compute` gets of eager `model`, to first order.
 
     Rounding in a chain of n products is a change of its weights by at most n·eps each: that change is made at
     random, four times, and the largest move of any logit, twice, is the bound.
     """
-    reference, moved = logits(model, ids), 0.0
+    reference, moved = compute(), 0.0
     size = _LONGEST_SUM * torch.finfo(torch.float32).eps
     generator = torch.Generator().manual_seed(7)
     kept = {name: p.clone() for name, p in model.named_parameters() if p.is_floating_point()}
@@ -148,15 +150,16 @@ def rounding_bound(model: Any, ids: Tensor) -> float:
             if name in kept:
                 sign = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
                 p.copy_(kept[name] * (1 + size * sign))
-        moved = max(moved, (logits(model, ids) - reference).abs().max().item())
+        moved = max(moved, (compute() - reference).abs().max().item())
     for name, p in model.named_parameters():
         if name in kept:
             p.copy_(kept[name])
     return 2 * moved
 
 
-def _require_close(found: Tensor, wanted: Tensor, bound: float, what: str) -> None:
-    error = (found - wanted).abs().max().item()
+def _require_close(found: Tensor, eager: Any, compute: Callable[[], Tensor], what: str) -> None:
+    bound = rounding_bound(eager, compute)
+    error = (found - compute()).abs().max().item()
     if not error <= bound:
         raise _WrongError(f"{what} differ from eager's by {error:.2g}; rounding allows {bound:.2g}")
 
@@ -178,9 +181,9 @@ def check_compile(
     if not torch.isfinite(alone).all() and torch.isfinite(logits(eager, ids)).all():
         raise _WrongError("logits are not finite")
     if alone.dtype == torch.float32:
-        _require_close(alone, logits(eager, ids), rounding_bound(eager, ids), "logits")
-        ids = tokens(model, 2, _LONGER)
-        _require_close(logits(compiled, ids), logits(eager, ids), rounding_bound(eager, ids), "longer logits")
+        _require_close(alone, eager, lambda: logits(eager, ids), "logits")
+        longer = tokens(model, 2, _LONGER)
+        _require_close(logits(compiled, longer), eager, lambda: logits(eager, longer), "longer logits")
 
 
 def check_generate(model: Any, eager: Any) -> None:
@@ -200,9 +203,27 @@ def check_generate(model: Any, eager: Any) -> None:
                     )
     if wrapped.dtype == torch.float32:
         for p, (new, _, scores) in zip(prompts, alone, strict=True):
-            ids = torch.cat([p, new[0]])[None, :-1]
-            wanted = logits(eager, ids)[:, len(p) - 1 :]
-            _require_close(scores, wanted, rounding_bound(eager, ids), "generated logits")
+            said = functools.partial(_said, eager, p, new[0])
+            _require_close(scores, eager, said, "generated logits")
+
+
+class _Says(LogitsProcessor):
+    """Makes the answer to a prompt of `length` tokens be `new` [N]."""
+
+    def __init__(self, length: int, new: Tensor) -> None:
+        self._length, self._new = length, new
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self._new[input_ids.shape[1] - self._length]] = 0.0
+        return only
+
+
+def _said(eager: Any, prompt: Tensor, new: Tensor) -> Tensor:
+    """Logits [1, N, V] of transformers' own `generate`, made to answer `prompt` [L] with `new` [N]."""
+    says = _Says(len(prompt), new)
+    out = _call_generate(eager, prompt[None], torch.ones_like(prompt)[None], logits_processor=[says])
+    return torch.stack(out.logits, 1)
 
 
 def _generate(model: Any, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +234,12 @@ def _generate(model: Any, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
-    out = model.generate(
+    out = _call_generate(model, ids, mask)
+    return out.sequences[:, width:], out.logprobs, torch.stack(out.logits, 1)
+
+
+def _call_generate(model: Any, ids: Tensor, mask: Tensor, **more: Any) -> Any:
+    return model.generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=_NEW_TOKENS,
@@ -222,5 +248,5 @@ def _generate(model: Any, prompts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
         pad_token_id=PAD,
         return_dict_in_generate=True,
         output_logits=True,
+        **more,
     )
-    return out.sequences[:, width:], out.logprobs, torch.stack(out.logits, 1)

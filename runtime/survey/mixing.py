@@ -2,8 +2,8 @@
 
 1. A softmax over as many keys as there are tokens, or a call of `scaled_dot_product_attention`, is softmax
    attention.
-2. With each of these replaced by "every token sees itself alone", a last token that still depends on the
-   first one is mixed by something else: a recurrence, linear attention, a convolution.
+2. With each of these replaced by "every token sees itself alone", a last token that still depends on those
+   before it is mixed by something else: a recurrence, linear attention, a convolution.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def mixing(model: Any) -> Mixing:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(10, min(vocab, 190), (1, _TOKENS), generator=generator)
     other = ids.clone()
-    other[0, 0] = ids[0, 0] - 1
+    other[0, :-1] -= 1
     with _Alone(knocked_out=True) as mode:
         last = [model(input_ids=x, use_cache=False).logits[0, -1] for x in (ids, other)]
     elsewhere = not torch.equal(*last)
