@@ -20,7 +20,7 @@ demo: setup
 
 # Workers take whole files; a thread pool that waits for work sleeps, so that workers do not wait for each other.
 test: setup-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-latest:
 	@rm -rf .venv-latest
