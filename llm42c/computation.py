@@ -48,7 +48,7 @@ def computation_of(
     """
     target = "cuda" if device.type == "cuda" else "cpu"
     calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
-    names = {_operator(n) for n in calls if kind(n) is Kind.OPERATOR}
+    names = {operator_name(n) for n in calls if kind(n) is Kind.OPERATOR}
     foreign = {n: kind(n) for n in calls if kind(n) in FOREIGN}
     machine = gpu_identity(device) if target == "cuda" else {}
     if compiled:
@@ -65,7 +65,8 @@ def computation_of(
     )
 
 
-def _operator(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """Of a call of an llm42 operator: its name in the registry."""
     return re.sub(r"^llm42(::|\.)|\.default$", "", plain_name(node))
 
 

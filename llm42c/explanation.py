@@ -21,6 +21,7 @@ from llm42c import backend
 from llm42c.clusters import find_clusters, outline, structural_hash
 from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.target import Target
+from llm42c.computation import operator_name
 from llm42c.dump import Dump
 from llm42c.errors import Llm42Error, OptionsError
 from llm42c.options import Options
@@ -30,6 +31,8 @@ from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
 if TYPE_CHECKING:
     from llm42c.compiler import ModelCompiler
     from llm42c.weave_option import PackedWeaving, Weaving
+
+_FOREIGN = "of these neither ours nor exact: "
 
 
 @dataclass
@@ -98,22 +101,28 @@ class Piece:
 class EngineExplanation:
     """The result of :func:`explain_engine`; ``str()`` gives a readable page.
 
-    ``operators`` counts the llm42 operators that are called, ``orders`` says of each in which order it adds.
+    ``operators`` counts the llm42 operators that are called. ``orders`` has of each the name and version of
+    its order, as the contract lists them, and on a CPU ``sums`` has it in words. ``foreign`` counts the calls
+    that are neither operators nor exact: their bits hang on the machine.
     """
 
     report: Report
     operators: dict[str, int]
     orders: dict[str, str]
+    sums: dict[str, str]
     pieces: list[Piece]
+    foreign: dict[str, int]
     digest: str
     weaving: PackedWeaving | None = None
 
     def __str__(self) -> str:
         lines = ["the engine's graph", "", self.report.table().rstrip(), "", *_where(self.report)]
         lines.append("operators: " + (_counts(self.operators) or "none"))
-        lines += [f"    {name}: {order}" for name, order in self.orders.items()]
+        for name, order in self.orders.items():
+            lines.append(f"    {name}: {order}" + (f" ({self.sums[name]})" if name in self.sums else ""))
         lines.append("compiled by Inductor, with its reductions fixed: " + ("" if self.pieces else "nothing"))
         lines += [f"    {p.times:>4} × {p.module or '(top)'}: {_counts(p.calls)}" for p in self.pieces]
+        lines.append(_FOREIGN + (_counts(self.foreign) or "nothing"))
         lines += [_verdict(self.report), f"graph {self.digest}"]
         if self.weaving is not None:
             lines += ["", "token weaving:", self.weaving.summary()]
@@ -135,11 +144,15 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
         piece = found.setdefault(key, Piece(dict(calls.most_common()), _folded(cluster.module), 0))
         piece.times += 1
     counts, *_ = _census(graph)
+    computation = compiled.computation
+    said = counts if computation.target == "cpu" else ()
     return EngineExplanation(
         compiled.report,
         counts,
-        {name: operators()[name].reduction for name in counts if name in operators()},
+        {name: computation.orders[name] for name in counts},
+        {name: operators()[name].reduction for name in said},
         list(found.values()),
+        computation.foreign,
         compiled.digest,
         compiled.weaving,
     )
@@ -230,7 +243,7 @@ def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int], dict[str, 
         if node.op in ("call_function", "call_method"):
             k = kind(node)
             if k is Kind.OPERATOR:
-                operators[plain_name(node).removeprefix("llm42::")] += 1
+                operators[operator_name(node)] += 1
             elif k not in (Kind.VIEW, Kind.SIZE):
                 inductor[plain_name(node)] += 1
                 foreign[plain_name(node)] += k in FOREIGN
@@ -242,7 +255,7 @@ def _page(number: int, graph: GraphExplanation, total: int) -> str:
     lines += _where(graph.report)
     lines.append("operators: " + (_counts(graph.operators) or "none"))
     lines.append("compiled by Inductor: " + (_counts(graph.inductor) or "nothing"))
-    lines.append("of these neither ours nor exact: " + (_counts(graph.foreign) or "nothing"))
+    lines.append(_FOREIGN + (_counts(graph.foreign) or "nothing"))
     lines.append(_verdict(graph.report))
     if graph.weaving is not None:
         lines += ["", "token weaving:", str(graph.weaving).rstrip()]

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers as hf
 
 import llm42c
 from llm42c.compiler import ModelCompiler
 from llm42c.dump import Dump, text
 from llm42c.errors import OptionsError
+from llm42c.explanation import explain_engine
 from llm42c.options import Options
 from llm42c.passes import pipeline
 
@@ -110,3 +112,19 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 def test_options_have_defaults() -> None:
     assert Options.parse() == Options() == Options(reductions="fixed", strict=False, dump=None)
     assert Options.parse({"strict": True}, mode="default").strict
+
+
+def test_the_engine_s_page_names_orders_as_the_contract_does_and_foreign_calls() -> None:
+    found = explain_engine(ModelCompiler(tiny.model("llama")))
+    assert found.orders["linear"] == "fma-chain/1"
+    assert found.orders.keys() == found.operators.keys() == found.sums.keys()
+    assert found.foreign == {}
+    assert "    linear: fma-chain/1 (one fp32 FMA chain" in str(found)
+    assert "of these neither ours nor exact: nothing" in str(found)
+    torch.manual_seed(0)
+    small = {"hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.LlamaConfig(**small, head_dim=8, vocab_size=101, hidden_act="gelu_pytorch_tanh")
+    compiler = ModelCompiler(hf.LlamaForCausalLM(config).eval())
+    foreign = explain_engine(compiler)
+    assert foreign.foreign == compiler.compile("pinned").computation.foreign
+    assert "of these neither ours nor exact: gelu ×2" in str(foreign)
