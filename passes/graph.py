@@ -7,7 +7,9 @@ its value by running the operator on the fakes of its arguments, so shapes and s
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -408,10 +410,28 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     if isinstance(node.kwargs.get("out"), fx.Node):
         return [node.kwargs["out"]]  # type: ignore[list-item]
     called = getattr(node.target, "__name__", "")
-    inplace = node.target is operator.setitem or node.kwargs.get("inplace") is True
+    inplace = node.target is operator.setitem or _asks_for_in_place(node)
     of_python = getattr(node.target, "__module__", "") == "_operator"  # `and_` is an operator, not a writer
     inplace |= called in _IOPS if of_python else called.endswith("_") and not called.endswith("__")
-    return [n for n in node.args[:1] if isinstance(n, fx.Node)] if inplace else []
+    written = node.args[0] if node.args else node.kwargs.get("input")
+    return [written] if inplace and isinstance(written, fx.Node) else []
+
+
+def _asks_for_in_place(node: fx.Node) -> bool:
+    """``F.relu(x, inplace=True)``, or ``F.relu(x, True)``."""
+    place = _place_of_inplace(node.target)
+    by_place = place is not None and place < len(node.args) and node.args[place] is True
+    return by_place or node.kwargs.get("inplace") is True
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """Where ``function`` takes the flag ``inplace``, if it has one."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of a function in C
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 _IOPS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul"})

@@ -114,10 +114,8 @@ def _spell(node: fx.Node) -> None:
         if spelled == "relu":
             if node.kwargs.get("inplace") or g.arg(node, 1):
                 return  # it writes to its argument
-            node.args, node.kwargs = node.args[:1] or (node.kwargs["input"],), {}
-        node.target = g.FUNCTIONS[spelled]
-        if spelled == "relu":  # `F.relu(x, inplace=False)`
             node.args, node.kwargs = node.args[:1], {}
+        node.target = g.FUNCTIONS[spelled]
         if spelled in ("softmax", "log_softmax"):
             _drop_stacklevel(node)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import capture, run
 from torch import Tensor, fx
 
@@ -91,3 +92,37 @@ def test_near_misses_stay(fn: Callable[..., Any]) -> None:
     assert writes(gm) != []
     gm.meta["inputs"] = [inputs() if isinstance(t, Tensor) else t for t in gm.meta["inputs"]]
     assert torch.equal(run(gm), fn(inputs()))
+
+
+SPELLINGS: dict[str, Callable[[Tensor], Any]] = {
+    "F.relu by name": lambda y: F.relu(y, inplace=True),
+    "F.relu by place": lambda y: F.relu(y, True),
+    "F.relu of input": lambda y: F.relu(input=y, inplace=True),
+    "nn.ReLU": torch.nn.ReLU(inplace=True),
+    "method": lambda y: y.relu_(),
+    "torch.relu_": torch.relu_,
+    "F.silu by place": lambda y: F.silu(y, True),
+    "F.leaky_relu by place": lambda y: F.leaky_relu(y, 0.1, True),
+    "F.hardtanh by name": lambda y: F.hardtanh(y, -0.1, 0.1, inplace=True),
+    "F.dropout by place": lambda y: F.dropout(y, 1.0, True, True),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("of", ["own", "input", "view"])
+def test_activations_in_place_are_writes(spelling: str, of: str) -> None:
+    """Who reads the tensor afterwards, or a view of it, reads what the activation left there."""
+
+    def fn(x: Tensor) -> Tensor:
+        y = x if of == "input" else x.sin()
+        SPELLINGS[spelling](y[:, :4] if of == "view" else y)
+        return y + 1
+
+    raw = capture(fn, inputs())
+    assert writes(raw) != []
+    gm = normalized(fn, inputs())
+    gm.meta["inputs"] = [inputs() if isinstance(t, Tensor) else t for t in gm.meta["inputs"]]
+    expected = fn(inputs())
+    assert torch.equal(run(gm), expected)
+    untouched = inputs() if of == "input" else inputs().sin()
+    assert not torch.equal(expected, untouched + 1), "vacuous: nothing was written"

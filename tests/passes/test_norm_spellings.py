@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from graphs import apply, calls, capture, run, same_bits
 from torch import nn
 
+from llm42c.passes import graph as g
 from llm42c.passes.check import unplaced
 from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.reductions import reductions
@@ -219,6 +220,41 @@ def test_layer_norm_with_parameters_of_other_dtypes(w_dtype, b_dtype):
     gm = capture(lambda x: LAYER["var"](x) * w + b, X)
     assert len(apply(gm, layer_norm).matches) == 1
     assert same_bits(run(gm), OPS.layer_norm(X, w.float(), b.float(), EPS))
+
+
+@pytest.mark.parametrize("x_dtype", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("w_dtype", [FULL, HALF, None], ids=str)
+@pytest.mark.parametrize("b_dtype", [FULL, HALF, None], ids=str)
+def test_the_operator_takes_both_parameters_in_the_dtype_of_x_or_in_fp32(x_dtype, w_dtype, b_dtype):
+    """By hand, because ``F.layer_norm`` of eager mode refuses a mixture."""
+    x = X.to(x_dtype)
+    w, b = (None if d is None else p.to(d) for p, d in ((W, w_dtype), (B, b_dtype)))
+
+    def fn(x):
+        n = LAYER["var"](x.float())
+        n = n if w is None else n * w
+        return (n if b is None else n + b).to(x_dtype)
+
+    gm = capture(fn, x)
+    assert len(apply(gm, layer_norm).matches) == 1
+    taken = [g.fake(a).dtype for a in operator(gm).args[1:3] if a is not None]
+    given = {d for d in (w_dtype, b_dtype) if d is not None}
+    assert set(taken) <= ({x_dtype} if given == {x_dtype} else {FULL})
+    wide = [None if p is None else p.float() for p in (w, b)]
+    assert same_bits(run(gm), OPS.layer_norm(x, *wide, EPS))
+
+
+def operator(gm):
+    return next(n for n in gm.graph.nodes if n.target is OPS.layer_norm.default)
+
+
+@pytest.mark.parametrize("bias", [B, None], ids=["bias", "none"])
+def test_calls_with_parameters_in_fp32(bias):
+    """The mixture that ``F.layer_norm`` takes."""
+    x = X.to(HALF)
+    gm = capture(lambda x: F.layer_norm(x, (H,), W, bias, EPS), x)
+    assert len(apply(gm, layer_norm).matches) == 1
+    assert same_bits(run(gm), OPS.layer_norm(x, W, bias, EPS))
 
 
 @pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm])
