@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -33,6 +34,7 @@ class BuiltEngine:
     model: nn.Module
     tokenizer: Any
     fast: Form = "pinned"
+    _variants: WeakSet[Engine] = field(default_factory=WeakSet, repr=False, compare=False)
 
     def variant(self, **changes: Any) -> Engine:
         """Another engine on the same compiled model and weights, with a KV cache of its own.
@@ -41,14 +43,19 @@ class BuiltEngine:
         """
         _check_keys(changes)
         config = replace(self.engine.config, **changes)
-        return _engine(self.compiler, self.fast, config, self.tokenizer)
+        made = _engine(self.compiler, self.fast, config, self.tokenizer)
+        self._variants.add(made)
+        return made
 
     @property
     def ranks(self) -> Ranks:
         return self.compiler.ranks
 
     def close(self) -> None:
-        """Give the model its own parameters back; the engine must not be used afterwards."""
+        """Close the engine and its variants (see :meth:`Engine.close`), and give the model its own parameters
+        back. To be called once or more."""
+        for engine in (self.engine, *self._variants):
+            engine.close()
         self.compiler.restore()
 
 

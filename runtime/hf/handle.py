@@ -241,7 +241,7 @@ class Handle:
         for module in self._owners - {self.model}:
             module.__dict__.pop("_apply", None)
         self._hooks, self._owners = [], set()
-        self._built.close()
+        self._built.compiler.restore()
         self._released = False
 
     def unpack(self) -> None:
