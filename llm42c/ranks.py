@@ -66,6 +66,11 @@ class Ranks:
             dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
         return votes.bool()
 
+    def all_report(self, event: str) -> bool:
+        """Whether all ranks report ``event``, each within ``report_s`` of this one. No collective: for ranks
+        that may have left one another in the middle of one."""
+        return self.size == 1 or not self._missing(event, self.report_s)
+
     def require_same(self, what: str, value: str) -> None:
         """Raise RanksDifferError on every rank, unless all have this ``value``; names those unlike rank 0."""
         if self.size == 1:

@@ -126,6 +126,7 @@ class Auditor:
         position, origins = found
         shapes = {s for s in map(self._certificates.shape_of, origins) if s is not None}
         if not shapes:
+            self._certificates.convict_verifier()
             raise IntegrityError(
                 f"the verifier graph is not row independent: its own result at position {position} of "
                 f"{chunk.request.id} has other bits when replayed, so nothing it commits is deterministic"

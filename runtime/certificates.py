@@ -13,10 +13,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from llm42c.computation import machine_state
-from llm42c.errors import IntegrityError
+from llm42c.errors import IntegrityError, RankFailureError, RanksDifferError
 from llm42c.ranks import ALONE, Ranks
-from llm42c.runtime.certificate_store import CertificateStore, Shape, Status, Stored
+from llm42c.runtime.certificate_store import CertificateStore, Shape, Status, Stored, Verifier
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.probe import Probe
@@ -25,13 +27,21 @@ from llm42c.runtime.stats import Stats
 _log = logging.getLogger(__name__)
 
 SPECULATIVE: Status = "speculative"
+NOTICE_STEPS = 8  # between looks at what other processes revoked
+_DEPENDENT = (
+    "the verifier graph is not row independent: the bits of a row change with its place in the batch, its "
+    "neighbours or its pages, so no request could be deterministic"
+)
 
 
 class Certificates:
     """States of shapes; unknown ones count as speculative and wait in a queue to be probed.
 
-    A probe that fails leaves its shape speculative. A store that cannot be used is gone without. Of several
-    ranks the first reads and writes it.
+    A probe that fails leaves its shape speculative; one that finds too few pages waits, and asks for pages to
+    be left for it (`reserve`). A store that cannot be used is gone without. Of several ranks the first reads
+    and writes it.
+
+    Raises IntegrityError if the store says that the verifier graph's rows depend on their surroundings.
     """
 
     def __init__(
@@ -53,10 +63,13 @@ class Certificates:
         self._queue: OrderedDict[Shape | None, None] = OrderedDict()  # None: the verifier's own check
         self._current: Iterator[bool | None] | None = None
         self._ids: dict[Shape, int] = {}  # small numbers for `BlockPool.origin`; 0 is the verifier
-        self.holds = False  # the verifier graph's check found too few pages: no more requests should start
+        self._short = False  # a probe has found too few pages, and some are still wanted
+        self.waited = 0  # for how many steps the current probe has found too few
         self.check_error: Exception | None = None  # what the last attempt to check the verifier graph met
         self.learned: set[Shape] = set()  # revoked by another process; whoever takes back empties it
         self._unsaved: set[Shape] = set()  # their probes failed, which may pass
+        self._pages: dict[Shape | None, int] = {}  # of the probes that found no difference
+        self._until_notice = NOTICE_STEPS
         self._store = self._open_store()
         self._load()
 
@@ -80,41 +93,54 @@ class Certificates:
             return False
         return True
 
+    def reserve(self, num_running: int) -> int:
+        """Pages that admissions should leave free, for a probe to find while so many requests run."""
+        return self._probe.pages_for(num_running) if self._short else 0
+
     def advance(self) -> bool:
         """Run one forward of probing, if any is wanted; returns whether there was something to do. There is
         not while requests leave too few pages.
 
         A probe's exception is not raised but recorded: the shape stays speculative; for the verifier graph it
-        is in `check_error`, and the next deterministic request tries again. Several ranks raise it, because
-        the others are in the middle of the same forward. Raises IntegrityError if the verifier graph's rows
-        turn out to depend on their surroundings.
+        is in `check_error`, and the next deterministic request tries again. Raises IntegrityError if the
+        verifier graph's rows turn out to depend on their surroundings, RankFailureError if a rank failed
+        alone.
         """
+        self._begin()
         if self._current is None:
-            if not self._queue:
-                return False
-            target = next(iter(self._queue))
-            self._current = self._probe.check_verifier() if target is None else self._probe.compare(target)
+            return False
         try:
             verdict = next(self._current)
         except BaseException as error:
             self._current = None  # a generator that was broken off never goes on: the probe begins again
             self._probe.release()
-            if not isinstance(error, Exception) or self._ranks.size > 1:
+            if not isinstance(error, Exception) or isinstance(error, RankFailureError | RanksDifferError):
                 raise
             self._failed(error)
+            self._begin()
             return True
         if self._probe.starved:
-            self.holds = self.holds or next(iter(self._queue)) is None
+            self._short = True
+            self.waited += 1
             return False
+        self.waited = 0
         if verdict is not None:
             target, _ = self._queue.popitem(last=False)
             self._current = None
             self._settle(target, verdict)
+            self._begin()
         return True
+
+    def _begin(self) -> None:
+        """Turn to the next probe that is wanted, if none is under way."""
+        if not self._queue:
+            self._short, self.waited = False, 0
+        elif self._current is None:
+            target = next(iter(self._queue))
+            self._current = self._probe.check_verifier() if target is None else self._probe.compare(target)
 
     def _failed(self, error: Exception) -> None:
         target, _ = self._queue.popitem(last=False)
-        self.holds = self.holds and target is not None
         self._stats.probe_failures += 1
         if target is None:
             self.check_error = error
@@ -128,7 +154,8 @@ class Certificates:
         )
 
     def _settle(self, target: Shape | None, verdict: bool) -> None:
-        self.holds = self.holds and target is not None
+        if verdict:
+            self._pages[target] = self._probe.pages
         if target is not None:
             self.status[target] = "certified" if verdict else SPECULATIVE
             self._stats.probes += 1
@@ -137,11 +164,15 @@ class Certificates:
             self.verifier_checked = True
             _log.info("the verifier graph is row independent")
         else:
-            raise IntegrityError(
-                "the verifier graph is not row independent: the bits of a row change with its place in the "
-                "batch, its neighbours or its pages, so no request could be deterministic"
-            )
+            self.convict_verifier()
+            raise IntegrityError(_DEPENDENT)
         self._save()
+
+    def convict_verifier(self) -> None:
+        """Remember on disk that the verifier graph's rows depend on their surroundings."""
+        self.verifier_checked = False
+        if self._store is not None and self._ranks.rank == 0:
+            self._store.save(Stored(verifier="dependent"), revoking=True)
 
     def settle(self, progress: Callable[[], None] = lambda: None) -> None:
         """Run every probe that is wanted. Raises what kept the verifier graph from being checked."""
@@ -185,30 +216,61 @@ class Certificates:
             return None
         labels = {"contract": self._contract.hash, "fast": self._probe.fast.digest}
         labels["machine"] = machine_state()  # graphs of one contract may have other shapes certified there
-        identity = "\n".join([*labels.values(), *map(str, self._probe.strength)])
+        identity = "\n".join([*labels.values(), *map(str, self._probe.identity)])
         name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
         return CertificateStore(Path(self._config.certificates_path) / name, labels)
 
     def _load(self) -> None:
-        if self._store is None:
-            return
-        states = self._ranks.share(self._store.load() if self._ranks.rank == 0 else None)
-        self.status, self.verifier_checked = dict(states.shapes), states.verifier_checked
+        if self._store is not None:
+            self._take(self._ranks.share(self._store.load() if self._ranks.rank == 0 else None))
 
     def _save(self, revoking: bool = False) -> None:
         """Merge with the file; what another process revoked is withdrawn here too."""
-        if self._store is None:
+        if self._store is not None:
+            mine = self._known()
+            together = self._ranks.share(self._store.save(mine, revoking) if self._ranks.rank == 0 else None)
+            self._learn(mine, together)
+
+    def notice(self) -> None:
+        """Every few steps: withdraw what another process has revoked since the file was last read. Raises
+        IntegrityError if it found the verifier graph's rows to depend on their surroundings."""
+        self._until_notice -= 1
+        if self._store is None or self._until_notice > 0:
             return
+        self._until_notice = NOTICE_STEPS
+        mine = self._known()
+        found = self._store.news(mine) if self._ranks.rank == 0 else None
+        others = self._ranks.rank != 0
+        if not self._ranks.agree(torch.tensor(others or found is None)):
+            self._learn(mine, self._ranks.share(found))
+
+    def _known(self) -> Stored:
         kept = {s: v for s, v in self.status.items() if s not in self._unsaved}
-        mine = Stored(kept, self.verifier_checked)
-        together = self._ranks.share(self._store.save(mine, revoking) if self._ranks.rank == 0 else None)
+        verifier: Verifier = "independent" if self.verifier_checked else "unchecked"
+        return Stored(kept, verifier, self._pages)
+
+    def _learn(self, mine: Stored, together: Stored) -> None:
         elsewhere = together.revoked - mine.revoked
         if elsewhere:
             _log.error("another process revoked certificates: %s", named(elsewhere))
             self._stats.revocations += len(elsewhere)
             self.learned |= elsewhere
-        self.status = dict.fromkeys(self._unsaved, SPECULATIVE) | dict(together.shapes)
-        self.verifier_checked = together.verifier_checked
+        self._take(together)
+
+    def _take(self, states: Stored) -> None:
+        """Go on with `states`, as far as they are proved by probes as strong as ours."""
+        if states.verifier == "dependent":
+            self.verifier_checked = False
+            assert self._store is not None
+            raise IntegrityError(f"{_DEPENDENT}; found before: delete {self._store.path} to check again")
+        proved = states.proved_with(self._probe.pages)
+        self._pages = dict(states.pages)
+        self.status = dict.fromkeys(self._unsaved, SPECULATIVE) | dict(proved.shapes)
+        self.verifier_checked = proved.verifier == "independent"
+        for shape in [s for s in self._queue if s in self.status]:
+            if shape == next(iter(self._queue)):
+                self._current = None
+            del self._queue[shape]
 
 
 def named(shapes: Iterable[Shape]) -> str:

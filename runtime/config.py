@@ -96,6 +96,11 @@ class EngineConfig:
         return self.verify_tokens if self.verify_rows is None else self.verify_rows
 
     @property
+    def verify_chunk(self) -> int:
+        """Positions that the verifier can compute in one step with logits of each."""
+        return min(self.verify_tokens, self.rows)
+
+    @property
     def pending_limit(self) -> int:
         return 2 * self.verify_window if self.max_pending is None else self.max_pending
 

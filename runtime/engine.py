@@ -45,6 +45,8 @@ from llm42c.runtime.stats import Stats
 
 _log = logging.getLogger(__name__)
 
+PROBE_PATIENCE = 16  # steps that a probe waits for pages before it takes them from the newest requests
+
 
 class Engine:
     """Continuous batching of deterministic and ordinary requests over one paged KV cache.
@@ -56,7 +58,7 @@ class Engine:
     steps are recorded once for each shape and replayed.
 
     Raises ConfigError when the configuration cannot work, and IntegrityError when `certify="startup"` finds
-    that the verifier graph is not row independent.
+    that the verifier graph is not row independent, or the certificate store says that it was found before.
     """
 
     def __init__(
@@ -339,6 +341,9 @@ class Engine:
 
     def _probe(self) -> None:
         """One forward of probing. Requests that may not start without its result, and now will not, fail."""
+        self.certificates.notice()
+        if self.certificates.waited >= PROBE_PATIENCE:
+            self._scheduler.make_room()
         self.certificates.advance()
         if self.certificates.learned:
             self._auditor.take_back()

@@ -9,15 +9,16 @@ with stale contents, and compares every row of logits and every KV entry that wa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm42c.errors import ConfigError
-from llm42c.packed import KVCache, PackedModel
+from llm42c.errors import ConfigError, RankFailureError, RanksDifferError
+from llm42c.packed import KVCache, PackedInputs, PackedModel
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import BlockPool, as_bits, kv_rows_equal, read_kv
 from llm42c.runtime.config import EngineConfig
@@ -26,6 +27,7 @@ from llm42c.runtime.packing import Packer, Span, slots_of
 # One beyond a KV split of 256 positions, one of a few pages, one of few tokens.
 LENGTHS = (320, 150, 45)
 LEAST_PAGES = 3  # one of a reference, in two places, and one of a piece
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,6 +54,9 @@ class Probe:
     The reference keeps its pages between forwards, a composition for one forward. Requests take pages back
     when they run out; then the reference is made anew once there is room. Sequences are as long, and batches
     as full, as the pool allows.
+
+    On several ranks a probe fails on all of them or on none, and raises RankFailureError where that cannot
+    be: a rank that fails in a forward pass leaves the others in the middle of a sum.
     """
 
     def __init__(
@@ -77,41 +82,62 @@ class Probe:
         self._config = config
         self._cache = cache
         self._pool = pool
-        self._sizes = lengths(max_len, pool.num_pages, config.page_size)
+        self.pages = min(pool.num_pages, enough_pages(config, max_len))
+        self._sizes = lengths(max_len, self.pages, config.page_size)
         self._reference: Reference | None = None
+        self._forwards = 0
+        self._compositions: list[list[Cut]] = []  # that are left of the current comparison
         self.starved = False  # the last attempt found too few free pages
 
     @property
-    def strength(self) -> tuple[int, ...]:
-        """What a verdict depends on besides the graphs."""
-        config = self._config
-        return config.max_num_seqs, self.max_pages, config.probe_compositions, self._room, *self._sizes
+    def identity(self) -> tuple[int, ...]:
+        """What a verdict depends on besides the graphs and `pages`; with more pages a probe finds more."""
+        return self._config.max_num_seqs, self.max_pages, self._config.probe_compositions
 
     @property
     def _room(self) -> int:
         """Pages for the pieces of one composition, while the reference lies in two places."""
-        return self._pool.num_pages - 2 * num_pages(self._sizes, self._config.page_size)
+        return self.pages - 2 * num_pages(self._sizes, self._config.page_size)
+
+    def pages_for(self, num_running: int) -> int:
+        """Pages that must not be in use for the current comparison to run to its end, while so many requests
+        grow."""
+        size = self._config.page_size
+        pieces = max((sum(c.num_pages(size) for c in cuts) for cuts in self._compositions), default=0)
+        reference = self._reference
+        whole = sum(-(-n // self._config.verify_chunk) for n in self._sizes)
+        left = len(self._compositions) + (whole if reference is None or reference.lost else reference.left)
+        # A step may add a token by the fast graph and one by the verifier.
+        growth = 1 + -(-2 * left // size)
+        return 2 * num_pages(self._sizes, size) + pieces + num_running * growth
 
     def check_verifier(self) -> Iterator[bool | None]:
         """Run the verifier on other compositions than the reference is made of; yields as `compare` does."""
         shape = self._config.verify_tokens, self._config.rows
-        return self._compare(self._verifier, shape, self._config.verify_seqs)
+        return self._begin(self._verifier, shape, self._config.verify_seqs)
 
     def compare(self, shape: tuple[int, int]) -> Iterator[bool | None]:
         """Compare the fast graph at `shape`; yields None between forwards and the verdict at last. Without
         enough free pages it yields None too, and `starved` is set."""
-        return self._compare(self.fast, shape, self._config.max_num_seqs)
+        return self._begin(self.fast, shape, self._config.max_num_seqs)
+
+    def _begin(self, model: PackedModel, shape: tuple[int, int], num_seqs: int) -> Iterator[bool | None]:
+        rng = np.random.default_rng([*shape, num_seqs])
+        self._compositions = [
+            compose(rng, kind, shape, num_seqs, self._sizes, self._room, self._config.page_size)
+            for kind in range(self._config.probe_compositions)
+        ]
+        return self._compare(model, shape, num_seqs)
 
     def _compare(self, model: PackedModel, shape: tuple[int, int], num_seqs: int) -> Iterator[bool | None]:
-        rng = np.random.default_rng([*shape, num_seqs])
-        for kind in range(self._config.probe_compositions):
-            cuts = compose(rng, kind, shape, num_seqs, self._sizes, self._room, self._config.page_size)
-            while (mine := self._attempt(model, shape, num_seqs, cuts)) is None:
+        while self._compositions:
+            while (mine := self._attempt(model, shape, num_seqs, self._compositions[0])) is None:
                 yield None
             # A rank sees the keys and values of its own heads only.
             if not self._ranks.agree(torch.tensor(mine)):
                 yield False
                 return
+            del self._compositions[0]
             yield None
         yield True
 
@@ -119,26 +145,56 @@ class Probe:
         self, model: PackedModel, shape: tuple[int, int], num_seqs: int, cuts: list[Cut]
     ) -> bool | None:
         """At most one forward: the reference's next (then None), or the composition's: whether it agrees."""
-        reference, pool = self._reference, self._pool
+        pool, reference = self._pool, self._reference
         if reference is None or reference.lost:
             self._reference = None
             pages = pool.borrow(num_pages(self._sizes, self._config.page_size))
             self.starved = pages is None
             if pages is None:
                 return None
-            reference = Reference(
-                self._verifier, self._config, self._sizes, self.max_pages, self._cache, pool, pages
-            )
-            self._reference = reference
-        if reference.advance():
+            reference = self._reference = self._together(lambda: self._new_reference(pages))
+        chunk = self._together(reference.next)
+        if chunk is not None:
+            logits = self._forward(self._verifier, chunk.inputs)
+            self._together(lambda: reference.take(chunk, logits))
             return None
         lent = pool.borrow(reference.pages_for(cuts))
         self.starved = lent is None
         if lent is None:
             return None
-        agrees = reference.agrees(model, shape, num_seqs, cuts, lent)
+        spans, inputs = self._together(lambda: reference.stage(shape, num_seqs, cuts, lent))
+        logits = self._forward(model, inputs)
+        agrees = self._together(lambda: reference.agrees(spans, logits))
         pool.give_back(lent)
         return agrees
+
+    def _new_reference(self, pages: list[int]) -> Reference:
+        vocab = self._verifier.vocab_size
+        return Reference(vocab, self._config, self._sizes, self.max_pages, self._cache, self._pool, pages)
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """`work`, in which no rank needs another: done on all ranks, or an exception on all of them."""
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        if self._ranks.agree(torch.tensor(error is None)):
+            return result
+        raise error or RuntimeError("it failed on another rank")
+
+    def _forward(self, model: PackedModel, inputs: PackedInputs) -> Tensor:
+        self._forwards += 1
+        try:
+            return model.forward(inputs, self._cache)
+        except (RankFailureError, RanksDifferError):
+            raise
+        except Exception as error:
+            if self._ranks.all_report(f"probe/{self._forwards}"):
+                raise
+            raise RankFailureError(
+                f"a probe failed on rank {self._ranks.rank} and not on all: {type(error).__name__}: {error}"
+            ) from error
 
     def release(self) -> None:
         """Give every page back; what was broken off begins anew."""
@@ -146,12 +202,21 @@ class Probe:
         self._pool.recall()
 
 
+@dataclass(frozen=True)
+class ReferenceChunk:
+    """The next positions of a reference sequence, packed for the verifier graph."""
+
+    source: int
+    count: int
+    inputs: PackedInputs
+
+
 class Reference:
     """Random sequences in borrowed pages, and the verifier graph's logits at each of their positions."""
 
     def __init__(
         self,
-        verifier: PackedModel,
+        vocab_size: int,
         config: EngineConfig,
         sizes: Sequence[int],
         max_pages: int,
@@ -159,7 +224,6 @@ class Reference:
         pool: BlockPool,
         pages: list[int],
     ) -> None:
-        self._verifier = verifier
         self._config = config
         self._max_pages = max_pages
         self._cache = cache
@@ -170,7 +234,7 @@ class Reference:
         self._pieces: list[Piece] = []
         first = 0
         for i, length in enumerate(sizes):
-            tokens = rng.integers(0, verifier.vocab_size, length).tolist()
+            tokens = rng.integers(0, vocab_size, length).tolist()
             piece = Piece(tokens, np.zeros(max_pages, dtype=np.int32), i)
             count = -(-length // config.page_size)
             piece.use(pages[first : first + count])
@@ -187,36 +251,43 @@ class Reference:
         """Whether its pages were taken back."""
         return self._recalls != self._pool.recalls
 
-    def advance(self) -> bool:
-        """Compute the next positions, in order; False when all are there."""
+    @property
+    def left(self) -> int:
+        """Forwards until all positions are there."""
+        missing = (len(p.tokens) - len(rows) for p, rows in zip(self._pieces, self._rows, strict=True))
+        return sum(-(-n // self._config.verify_chunk) for n in missing)
+
+    def next(self) -> ReferenceChunk | None:
+        """The next positions, in order; None when all are there."""
         config = self._config
         for piece, rows in zip(self._pieces, self._rows, strict=True):
             start = len(rows)
-            end = min(len(piece.tokens), start + min(config.verify_tokens, config.rows))
+            end = min(len(piece.tokens), start + config.verify_chunk)
             if end > start:
                 span = Span(piece, start, end, start)
                 inputs = self._packer.pack([span], config.verify_tokens, config.rows)
-                rows += row_digests(self._verifier.forward(inputs, self._cache)[: end - start])
-                return True
-        return False
+                return ReferenceChunk(piece.source, end - start, inputs)
+        return None
+
+    def take(self, chunk: ReferenceChunk, logits: Tensor) -> None:
+        """Remember the verifier graph's `logits` of `chunk`."""
+        self._rows[chunk.source] += row_digests(logits[: chunk.count])
 
     def pages_for(self, composition: list[Cut]) -> int:
-        """Pages of `agrees`: the reference in another place, and private pages of each piece."""
+        """Pages of `stage`: the reference in another place, and private pages of each piece."""
         return len(self._pages) + sum(c.num_pages(self._config.page_size) for c in composition)
 
-    def agrees(
-        self,
-        model: PackedModel,
-        shape: tuple[int, int],
-        num_seqs: int,
-        composition: list[Cut],
-        pages: list[int],
-    ) -> bool:
-        """Whether `model` run at `shape` on `composition`, placed in `pages`, gives the reference's bits."""
+    def stage(
+        self, shape: tuple[int, int], num_seqs: int, composition: list[Cut], pages: list[int]
+    ) -> tuple[list[Span[Piece]], PackedInputs]:
+        """`composition` placed in `pages` and packed for a graph at `shape`."""
+        spans = self._place_pieces(composition, pages)
+        packer = Packer(shape[0], num_seqs, shape[1], self._max_pages, self._config.page_size)
+        return spans, packer.pack(spans, *shape)
+
+    def agrees(self, spans: list[Span[Piece]], logits: Tensor) -> bool:
+        """Whether a graph gave the reference's bits: `logits`, and the KV that it wrote for `spans`."""
         config = self._config
-        spans = self._stage(composition, pages)
-        packer = Packer(*(shape[0], num_seqs, shape[1]), self._max_pages, config.page_size)
-        logits = model.forward(packer.pack(spans, *shape), self._cache)
         expected = [self._rows[s.request.source][p] for s in spans for p in range(s.first_row, s.end)]
         if row_digests(logits[: len(expected)]) != expected:
             return False
@@ -231,7 +302,7 @@ class Reference:
         )
         return bool(same.all())
 
-    def _stage(self, composition: list[Cut], pages: list[int]) -> list[Span[Piece]]:
+    def _place_pieces(self, composition: list[Cut], pages: list[int]) -> list[Span[Piece]]:
         """Put each piece's history into permuted `pages`, with stale data where its KV is to be written.
 
         Full pages of history are shared by all pieces of a sequence, as prefix hits are; the others are
@@ -326,6 +397,15 @@ def lengths(max_len: int, pool_pages: int, page_size: int) -> tuple[int, ...]:
         return tuple(wanted)
     pages = [max(1, -(-n // page_size) * most // full) for n in wanted[:most]]
     return tuple(min(n, p * page_size) for n, p in zip(wanted, pages, strict=False))
+
+
+def enough_pages(config: EngineConfig, max_len: int) -> int:
+    """Pages that no sequence nor batch of a probe needs more than."""
+    sequences = num_pages([min(n, max_len) for n in LENGTHS], config.page_size)
+    tokens = max(config.max_num_batched_tokens, config.verify_tokens)
+    seqs = max(config.max_num_seqs, config.verify_seqs)
+    pieces = -(-tokens // config.page_size) + 2 * seqs  # a piece begins and ends inside of pages
+    return max(4 * sequences, 2 * sequences + pieces)
 
 
 def num_pages(sizes: Sequence[int], page_size: int) -> int:

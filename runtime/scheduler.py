@@ -87,8 +87,6 @@ class Scheduler:
         request.num_computed = request.proved = 0
 
     def _admit(self) -> None:
-        if self._certificates.holds:
-            return
         while len(self.running) < self._config.max_num_seqs:
             request = next((r for r in self.waiting if self._certificates.may_run(r.deterministic)), None)
             if request is None:
@@ -96,8 +94,10 @@ class Scheduler:
             pages = self._match(request)
             new = self._pages_for(len(request.tokens)) - len(pages)
             idle = sum(self._pool.is_idle(p) for p in pages)
+            running = len(self.running)
             # A page for each running request, so that an admission does not cause a preemption at once.
-            if self._pool.num_free - idle < new + len(self.running):
+            spare = running + self._certificates.reserve(running + 1)
+            if self._pool.num_free - idle < new + spare:
                 return
             self.waiting.remove(request)
             request.state = State.RUNNING
@@ -160,12 +160,20 @@ class Scheduler:
         """Like `_grow`, preempting newer requests; False if the request itself had to go."""
         while not self._grow(request, num_positions):
             victim = self.running[-1]
-            self._stats.preemptions += 1
-            _log.info("%s preempted for %s: no KV page is free", victim.id, request.id)
-            self._stats.recomputed_tokens += self.preempt(victim)
+            self._preempt(victim, request.id)
             if victim is request:
                 return False
         return True
+
+    def make_room(self) -> None:
+        """For a probe that has waited for pages: preempt the newest requests until there are as many."""
+        while self.running and self._pool.num_free < self._certificates.reserve(len(self.running)):
+            self._preempt(self.running[-1], "a probe")
+
+    def _preempt(self, victim: Request, cause: str) -> None:
+        self._stats.preemptions += 1
+        _log.info("%s preempted for %s: no KV page is free", victim.id, cause)
+        self._stats.recomputed_tokens += self.preempt(victim)
 
     # -- the fast batch --------------------------------------------------------------------------------------
 

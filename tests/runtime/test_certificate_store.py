@@ -3,6 +3,7 @@ request."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -18,11 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from toy import VOCAB, NoisyModel, ToyModel, make_engine, reference, small_config
+from toy import VOCAB, NoisyModel, ToyModel, ToySampler, make_engine, reference, small_config
 
-from llm42c.runtime import certificate_store
+from llm42c.errors import IntegrityError
+from llm42c.runtime import certificate_store, certificates
 from llm42c.runtime.certificate_store import CertificateStore, Status, Stored, merge
+from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.engine import Engine
 from llm42c.runtime.sampling import SamplingParams
 
 LABELS = {"contract": "c", "fast": "f"}
@@ -33,7 +38,9 @@ RIGHT = [reference(p, 20, frozenset()) for p in PROMPTS]
 
 def _stored(**shapes: Status) -> Stored:
     """`s6="revoked"` is shape (6, 6)."""
-    return Stored({(int(k[1:]), int(k[1:])): v for k, v in shapes.items()}, True)
+    states = {(int(k[1:]), int(k[1:])): v for k, v in shapes.items()}
+    equal = {s: 40 for s, v in states.items() if v == "certified"}
+    return Stored(states, "independent", {None: 40, **equal})
 
 
 def _in_child(work: Callable[[], None]) -> None:
@@ -53,8 +60,10 @@ def _in_child(work: Callable[[], None]) -> None:
 
 
 def test_states_of_both_sides_are_kept() -> None:
-    together = merge(_stored(s1="certified", s2="speculative"), Stored({(3, 3): "certified"}))
-    assert together == Stored({(1, 1): "certified", (2, 2): "speculative", (3, 3): "certified"}, True)
+    together = merge(
+        _stored(s1="certified", s2="speculative"), Stored({(3, 3): "certified"}, pages={(3, 3): 40})
+    )
+    assert together == _stored(s1="certified", s2="speculative", s3="certified")
 
 
 def test_the_more_doubtful_state_counts() -> None:
@@ -82,16 +91,17 @@ if overwrite:
     cs.merge = lambda mine, found: mine
 rng = random.Random(seed)
 store = cs.CertificateStore(folder / "s.json", {"contract": "c", "fast": "f"})
-mine = cs.Stored({}, True) if overwrite else store.load()
+mine = cs.Stored({}, "independent") if overwrite else store.load()
 print("ready", flush=True)
 for i in range(4000):
     if rng.random() < 0.1:
         shape = seed, i + 1
-        mine = store.save(cs.Stored({**mine.without_certificates().shapes, shape: "revoked"}, True), True)
+        states = {**mine.without_certificates().shapes, shape: "revoked"}
+        mine = store.save(cs.Stored(states, "independent"), True)
         with open(folder / f"{seed}.told", "a") as file:
             file.write(f"{shape[0]}x{shape[1]}\\n")
     else:
-        mine = store.save(cs.Stored({**mine.shapes, (1 + rng.randrange(50), 1): "certified"}, True))
+        mine = store.save(cs.Stored({**mine.shapes, (1 + rng.randrange(50), 1): "certified"}, "independent"))
 """
 
 
@@ -164,14 +174,15 @@ def test_a_lock_that_another_process_holds_is_waited_for_only_so_long(
 
 # -- files that cannot be read or written --------------------------------------------------------------------
 
-_WHOLE = '{"contract": "c", "fast": "f", "verifier_checked": true, "shapes": {%s}}'
+_WHOLE = '{"contract": "c", "fast": "f", "verifier": "unchecked", "pages": {}, "shapes": {%s}}'
 GARBAGE = [
     *("", "{", "[]", "3", "null", '{"shapes": 3}', "\0" * 100, "[" * 200_000, "9" * 5000),
     *(
-        '{"contract": "c", "fast": "f", "verifier_checked": 1',
+        '{"contract": "c", "fast": "f", "verifier": 1',
         _WHOLE % '"1x1": []',
         _WHOLE % '"1x1": "maybe"',
     ),
+    _WHOLE % '"1x1": "certified"',
     *(_WHOLE % '"1": "certified"', _WHOLE % f'"{"9" * 5000}x1": "certified"'),
 ]
 
@@ -361,3 +372,127 @@ def test_a_check_of_the_verifier_that_fails_fails_only_who_needs_it(caplog: pyte
     engine.certificates._probe._verifier = whole
     engine.certificates._probe._reference = None
     assert [o.token_ids for o in engine.generate(PROMPTS, PARAMS)] == RIGHT
+
+
+# -- a running engine and other processes --------------------------------------------------------------------
+
+REVOKER = """
+import json, sys
+from pathlib import Path
+from llm42c.runtime.certificate_store import CertificateStore, Stored
+path = Path(sys.argv[1])
+labels = {k: json.loads(path.read_text())[k] for k in ("contract", "fast", "machine")}
+states = Stored(verifier="dependent") if sys.argv[2] == "verifier" else Stored({(6, 6): "revoked"})
+CertificateStore(path, labels).save(states, revoking=True)
+"""
+
+
+def _in_another_process(path: Path, what: str) -> None:
+    subprocess.run([sys.executable, "-c", REVOKER, str(path), what], check=True)
+
+
+def test_a_revocation_by_another_process_is_noticed_while_requests_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[list[tuple[list[int], list[float]]], Engine]:
+        config = small_config(
+            certificates_path=str(tmp_path), audit_fraction=0.0, num_pages=512, certify="startup"
+        )
+        bad = {"now": False}
+        engine = make_engine(NoisyModel(noisy=lambda t, call: bad["now"] and t == 6, flip=0.0), config)
+        bad["now"] = True
+        for prompt in PROMPTS:
+            engine.submit(prompt, PARAMS, stream=False)
+        outputs = {}
+        for step in itertools.count():
+            if step == 8:
+                assert engine.stats().certified_tokens > 6, "vacuous: nothing to take back"
+                assert engine.certificates.status[6, 6] == "certified"
+                (path,) = tmp_path.glob("*.json")
+                _in_another_process(path, "shape")
+            outputs |= {o.request_id: o for o in engine.step()}
+            if not engine.has_unfinished():
+                return [(o.token_ids, o.logprobs) for _, o in sorted(outputs.items())], engine
+
+    expected = [
+        (o.token_ids, o.logprobs)
+        for o in make_engine(config=small_config(verify="always")).generate(PROMPTS, PARAMS)
+    ]
+    got, engine = run()
+    assert got == expected
+    assert engine.certificates.status[6, 6] == "revoked"
+    assert engine.stats().revocations == 1
+    assert engine.stats().rollbacks > 0
+    for file in tmp_path.iterdir():
+        file.unlink()
+    monkeypatch.setattr(certificates, "NOTICE_STEPS", 10**9)
+    assert run()[0] != expected, "vacuous: what was computed by the revoked shape is right"
+
+
+def test_a_file_is_looked_at_every_few_steps_and_read_when_it_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CertificateStore(tmp_path / "s.json", LABELS)
+    assert store.news(Stored()) is None
+    mine = store.save(_stored(s1="certified"))
+    reads = []
+    read = CertificateStore._read
+    monkeypatch.setattr(CertificateStore, "_read", lambda self: reads.append(self) or read(self))
+    for _ in range(3):
+        assert store.news(mine) is None
+    assert not reads
+    CertificateStore(tmp_path / "s.json", LABELS).save(_stored(s2="revoked"), revoking=True)
+    reads.clear()
+    assert store.news(mine) == _stored(s2="revoked")
+    assert store.news(mine) is None
+    assert len(reads) == 1
+    (tmp_path / "s.json").unlink()
+    gone = store.news(mine)
+    assert gone is not None
+    assert gone.shapes == {}, "the file may have held a revocation"
+    assert store.news(mine) is None
+
+
+# -- a verifier graph that is not row independent ------------------------------------------------------------
+
+
+def _finish(engine: Engine) -> None:
+    while engine.has_unfinished():
+        engine.step()
+
+
+def _dependent(config: EngineConfig) -> Engine:
+    class Drifting(ToyModel):
+        def disturb_logits(self, batch, logits):  # type: ignore[no-untyped-def]
+            return logits + np.float32(2.0**-14) * (self.calls % 2)
+
+    shape = (config.verify_tokens, config.verify_seqs, config.rows)
+    return Engine(ToyModel(), Drifting(fixed=shape), config, sampler=ToySampler())
+
+
+def test_a_dependent_verifier_is_said_at_once_by_the_next_start(tmp_path: Path) -> None:
+    config = small_config(certificates_path=str(tmp_path))
+    engine = _dependent(config)
+    engine.submit(PROMPTS[0], PARAMS)
+    with pytest.raises(IntegrityError, match="not row independent"):
+        _finish(engine)
+    (path,) = tmp_path.glob("*.json")
+    with pytest.raises(IntegrityError, match=f"not row independent.*found before: delete {path} to check"):
+        _dependent(config)
+    # The same whoever checked, and with how many pages.
+    with pytest.raises(IntegrityError, match="found before"):
+        _dependent(dataclasses.replace(config, num_pages=512))
+    path.unlink()
+    _dependent(config)
+
+
+def test_a_dependent_verifier_that_another_process_found(tmp_path: Path) -> None:
+    engine = make_engine(config=small_config(certificates_path=str(tmp_path), certify="startup"), check=True)
+    mine = engine.submit(PROMPTS[0], PARAMS)
+    engine.step()
+    (path,) = tmp_path.glob("*.json")
+    _in_another_process(path, "verifier")
+    with pytest.raises(IntegrityError, match="not row independent"):
+        _finish(engine)
+    assert mine in engine._requests
+    assert not engine.certificates.verifier_checked

@@ -320,7 +320,7 @@ def make_engine(
     verifier = ToyModel(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
     lazy = dataclasses.replace(config, certify="lazy")
     engine = Engine(fast or ToyModel(), verifier, lazy, sampler=sampler or ToySampler(), decode=toy_decode)
-    engine.certificates.verifier_checked = not check
+    engine.certificates.verifier_checked |= not check
     if config.certify == "startup":
         engine.certify()
     return engine
