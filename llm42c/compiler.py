@@ -127,7 +127,8 @@ class ModelCompiler:
         residual_shards: bool = False,
     ) -> None:
         versions.notice()
-        self.token_weave, self.residual_shards = token_weave, residual_shards
+        self.token_weave: TokenWeave = token_weave
+        self.residual_shards = residual_shards
         self.model = model
         self.strict = strict
         self.ranks = ranks

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llm42c"
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
+# What is a link in llm42c/, and the folder at the top of the tree that holds its files.
+LINKS = {"passes": "passes", "codegen": "codegen", "runtime": "runtime", "prompts": "examples/prompts"}
+FOLDERS = {"llm42c": Path("llm42c"), **{folder: Path("llm42c", link) for link, folder in LINKS.items()}}
 
 
-def _python(code: str, **environment: str) -> str:
+def _python(code: str, *arguments: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -35,12 +38,47 @@ def _files(folder: str, *suffixes: str) -> set[Path]:
     return {p.relative_to(ROOT) for p in found}
 
 
-def test_every_folder_of_code_is_a_listed_package() -> None:
-    listed = set(SETUPTOOLS["packages"])
-    for package, folder in FOLDERS.items():
-        for path in _files(folder, ".py"):
-            inner = path.parent.relative_to(folder).parts
-            assert ".".join([package, *inner]) in listed, f"{path} is in no package of pyproject.toml"
+def test_each_link_is_a_top_level_folder() -> None:
+    for package, folder in LINKS.items():
+        link = PACKAGE / package
+        assert not Path(os.readlink(link)).is_absolute(), f"{link} holds only on this machine"
+        assert link.resolve() == (ROOT / folder).resolve(), f"{link} is not {folder}/"
+    linked = {path.name for path in PACKAGE.iterdir() if path.is_symlink()}
+    assert linked == set(LINKS), "a link that no test knows, or one that is missing"
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    for folder in {path.parent for top in FOLDERS for path in _files(top, ".py")}:
+        assert (ROOT / folder / "__init__.py").is_file(), f"{folder} is in no package"
+
+
+def test_no_module_has_two_names() -> None:
+    """Whichever name it is imported by: that of the folder and that of the link are not mixed."""
+    code = """
+import collections, importlib, pkgutil, sys
+from pathlib import Path
+import llm42c
+names = [m.name for m in pkgutil.walk_packages(llm42c.__path__, "llm42c.")]
+assert {f"llm42c.{link}" for link in sys.argv[1:]} <= set(names), names
+optional = ("triton", "gguf", "accelerate", "matplotlib")
+for name in names:
+    if name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert (error.name or "").split(".")[0] in optional, error
+files = collections.defaultdict(set)
+for name, module in list(sys.modules.items()):
+    file = getattr(module, "__file__", None)
+    if file:
+        files[Path(file).resolve()].add(name)
+ours = {file: names for file, names in files.items() if any(n.startswith("llm42c") for n in names)}
+print(len(ours), [sorted(names) for names in ours.values() if len(names) > 1])
+"""
+    count, twice = _python(code, *LINKS).split(maxsplit=1)
+    assert int(count) > 150
+    assert twice == "[]"
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +86,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, source / "llm42c", ignore=shutil.ignore_patterns("__pycache__"))
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     result = subprocess.run(
@@ -61,9 +98,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_file(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    for package, folder in FOLDERS.items():
+    for folder, package in FOLDERS.items():
         for path in _files(folder, ".py", ".cpp", ".h", ".txt", ".typed"):
-            name = Path(*package.split("."), path.relative_to(folder)).as_posix()
+            name = (package / path.relative_to(folder)).as_posix()
             assert name in held, f"{path} is missing from the wheel"
 
 
