@@ -27,9 +27,9 @@ _CXX = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 def implementation_of(names: Iterable[str], target: str) -> dict[str, str]:
     """What computes the operators ``names`` on ``target`` ("cpu" or "cuda"): a digest a kind of source."""
     found = {"kernels": kernels_digest()} if target == "cpu" else {"emitters": emitters_digest()}
-    composites = [op.composite for name, op in operators().items() if name in set(names) and op.composite]
-    if composites:
-        files = {Path(inspect.getfile(composite)) for composite in composites}
+    composites = [operators()[name].implementations.get(target) for name in set(names)]
+    files = {Path(inspect.getfile(composite)) for composite in composites if composite}
+    if files:
         found["composites"] = digest_of(files | set(_ROOT.glob("dist/*.py")))
     return found
 

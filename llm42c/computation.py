@@ -16,7 +16,7 @@ from torch import fx
 from llm42c import inductor
 from llm42c.codegen.cpu import build
 from llm42c.codegen.implementation import implementation_of
-from llm42c.codegen.ops.orders import orders_of
+from llm42c.codegen.ops.registry import orders_of
 from llm42c.device import gpu_identity
 from llm42c.digest import graph_digest
 from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name

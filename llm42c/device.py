@@ -60,9 +60,7 @@ def load_operators(device: torch.device) -> None:
 
 def has_implementation(operator: str, device: torch.device) -> bool:
     """Whether ``llm42::<operator>`` has an implementation on ``device``."""
-    name = f"{registry.NAMESPACE}::{operator}"
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, device.type.upper())
-    return found
+    return registry.is_computed_on(operator, "cuda" if device.type == "cuda" else "cpu")
 
 
 def device_of_inputs(inputs: Iterable[object]) -> torch.device:

@@ -150,7 +150,7 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
         compiled.report,
         counts,
         {name: computation.orders[name] for name in counts},
-        {name: operators()[name].reduction for name in said},
+        {name: operators()[name].orders[computation.target].text for name in said},
         list(found.values()),
         computation.foreign,
         compiled.digest,

@@ -12,21 +12,14 @@ from typing import Any
 
 from torch import fx
 
+from llm42c.codegen.operator import Traffic
+from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
 from llm42c.passes.token_rules import operator_name
 
-_FUNCTIONAL = frozenset({"_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor"})
+_ALL_REDUCE = "_c10d_functional::all_reduce"
+_FUNCTIONAL = frozenset({_ALL_REDUCE, "_c10d_functional::all_gather_into_tensor"})
 _WAIT = "_c10d_functional::wait_tensor"
-_WHOLE = frozenset(
-    {
-        "llm42::all_reduce",
-        "llm42::all_reduce_add_rms_norm",
-        "llm42::all_reduce_add_rms_norm_sharded",
-        "llm42::all_gather_last",
-        "llm42::gather_rows",
-    }
-)
-REDUCING = frozenset(n for n in (*_FUNCTIONAL, *_WHOLE) if "all_reduce" in n)
 
 
 def start(operator: Callable[..., Any], *args: Any) -> Any:
@@ -41,13 +34,19 @@ def wait(begun: Any) -> Any:
 
 def is_collective(node: fx.Node) -> bool:
     """A call that moves data between ranks, in either form, before it is written as two."""
-    name = operator_name(node)
-    return name in _FUNCTIONAL or name in _WHOLE
+    return operator_name(node) in _FUNCTIONAL or returns_when_done(node)
 
 
 def returns_when_done(node: fx.Node) -> bool:
     """A collective that is one call."""
-    return operator_name(node) in _WHOLE
+    ours = our_operator(operator_name(node))
+    return ours is not None and ours.traffic is not None
+
+
+def is_sum(node: fx.Node) -> bool:
+    """A collective that adds what the ranks hold."""
+    ours = our_operator(operator_name(node))
+    return ours.traffic is Traffic.SUM if ours else operator_name(node) == _ALL_REDUCE
 
 
 def is_start(node: fx.Node) -> bool:

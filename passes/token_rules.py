@@ -22,6 +22,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from llm42c.codegen.operator import Tokens
+from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
 from llm42c.passes.token_experts import Sorted, SortedRowsError, sorted_rule
@@ -363,21 +365,11 @@ _POINTWISE = _names(
     "clone contiguous copy _to_copy zeros_like ones_like full_like empty_like lift_fresh_copy detach alias "
     "truediv floordiv mod nan_to_num dropout native_dropout addcmul lerp neg_ fill "
     "convert_element_type wait_tensor _c10d_functional::wait_tensor _c10d_functional::all_reduce "
-    "llm42::all_reduce iadd isub imul itruediv"
+    "iadd isub imul itruediv"
 )
-_ROW_OPERATORS = _names(
-    "llm42::linear llm42::linear_dense llm42::linear_silu_mul llm42::linear_add llm42::rms_norm "
-    "llm42::add_rms_norm llm42::layer_norm llm42::silu_mul llm42::rotary llm42::row_softmax "
-    "llm42::row_log_softmax llm42::grouped_linear llm42::all_reduce_add_rms_norm llm42::all_gather_last "
-    "llm42::shard_last native_layer_norm layer_norm rms_norm _fused_rms_norm"
-)
-_REDUCTIONS = _names(
-    "sum mean amax amin max min any all prod var std logsumexp argmax argmin norm topk llm42::row_sum"
-)
-_KEEPING = _names(
-    "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp _safe_softmax "
-    "llm42::running_sum llm42::running_product"
-)
+_ROW_OPERATORS = _names("native_layer_norm layer_norm rms_norm _fused_rms_norm")
+_REDUCTIONS = _names("sum mean amax amin max min any all prod var std logsumexp argmax argmin norm topk")
+_KEEPING = _names("softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp _safe_softmax")
 _VIEWS = _names(
     "expand transpose permute select narrow slice unbind t movedim expand_as split chunk split_with_sizes "
     "unsqueeze squeeze tensor_split one_hot"
@@ -408,17 +400,30 @@ RULES: dict[str, Rule] = {
     "llm42::gather_rows": _gather_rows,
     "llm42::all_reduce_add_rms_norm_sharded": _sharded_norm,
 }
-# Operators that do work on tokens: the first of them is where a graph is divided.
-_HEAVY = _names(
-    "mm bmm matmul addmm baddbmm linear llm42::linear llm42::linear_dense llm42::linear_silu_mul "
-    "llm42::linear_add llm42::grouped_linear"
-)
+# Of our operators that have no rule of their own.
+_BY_TRAIT: dict[Tokens, Rule] = {
+    Tokens.POINTWISE: _pointwise,
+    Tokens.ROWS: _row_operator,
+    Tokens.REDUCED: _alike,
+    Tokens.ALONG: _along_dim(None),
+}
+# Operators that do work on tokens, beside ours: the first of them is where a graph is divided.
+_HEAVY = _names("mm bmm matmul addmm baddbmm linear")
+
+
+def rule_of(name: str) -> Rule | None:
+    """What is known of an operator of ATen, or of ours."""
+    ours = our_operator(name)
+    if name in RULES or ours is None or ours.tokens is None:
+        return RULES.get(name)
+    return _BY_TRAIT[ours.tokens]
 
 
 def is_heavy(node: fx.Node) -> bool:
     """A product with a weight (sums over one element, as of positions and frequencies, are not meant)."""
     name = operator_name(node)
-    if name not in _HEAVY:
+    ours = our_operator(name)
+    if name not in _HEAVY and not (ours is not None and ours.product is not None):
         return False
     first = node.args[1 if name in ("addmm", "baddbmm") else 0]
     return g.tensor(first) is not None and int(g.fake(first).shape[-1]) > 1
@@ -480,7 +485,7 @@ def apply_rule(call: Call) -> States:
     """The state of the call's result; raises UnsplittableError."""
     if not all(_is_own(call, written) for written in g.mutated_arguments(call.node)):
         raise UnsplittableError(f"{call.name} writes to its argument")
-    rule = _sorted if _is_sorted(call) else RULES.get(call.name)
+    rule = _sorted if _is_sorted(call) else rule_of(call.name)
     if rule is None:
         raise UnsplittableError(f"no rule for {call.name}")
     try:

@@ -201,7 +201,7 @@ def _begins(node: fx.Node, tokens: int) -> bool:
 
 def _refuse_late(node: fx.Node, p: _Propagation) -> None:
     """What belongs to a layer must not stand behind the place where the halves are joined."""
-    if is_attention(node) or operator_name(node) in comm.REDUCING:
+    if is_attention(node) or comm.is_sum(node):
         first = next(iter(p.joins))
         where = g.where(first)
         raise UnsplittableError(f"{p.joins[first]}{f' ({where})' if where else ''}")
@@ -358,7 +358,7 @@ class _Writer:
 
 def _write(original: fx.GraphModule, p: _Propagation, prime: int, tokens: fx.Node) -> Split:
     divided = sum(comm.is_collective(n) and p.divided(n) for n in original.graph.nodes)
-    sums = [n for n in original.graph.nodes if operator_name(n) in comm.REDUCING]
+    sums = [n for n in original.graph.nodes if comm.is_sum(n)]
     if not divided or (sums and not any(p.divided(n) for n in sums)):
         raise UnsplittableError("no all-reduce can be divided")
     w = _Writer(original, p, prime, tokens)

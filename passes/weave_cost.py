@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import sympy  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
+from llm42c.codegen.ops.registry import our_operator
 from llm42c.codegen.target import Target
 from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
@@ -105,8 +106,9 @@ def _product(node: fx.Node, out: Tensor, tokens: int, rates: Rates) -> sympy.Exp
     first = 1 if operator_name(node) in ("addmm", "baddbmm") else 0
     a, b = g.fake(node.args[first]), g.fake(node.args[first + 1])
     k, columns = int(a.shape[-1]), int(out.shape[-1])
-    if operator_name(node) == "llm42::linear_silu_mul":
-        columns *= 2
+    if (ours := our_operator(operator_name(node))) is not None and ours.product is not None:
+        arguments = [g.value(x) if isinstance(x, fx.Node) else x for x in node.args]
+        columns = ours.product(*arguments)  # of a fused product more than its result has
     if columns % tokens == 0 or k % tokens == 0:
         return 2.0 * out.numel() / tokens * k * N / rates.flops
     rows = tokens_in(out, tokens) / int(out.shape[-1])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm42c.codegen.implementation import digest_of
-from llm42c.codegen.ops.orders import orders_of
+from llm42c.codegen.ops.registry import orders_of
 from llm42c.computation import Computation
 from llm42c.errors import ContractError, ContractMismatchError
 from llm42c.packed import PackedModel

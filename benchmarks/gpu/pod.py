@@ -119,12 +119,12 @@ class Batch:
 
     def reference(self, scale: float) -> Tensor:
         """[T, H, D] in fp64, on the CPU."""
-        from llm42c.codegen.ops.paged_attention import reference
+        from llm42c.codegen.ops.paged_attention import paged_attention
 
         none = torch.full((len(self.q),), -1)
         empty = torch.zeros(len(self.q), self.v_cache.shape[1], self.q.shape[2], dtype=self.q.dtype)
         tensors = [self.q.cpu(), empty, empty, self.k_cache.cpu(), self.v_cache.cpu(), none, self.cu.cpu()]
-        return reference(*tensors, self.lens.cpu(), self.table.cpu(), scale, 0, 0.0, None)
+        return paged_attention.reference(*tensors, self.lens.cpu(), self.table.cpu(), scale, 0, 0.0, None)
 
 
 class Kernels:

@@ -31,20 +31,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import Tokens, Traffic, operator
 from llm42c.codegen.ops.collectives import (
-    RANK_ORDER,
     all_reduce_reference,
     chunk_rows,
     on_group,
     require_float,
     shard_rows_reference,
 )
-from llm42c.codegen.ops.norm import ADD_RMS_NORM
-from llm42c.codegen.ops.registry import Operator
-
-_REDUCTION = f"{RANK_ORDER}; then over a row: {ADD_RMS_NORM.reduction}"
+from llm42c.codegen.ops.norm import rms_norm
+from llm42c.codegen.order import RANKS_LANES, RANKS_TREE
 
 
+@operator(orders={"cpu": RANKS_LANES, "cuda": RANKS_TREE}, tokens=Tokens.ROWS, traffic=Traffic.SUM)
+def all_reduce_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """x: [..., H]; residual: x's shape; weight: [H] → (normed, total), both of the residual's shape and
+    dtype.
+    """
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
+
+
+@all_reduce_add_rms_norm.specification
+def reference(
+    xs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """(normed, total) in fp64 from all ranks' x, without any rounding."""
+    total = all_reduce_reference(xs) + residual.double()
+    return rms_norm.reference(total, weight, eps, weight_offset, cast_first), total
+
+
+@all_reduce_add_rms_norm.fake
 def _fake(
     x: Tensor,
     residual: Tensor,
@@ -59,6 +88,39 @@ def _fake(
     return torch.empty_like(total), total
 
 
+@operator(orders={"cpu": RANKS_LANES, "cuda": RANKS_TREE}, traffic=Traffic.SUM)
+def all_reduce_add_rms_norm_sharded(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    group_size: int,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """x: [..., H] of R rows; residual: [ceil(R / group_size), H] → (normed [..., H], total of the
+    residual's shape).
+    """
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
+
+
+@all_reduce_add_rms_norm_sharded.specification
+def _sharded_reference(
+    xs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference`, from the whole residual; total is the rank's shard."""
+    normed, total = reference(xs, residual, weight, eps, weight_offset, cast_first)
+    return normed, shard_rows_reference(total, len(xs), rank)
+
+
+@all_reduce_add_rms_norm_sharded.fake
 def _sharded_fake(
     x: Tensor,
     residual: Tensor,
@@ -75,60 +137,7 @@ def _sharded_fake(
     return normed, residual.new_empty((rows, x.shape[-1]))
 
 
-def reference(
-    xs: Sequence[Tensor],
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_first: bool,
-) -> tuple[Tensor, Tensor]:
-    """(normed, total) in fp64 from all ranks' x, without any rounding."""
-    total = all_reduce_reference(xs) + residual.double()
-    normed: Tensor = ADD_RMS_NORM.reference(
-        total, torch.zeros_like(total), weight, eps, weight_offset, cast_first
-    )[0]
-    return normed, total
-
-
-def _sharded_reference(
-    xs: Sequence[Tensor],
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_first: bool,
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`reference`, from the whole residual; total is the rank's shard."""
-    normed, total = reference(xs, residual, weight, eps, weight_offset, cast_first)
-    return normed, shard_rows_reference(total, len(xs), rank)
-
-
-# x: [..., H]; residual: x's shape; weight: [H] → (normed, total), both of the residual's shape and dtype.
-FULL = Operator(
-    schema=(
-        "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset,"
-        " bool cast_first, str group_name) -> (Tensor, Tensor)"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction=_REDUCTION,
-    composite=on_group("all_reduce_add_rms_norm", symmetric=True),
-    on_cuda=True,
+all_reduce_add_rms_norm.implementation("cpu", "cuda")(on_group("all_reduce_add_rms_norm", symmetric=True))
+all_reduce_add_rms_norm_sharded.implementation("cpu", "cuda")(
+    on_group("all_reduce_add_rms_norm_sharded", symmetric=True)
 )
-
-# x: [..., H] of R rows; residual: [ceil(R / group_size), H] → (normed [..., H], total of residual's shape).
-SHARDED = Operator(
-    schema=(
-        "all_reduce_add_rms_norm_sharded(Tensor x, Tensor residual, Tensor? weight, float eps,"
-        " float weight_offset, bool cast_first, int group_size, str group_name) -> (Tensor, Tensor)"
-    ),
-    fake=_sharded_fake,
-    reference=_sharded_reference,
-    reduction=_REDUCTION,
-    composite=on_group("all_reduce_add_rms_norm_sharded", symmetric=True),
-    on_cuda=True,
-)
-
-OPERATORS = (FULL, SHARDED)

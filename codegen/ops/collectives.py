@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import Tokens, Traffic, operator
+from llm42c.codegen.order import COPY, RANKS
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-RANK_ORDER = "over the ranks, ascending, in fp32, rounded once"
 
 
 def require_float(x: Tensor) -> None:
@@ -57,46 +57,69 @@ def chunk_rows(rows: Any, group_size: int) -> Any:
     return (rows + group_size - 1) // group_size
 
 
+def _rows(x: Tensor) -> Any:
+    return x.numel() // x.shape[-1]
+
+
+@operator(orders={"cpu": RANKS, "cuda": RANKS}, tokens=Tokens.POINTWISE, traffic=Traffic.SUM)
+def all_reduce(x: Tensor, group_name: str) -> Tensor:
+    """x: any shape, the ranks' partial sums → their sum, the same bits on every rank."""
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
+
+
+@all_reduce.specification
+def all_reduce_reference(xs: Sequence[Tensor]) -> Tensor:
+    """The sum of the ranks' tensors in fp64."""
+    return torch.stack([x.double() for x in xs]).sum(0)
+
+
+@all_reduce.fake
 def _all_reduce_fake(x: Tensor, group_name: str) -> Tensor:
     require_float(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@operator(orders={"cpu": COPY, "cuda": COPY}, tokens=Tokens.ROWS, traffic=Traffic.GATHER)
+def all_gather_last(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    """x: [..., N] of each rank → [..., N * group_size], ranks ascending."""
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
+
+
+@all_gather_last.specification
+def _all_gather_last_reference(xs: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(xs), dim=-1)
+
+
+@all_gather_last.fake
 def _all_gather_last_fake(x: Tensor, group_size: int, group_name: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] * group_size))
 
 
+@operator(orders={"cpu": COPY, "cuda": COPY}, tokens=Tokens.ROWS)
+def shard_last(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    """x: [..., N] → this rank's [..., N / group_size] columns."""
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
+
+
+@shard_last.specification
+def _shard_last_reference(x: Tensor, group_size: int, rank: int) -> Tensor:
+    return x.chunk(group_size, -1)[rank]
+
+
+@shard_last.fake
 def _shard_last_fake(x: Tensor, group_size: int, group_name: str) -> Tensor:
     if x.shape[-1] % group_size:
         raise ValueError(f"{x.shape[-1]} columns cannot be divided among {group_size} ranks")
     return x.new_empty((*x.shape[:-1], x.shape[-1] // group_size))
 
 
-def _rows(x: Tensor) -> Any:
-    return x.numel() // x.shape[-1]
+@operator(orders={"cpu": COPY, "cuda": COPY})
+def shard_rows(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    """x: [..., H] of R rows → this rank's [ceil(R / group_size), H]; rows past the end are zero."""
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
 
 
-def _shard_rows_fake(x: Tensor, group_size: int, group_name: str) -> Tensor:
-    return x.new_empty((chunk_rows(_rows(x), group_size), x.shape[-1]))
-
-
-def _gather_rows_fake(shard: Tensor, like: Tensor, group_size: int, group_name: str) -> Tensor:
-    return torch.empty_like(like, dtype=shard.dtype, memory_format=torch.contiguous_format)
-
-
-def all_reduce_reference(xs: Sequence[Tensor]) -> Tensor:
-    """The sum of the ranks' tensors in fp64."""
-    return torch.stack([x.double() for x in xs]).sum(0)
-
-
-def _all_gather_last_reference(xs: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(xs), dim=-1)
-
-
-def _shard_last_reference(x: Tensor, group_size: int, rank: int) -> Tensor:
-    return x.chunk(group_size, -1)[rank]
-
-
+@shard_rows.specification
 def shard_rows_reference(x: Tensor, group_size: int, rank: int) -> Tensor:
     """The rows of ``rank``, zeros where there are none."""
     rows = x.reshape(-1, x.shape[-1])
@@ -105,58 +128,29 @@ def shard_rows_reference(x: Tensor, group_size: int, rank: int) -> Tensor:
     return torch.cat([own, own.new_zeros(chunk - len(own), x.shape[-1])])
 
 
+@shard_rows.fake
+def _shard_rows_fake(x: Tensor, group_size: int, group_name: str) -> Tensor:
+    return x.new_empty((chunk_rows(_rows(x), group_size), x.shape[-1]))
+
+
+@operator(orders={"cpu": COPY, "cuda": COPY}, traffic=Traffic.GATHER)
+def gather_rows(shard: Tensor, like: Tensor, group_size: int, group_name: str) -> Tensor:
+    """shard: [ceil(R / group_size), H] of each rank → the R rows, in the shape of ``like``."""
+    raise NotImplementedError("a collective's specification takes the tensors of all ranks")
+
+
+@gather_rows.specification
 def _gather_rows_reference(shards: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.cat(list(shards))[: _rows(like)].reshape(like.shape)
 
 
-# x: any shape, the ranks' partial sums → their sum, the same bits on every rank.
-ALL_REDUCE = Operator(
-    schema="all_reduce(Tensor x, str group_name) -> Tensor",
-    fake=_all_reduce_fake,
-    reference=all_reduce_reference,
-    reduction=RANK_ORDER,
-    composite=on_group("all_reduce", symmetric=True),
-    on_cuda=True,
-)
+@gather_rows.fake
+def _gather_rows_fake(shard: Tensor, like: Tensor, group_size: int, group_name: str) -> Tensor:
+    return torch.empty_like(like, dtype=shard.dtype, memory_format=torch.contiguous_format)
 
-# x: [..., N] of each rank → [..., N * group_size], ranks ascending.
-ALL_GATHER_LAST = Operator(
-    schema="all_gather_last(Tensor x, int group_size, str group_name) -> Tensor",
-    fake=_all_gather_last_fake,
-    reference=_all_gather_last_reference,
-    reduction="none",
-    composite=on_group("all_gather_last"),
-    on_cuda=True,
-)
 
-# x: [..., N] → this rank's [..., N / group_size] columns.
-SHARD_LAST = Operator(
-    schema="shard_last(Tensor x, int group_size, str group_name) -> Tensor",
-    fake=_shard_last_fake,
-    reference=_shard_last_reference,
-    reduction="none",
-    composite=on_group("shard_last"),
-    on_cuda=True,
-)
-
-# x: [..., H] of R rows → this rank's [ceil(R / group_size), H]; rows past the end are zero.
-SHARD_ROWS = Operator(
-    schema="shard_rows(Tensor x, int group_size, str group_name) -> Tensor",
-    fake=_shard_rows_fake,
-    reference=shard_rows_reference,
-    reduction="none",
-    composite=on_group("shard_rows"),
-    on_cuda=True,
-)
-
-# shard: [ceil(R / group_size), H] of each rank → the R rows, in the shape of ``like``.
-GATHER_ROWS = Operator(
-    schema="gather_rows(Tensor shard, Tensor like, int group_size, str group_name) -> Tensor",
-    fake=_gather_rows_fake,
-    reference=_gather_rows_reference,
-    reduction="none",
-    composite=on_group("gather_rows"),
-    on_cuda=True,
-)
-
-OPERATORS = (ALL_GATHER_LAST, ALL_REDUCE, GATHER_ROWS, SHARD_LAST, SHARD_ROWS)
+all_reduce.implementation("cpu", "cuda")(on_group("all_reduce", symmetric=True))
+all_gather_last.implementation("cpu", "cuda")(on_group("all_gather_last"))
+shard_last.implementation("cpu", "cuda")(on_group("shard_last"))
+shard_rows.implementation("cpu", "cuda")(on_group("shard_rows"))
+gather_rows.implementation("cpu", "cuda")(on_group("gather_rows"))

@@ -7,21 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    batch, heads, q_len, dim = q.shape
-    return q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+from llm42c.codegen.operator import operator
+from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 
 def _hidden(mask: Tensor | None, q_len: int, kv_len: int, causal: bool, window: int, like: Tensor) -> Tensor:
@@ -57,7 +44,12 @@ def _per_query_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).repeat_interleave(heads // x.shape[1], 1)
 
 
-def reference(
+def _sum_to_kv_heads(x: Tensor, like: Tensor) -> Tensor:
+    return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+
+
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS})
+def dense_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,15 +92,27 @@ def reference(
     return weights @ _per_query_head(v, heads, f64)
 
 
+@dense_attention.fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    batch, heads, q_len, dim = q.shape
+    return q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, mask, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, mask)
 
 
-def _sum_to_kv_heads(x: Tensor, like: Tensor) -> Tensor:
-    return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
-
-
+@dense_attention.gradient(_setup_context)
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients from recomputed weights, in fp32, on ordinary torch operators (no promise about bits)."""
     q, k, v, mask = ctx.saved_tensors
@@ -128,16 +132,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_k = _sum_to_kv_heads(grad_scores.transpose(-1, -2) @ qf * scale, k)
     grad_v = _sum_to_kv_heads(weights.transpose(-1, -2) @ grad, v)
     return grad_q, grad_k, grad_v, grad_mask, None, None, None, None
-
-
-OP = Operator(
-    schema=(
-        "dense_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, int window, "
-        "float softcap) -> Tensor"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction="as paged_attention, a key's index, from the first one the mask shows, being its position",
-    backward=_backward,
-    setup_context=_setup_context,
-)

@@ -11,18 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import Tokens, operator
+from llm42c.codegen.order import CHAIN, TILES
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
+@operator(
+    orders={"cpu": CHAIN, "cuda": TILES},
+    tokens=Tokens.ROWS,
+    product=lambda x, weight, bias, group, transposed: weight.shape[2 if transposed else 1],
+)
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
+    """x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N] → [R, N] in x.dtype.
 
+    group: [R] int64 in [0, E); dtypes fp32, bf16, fp16. Raises ValueError for a group outside of [0, E); on a
+    GPU, which cannot without waiting, such a row is NaN.
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
-    """In fp64, not rounded to ``x.dtype``."""
+    In fp64, not rounded to ``x.dtype``.
+    """
     w = (weight if transposed else weight.transpose(1, 2)).double()[group]  # [R, K, N]
     y = (x.double().unsqueeze(1) @ w).squeeze(1)
     return y if bias is None else y + bias.double()[group]
+
+
+@grouped_linear.fake
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -31,6 +44,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.has_bias = bias is not None
 
 
+@grouped_linear.gradient(_setup_context)
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, group = ctx.saved_tensors
     llm42, groups = torch.ops.llm42, weight.shape[0]
@@ -43,16 +57,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.has_bias and ctx.needs_input_grad[2]:
         d_bias = llm42.grouped_outer(grad, torch.ones_like(grad[:, :1]), group, groups).squeeze(-1)
     return d_x, d_weight, d_bias, None, None
-
-
-# x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N]; group: [R] int64
-# in [0, E) → [R, N] in x.dtype (fp32, bf16, fp16). Raises ValueError for a group outside of [0, E); on
-# a GPU, which cannot without waiting, such a row is NaN.
-OP = Operator(
-    schema="grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor group, bool transposed) -> Tensor",
-    fake=_fake,
-    reference=_reference,
-    reduction="one fp32 FMA chain over k ascending for each output element",
-    backward=_backward,
-    setup_context=_setup_context,
-)

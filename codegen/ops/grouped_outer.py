@@ -10,19 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.order import CHAIN, TILES
 
 
-def _fake(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
-    return a.new_empty(groups, a.shape[1], b.shape[1])
+@operator(orders={"cpu": CHAIN, "cuda": TILES})
+def grouped_outer(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
+    """a: [R, N], b: [R, K], one dtype (fp32, bf16, fp16); group: [R] int64 in [0, groups) → [groups, N, K].
+    Raises ValueError for a group outside, and where the numbers of rows differ.
 
-
-def _reference(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
-    """In fp64, not rounded to ``a.dtype``."""
+    In fp64, not rounded to ``a.dtype``.
+    """
     chosen = torch.nn.functional.one_hot(group, groups).double()  # [R, E]
     return torch.einsum("re,rn,rk->enk", chosen, a.double(), b.double())
 
 
+@grouped_outer.fake
+def _fake(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
+    return a.new_empty(groups, a.shape[1], b.shape[1])
+
+
+@grouped_outer.implementation("cpu", "cuda")
 def _composite(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
     order = torch.sort(group, stable=True).indices
     counts = torch.bincount(group, minlength=groups).tolist()
@@ -38,15 +46,3 @@ def _composite(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
         if count:
             out[e] = torch.ops.llm42.linear_dense(left[:, begin:end], right[:, begin:end], None)
     return out
-
-
-# a: [R, N], b: [R, K], one dtype (fp32, bf16, fp16); group: [R] int64 in [0, groups) → [groups, N, K].
-# Raises ValueError for a group outside, and where the numbers of rows differ.
-OP = Operator(
-    schema="grouped_outer(Tensor a, Tensor b, Tensor group, int groups) -> Tensor",
-    fake=_fake,
-    reference=_reference,
-    reduction="one fp32 FMA chain over a group's rows ascending for each output element",
-    composite=_composite,
-    on_cuda=True,
-)

@@ -11,18 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.order import ASCENDING
 
 
+@operator(orders={"cpu": ASCENDING, "cuda": ASCENDING})
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """x with source[r] added at index[r], each sum rounded to x.dtype.
+
+    x: any shape; index: [R] integers in [0, x.shape[dim]); source: as x with R along ``dim``, same dtype.
+    Raises ValueError for shapes that do not fit, IndexError for an index outside.
+
+    In fp64, not rounded to ``x.dtype``.
+    """
+    return x.double().index_add(dim, index.long(), source.double())
+
+
+@index_add.fake
 def _fake(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _reference(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    """In fp64, not rounded to ``x.dtype``."""
-    return x.double().index_add(dim, index.long(), source.double())
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.dim, index, _ = inputs
+    ctx.save_for_backward(index)
 
 
+@index_add.gradient(_setup_context)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None, grad.index_select(ctx.dim, ctx.saved_tensors[0])
+
+
+@index_add.implementation("cpu", "cuda")
 def _composite(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     """Round r adds the r-th row of every place; no two rows of a round meet."""
     if index.dim() != 1 or source.dim() != x.dim() or source.shape[dim] != len(index):
@@ -43,27 +63,3 @@ def _composite(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
         place = places[mine]
         target[place] = target[place] + rows[order[mine]]
     return out
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.dim, index, _ = inputs
-    ctx.save_for_backward(index)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None, grad.index_select(ctx.dim, ctx.saved_tensors[0])
-
-
-# x: any shape; index: [R] integers in [0, x.shape[dim]); source: as x with R along ``dim``, same dtype → x
-# with source[r] added at index[r], each sum rounded to x.dtype. Raises ValueError for shapes that do not fit,
-# IndexError for an index outside.
-OP = Operator(
-    schema="index_add(Tensor x, int dim, Tensor index, Tensor source) -> Tensor",
-    fake=_fake,
-    reference=_reference,
-    reduction="x first, then the rows of one place in ascending order, each sum rounded to the dtype",
-    backward=_backward,
-    setup_context=_setup_context,
-    composite=_composite,
-    on_cuda=True,
-)

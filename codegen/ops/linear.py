@@ -14,75 +14,77 @@ from typing import Any
 
 from torch import Tensor
 
-from llm42c.codegen.ops import activation
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import Tokens, operator
+from llm42c.codegen.ops.activation import silu_mul
+from llm42c.codegen.order import CHAIN, COPY, TILES
 
 PANEL = 48
 """Columns of a packed panel (``gemm_lanes.h``)."""
-
-_ONE_CHAIN = "one fp32 FMA chain over k ascending for each output element"
 
 
 def _panels(n: int) -> int:
     return (n + PANEL - 1) // PANEL
 
 
-def _linear_pack_fake(weight: Tensor) -> Tensor:
-    n, k = weight.shape
-    return weight.new_empty(_panels(n), k, PANEL)
+@operator(orders={"cpu": COPY, "cuda": COPY})
+def linear_pack(weight: Tensor) -> Tensor:
+    """weight: [N, K] (any strides) → packed: [ceil(N / PANEL), K, PANEL] of the same dtype.
 
-
-def _linear_pack_reference(weight: Tensor) -> Tensor:
-    """The panels with columns in natural order; the operator may order them differently within 16."""
+    The order inside a panel belongs to the compiled library: a packed weight is for this process, not for a
+    file. Here the columns stand in natural order; a library may order them differently within 16.
+    """
     n, k = weight.shape
     padded = weight.new_zeros(_panels(n) * PANEL, k)
     padded[:n] = weight
     return padded.view(_panels(n), PANEL, k).transpose(1, 2).contiguous()
 
 
+@linear_pack.fake
+def _linear_pack_fake(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    return weight.new_empty(_panels(n), k, PANEL)
+
+
+@operator(orders={"cpu": COPY, "cuda": COPY})
+def linear_unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    """The exact inverse: packed → [N, K]; here of the natural order of columns."""
+    return packed.transpose(1, 2).reshape(-1, k)[:n].contiguous()
+
+
+@linear_unpack.fake
 def _linear_unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:
     return packed.new_empty(n, k)
 
 
-def _linear_unpack_reference(packed: Tensor, n: int, k: int) -> Tensor:
-    return packed.transpose(1, 2).reshape(-1, k)[:n].contiguous()
+@operator(orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, packed, bias, n: n)
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """x: [..., K], packed of [N, K], bias: [N], one dtype (fp32, bf16, fp16) → [..., N].
+
+    In fp64, not rounded to ``x.dtype``, of a weight that the reference of ``linear_pack`` packed.
+    """
+    return linear_dense.reference(x, linear_unpack.reference(packed, n, x.shape[-1]), bias)
 
 
+@linear.fake
 def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _linear_dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+@operator(
+    orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, weight, bias: weight.shape[0]
+)
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As linear, bit for bit, on an ordinary weight [N, K] at any strides.
 
-
-def _linear_silu_mul_fake(x: Tensor, packed: Tensor, n: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n)
-
-
-def _linear_add_fake(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n)
-
-
-def _linear_dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In fp64, not rounded to ``x.dtype``."""
+    In fp64, not rounded to ``x.dtype``.
+    """
     y = x.double() @ weight.double().T
     return y if bias is None else y + bias.double()
 
 
-def _linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    weight = UNPACK.overload(packed, n, x.shape[-1])
-    return _linear_dense_reference(x, weight, bias)
-
-
-def _linear_silu_mul_reference(x: Tensor, packed: Tensor, n: int) -> Tensor:
-    merged = _linear_reference(x, packed, None, 2 * n).to(x.dtype)
-    return activation.silu_mul_reference(merged)
-
-
-def _linear_add_reference(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
-    y = _linear_reference(x, packed, bias, n).to(x.dtype)
-    return residual.double() + y.double()
+@linear_dense.fake
+def _linear_dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_dense_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -91,6 +93,7 @@ def _linear_dense_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], 
     ctx.has_bias = bias is not None
 
 
+@linear_dense.gradient(_linear_dense_setup)
 def _linear_dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Ordinary PyTorch products: the promise about bits covers the forward pass."""
     x, weight = ctx.saved_tensors
@@ -105,55 +108,30 @@ def _linear_dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_x, d_weight, d_bias
 
 
-# weight: [N, K] (any strides) → packed: [ceil(N / PANEL), K, PANEL] of the same dtype. The order inside a
-# panel belongs to the compiled library: a packed weight is for this process, not for a file.
-PACK = Operator(
-    schema="linear_pack(Tensor weight) -> Tensor",
-    fake=_linear_pack_fake,
-    reference=_linear_pack_reference,
-    reduction="none",
-)
+@operator(orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, packed, n: 2 * n)
+def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:
+    """packed of merged gate and up rows [2N, K] → silu(gate) * up: [..., N].
 
-# The exact inverse: packed → [N, K].
-UNPACK = Operator(
-    schema="linear_unpack(Tensor packed, int n, int k) -> Tensor",
-    fake=_linear_unpack_fake,
-    reference=_linear_unpack_reference,
-    reduction="none",
-)
+    Bit for bit ``linear``, then ``silu_mul``.
+    """
+    merged = linear.reference(x, packed, None, 2 * n).to(x.dtype)
+    return silu_mul.reference(merged)
 
-# x: [..., K], packed of [N, K], bias: [N], one dtype (fp32, bf16, fp16) → [..., N].
-LINEAR = Operator(
-    schema="linear(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor",
-    fake=_linear_fake,
-    reference=_linear_reference,
-    reduction=_ONE_CHAIN,
-)
 
-# As linear, bit for bit, on an ordinary weight [N, K] at any strides.
-DENSE = Operator(
-    schema="linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    fake=_linear_dense_fake,
-    reference=_linear_dense_reference,
-    reduction=_ONE_CHAIN,
-    backward=_linear_dense_backward,
-    setup_context=_linear_dense_setup,
-)
+@linear_silu_mul.fake
+def _linear_silu_mul_fake(x: Tensor, packed: Tensor, n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
 
-# packed of merged gate and up rows [2N, K] → silu(gate) * up: [..., N], bit for bit linear, then silu_mul.
-SILU_MUL = Operator(
-    schema="linear_silu_mul(Tensor x, Tensor packed, int n) -> Tensor",
-    fake=_linear_silu_mul_fake,
-    reference=_linear_silu_mul_reference,
-    reduction=_ONE_CHAIN,
-)
 
-# residual: [..., N] → residual + linear(x, packed, bias), bit for bit the two operators.
-ADD = Operator(
-    schema="linear_add(Tensor x, Tensor packed, Tensor? bias, Tensor residual, int n) -> Tensor",
-    fake=_linear_add_fake,
-    reference=_linear_add_reference,
-    reduction=_ONE_CHAIN,
+@operator(
+    orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, packed, bias, residual, n: n
 )
+def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
+    """residual: [..., N] → residual + linear(x, packed, bias), bit for bit the two operators."""
+    y = linear.reference(x, packed, bias, n).to(x.dtype)
+    return residual.double() + y.double()
 
-OPERATORS = (PACK, UNPACK, LINEAR, DENSE, SILU_MUL, ADD)
+
+@linear_add.fake
+def _linear_add_fake(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)

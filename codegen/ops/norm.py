@@ -12,51 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
-
-_LANES = "sixteen fp32 lane sums (element i in lane i % 16, ascending), then the tree +8, +4, +2, +1"
-
-
-def _rms_norm_fake(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
-) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _add_rms_norm_fake(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    like = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return like, torch.empty_like(like)
-
-
-def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rms_norm_reference(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
-) -> Tensor:
-    """In fp64 without any rounding; ``cast_first`` only says where the operator rounds."""
-    wide = x.double()
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return y if weight is None else y * (weight.double() + weight_offset)
-
-
-def _add_rms_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    total = residual + x
-    return _rms_norm_reference(total, weight, eps, weight_offset, cast_first), total
-
-
-def _layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    wide = x.double()
-    centred = wide - wide.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.double()
-    return y if bias is None else y + bias.double()
+from llm42c.codegen.operator import Tokens, operator
+from llm42c.codegen.order import LANES, TREE
 
 
 def _over_rows(t: Tensor, like: Tensor) -> Tensor:
@@ -79,15 +36,55 @@ def _rms_norm_grads(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None) ->
     return _through_scale(g * (weight.float() + ctx.weight_offset), normed, scale), d_weight
 
 
+@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool) -> Tensor:
+    """x: [..., H], weight: [H] → [..., H].
+
+    scale = 1 / sqrt(mean(x²) + eps). cast_first (Llama): round(x * scale) to x.dtype, times (weight +
+    weight_offset) in x.dtype; weight has x's dtype. Otherwise (Gemma, OLMo 2): all in fp32 with one rounding;
+    weight has x's dtype or fp32.
+
+    In fp64 without any rounding; ``cast_first`` only says where the operator rounds.
+    """
+    wide = x.double()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * (weight.double() + weight_offset)
+
+
+@rms_norm.fake
+def _rms_norm_fake(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.eps, ctx.weight_offset, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
+@rms_norm.gradient(_rms_norm_setup)
 def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     d_x, d_weight = _rms_norm_grads(ctx, grad, x, weight)
     return d_x.to(x.dtype), d_weight, None, None, None
+
+
+@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    """→ (rms_norm(residual + x), residual + x); the sum is rounded to x.dtype before it is normed."""
+    total = residual + x
+    return rms_norm.reference(total, weight, eps, weight_offset, cast_first), total
+
+
+@add_rms_norm.fake
+def _add_rms_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    like = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like, torch.empty_like(like)
 
 
 def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -95,6 +92,7 @@ def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(output[1], weight)
 
 
+@add_rms_norm.gradient(_add_rms_norm_setup)
 def _add_rms_norm_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
     total, weight = ctx.saved_tensors
     d_total, d_weight = _rms_norm_grads(ctx, grad, total, weight)
@@ -102,11 +100,31 @@ def _add_rms_norm_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[
     return d_x, d_x.clone(), d_weight, None, None, None
 
 
+@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x: [..., H], weight and bias: [H] of x's dtype or both fp32 → [..., H].
+
+    The mean first, then the mean of the squared deviations; all in fp32 with one rounding.
+    """
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+@layer_norm.fake
+def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.eps = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
+@layer_norm.gradient(_layer_norm_setup)
 def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     wide, g = x.float(), grad.float()
@@ -118,42 +136,3 @@ def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_weight = None if weight is None else _over_rows(g * normed, weight)
     d_bias = None if bias is None else _over_rows(g, bias)
     return d_x.to(x.dtype), d_weight, d_bias, None
-
-
-# x: [..., H], weight: [H] → [..., H]. scale = 1 / sqrt(mean(x²) + eps).
-# cast_first (Llama): round(x * scale) to x.dtype, times (weight + weight_offset) in x.dtype; weight has
-# x's dtype. Otherwise (Gemma, OLMo 2): all in fp32 with one rounding; weight has x's dtype or fp32.
-RMS_NORM = Operator(
-    schema=("rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_first) -> Tensor"),
-    fake=_rms_norm_fake,
-    reference=_rms_norm_reference,
-    reduction=_LANES,
-    backward=_rms_norm_backward,
-    setup_context=_rms_norm_setup,
-)
-
-# → (rms_norm(residual + x), residual + x); the sum is rounded to x.dtype before it is normed.
-ADD_RMS_NORM = Operator(
-    schema=(
-        "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset,"
-        " bool cast_first) -> (Tensor, Tensor)"
-    ),
-    fake=_add_rms_norm_fake,
-    reference=_add_rms_norm_reference,
-    reduction=_LANES,
-    backward=_add_rms_norm_backward,
-    setup_context=_add_rms_norm_setup,
-)
-
-# x: [..., H], weight and bias: [H] of x's dtype or both fp32 → [..., H]. The mean first, then the mean of
-# the squared deviations; all in fp32 with one rounding.
-LAYER_NORM = Operator(
-    schema="layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    fake=_layer_norm_fake,
-    reference=_layer_norm_reference,
-    reduction=_LANES,
-    backward=_layer_norm_backward,
-    setup_context=_layer_norm_setup,
-)
-
-OPERATORS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM)

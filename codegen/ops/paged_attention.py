@@ -5,27 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 SPLIT = 256  # absolute positions that are reduced together; splits are folded in ascending order
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -44,7 +27,8 @@ def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_map
     v_cache[pages, :, offsets, :] = v[kept]
 
 
-def reference(
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, mutates=("k_cache", "v_cache"))
+def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,17 +97,20 @@ def reference(
     return out
 
 
-OP = Operator(
-    schema=(
-        "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor slot_mapping, Tensor cu_seqlens_q, Tensor kv_lens, Tensor block_table, float scale, "
-        "int window, float softcap, Tensor? sinks) -> Tensor"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction=(
-        f"splits of {SPLIT} absolute positions folded from the left; in a split, scores are fma chains over "
-        "D ascending, exponentials of key j are summed in lane j % 16 and then in a fixed tree, outputs are "
-        "fma chains over the visible keys ascending"
-    ),
-)
+@paged_attention.fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

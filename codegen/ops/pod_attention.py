@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops import paged_attention
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.ops.paged_attention import paged_attention
+from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 
 def check_metadata(
@@ -65,27 +66,8 @@ def check_metadata(
         )
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    checked: bool,
-    decode_workers: int = 0,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-def reference(
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, mutates=("k_cache", "v_cache"))
+def pod_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,13 +109,22 @@ def reference(
     )
 
 
-OP = Operator(
-    schema=(
-        "pod_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-        "Tensor slot_mapping, Tensor cu_seqlens_q, Tensor kv_lens, Tensor block_table, float scale, "
-        "int window, float softcap, Tensor? sinks, bool checked, int decode_workers=0) -> Tensor"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction=paged_attention.OP.reduction,
-)
+@pod_attention.fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    checked: bool,
+    decode_workers: int = 0,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -8,45 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llm42c.codegen.ops import dense_attention
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.ops.dense_attention import dense_attention
+from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    decode_q: Tensor,
-    decode_k: Tensor,
-    decode_v: Tensor,
-    decode_mask: Tensor | None,
-    decode_scale: float,
-    decode_causal: bool,
-    decode_window: int,
-    decode_softcap: float,
-    decode_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    return (
-        dense_attention.OP.fake(q, k, v, mask, scale, causal, window, softcap),
-        dense_attention.OP.fake(
-            decode_q,
-            decode_k,
-            decode_v,
-            decode_mask,
-            decode_scale,
-            decode_causal,
-            decode_window,
-            decode_softcap,
-        ),
-    )
-
-
-def reference(
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS})
+def pod_dense_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -86,14 +54,36 @@ def reference(
     )
 
 
-OP = Operator(
-    schema=(
-        "pod_dense_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, "
-        "int window, float softcap, Tensor decode_q, Tensor decode_k, Tensor decode_v, Tensor? decode_mask, "
-        "float decode_scale, bool decode_causal, int decode_window, float decode_softcap, "
-        "int decode_workers=0) -> (Tensor, Tensor)"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction="each result as dense_attention",
-)
+@pod_dense_attention.fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    decode_q: Tensor,
+    decode_k: Tensor,
+    decode_v: Tensor,
+    decode_mask: Tensor | None,
+    decode_scale: float,
+    decode_causal: bool,
+    decode_window: int,
+    decode_softcap: float,
+    decode_workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    return (
+        dense_attention.meta(q, k, v, mask, scale, causal, window, softcap),
+        dense_attention.meta(
+            decode_q,
+            decode_k,
+            decode_v,
+            decode_mask,
+            decode_scale,
+            decode_causal,
+            decode_window,
+            decode_softcap,
+        ),
+    )

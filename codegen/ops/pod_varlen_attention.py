@@ -9,25 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops import paged_attention
-from llm42c.codegen.ops.registry import Operator
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    decode_workers: int = 0,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+from llm42c.codegen.operator import operator
+from llm42c.codegen.ops.paged_attention import paged_attention
+from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 
 def _as_pages(x: Tensor, kv_lens: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +28,8 @@ def _as_pages(x: Tensor, kv_lens: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor,
     return pool, table
 
 
-def reference(
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS})
+def pod_varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,13 +85,19 @@ def reference(
     )
 
 
-OP = Operator(
-    schema=(
-        "pod_varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor kv_lens, "
-        "Tensor? cu_seqlens_k, Tensor? block_table, float scale, int window, float softcap, Tensor? sinks, "
-        "int decode_workers=0) -> Tensor"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction=paged_attention.OP.reduction,
-)
+@pod_varlen_attention.fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    decode_workers: int = 0,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
-
-
-def _fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+from llm42c.codegen.operator import Tokens, operator
+from llm42c.codegen.order import POINTWISE
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -19,18 +16,31 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Exactly the eager operations in ``x.dtype``; the operator has the same bits."""
+@operator(orders={"cpu": POINTWISE, "cuda": POINTWISE}, tokens=Tokens.ROWS)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [T, H, D], cos and sin: [T, R] of the same dtype, R even, R <= D → [T, H, D], contiguous.
+
+    x * cos + rotate_half(x) * sin on the first R of D, the rest copied. Each of the three operations is
+    rounded to x.dtype, as in eager PyTorch. Rows of D that are not contiguous are copied.
+
+    Exactly the eager operations in ``x.dtype``; the operator has the same bits.
+    """
     rotary_dim = cos.shape[-1]
     part, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     cos, sin = cos[:, None, :], sin[:, None, :]  # [T, 1, R]
     return torch.cat((part * cos + _rotate_half(part) * sin, rest), dim=-1)
 
 
+@rotary.fake
+def _fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@rotary.gradient(_setup)
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, cos, sin = ctx.saved_tensors
     rotary_dim = cos.shape[-1]
@@ -41,16 +51,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     d_cos = (g * part).sum(1) if ctx.needs_input_grad[1] else None
     d_sin = (g * _rotate_half(part)).sum(1) if ctx.needs_input_grad[2] else None
     return d_x, d_cos, d_sin
-
-
-# x: [T, H, D] (rows of D contiguous, else copied), cos and sin: [T, R] of the same dtype, R even, R <= D
-# → [T, H, D] contiguous: x * cos + rotate_half(x) * sin on the first R of D, the rest copied. Each of the
-# three operations is rounded to x.dtype, as in eager PyTorch.
-OP = Operator(
-    schema="rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-    fake=_fake,
-    reference=_reference,
-    reduction="none",
-    backward=_backward,
-    setup_context=_setup,
-)

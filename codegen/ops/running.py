@@ -11,50 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
-
-_CHAIN = "one fp32 chain over the dimension, ascending, whose every value is rounded once"
-
-
-def _fake(x: Tensor, dim: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+from llm42c.codegen.operator import Tokens, operator
+from llm42c.codegen.order import RUNNING
 
 
-def _sum_reference(x: Tensor, dim: int) -> Tensor:
-    """In fp64, not rounded to ``x.dtype``."""
+@operator(orders={"cpu": RUNNING, "cuda": RUNNING}, tokens=Tokens.ALONG)
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """x: any shape but [], fp32, bf16 or fp16 → x with its sums from the beginning of ``dim``.
+
+    Raises ValueError for a dimension that x does not have.
+
+    In fp64, not rounded to ``x.dtype``.
+    """
     return x.double().cumsum(dim)
-
-
-def _product_reference(x: Tensor, dim: int) -> Tensor:
-    """In fp64, not rounded to ``x.dtype``."""
-    return x.double().cumprod(dim)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
     ctx.dim = inputs[1]
 
 
+@running_sum.gradient(_setup_context)
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return torch.ops.llm42.running_sum(grad.flip(ctx.dim), ctx.dim).flip(ctx.dim), None
 
 
-# x: any shape but [], fp32, bf16 or fp16 → x with its sums from the beginning of ``dim``. Raises ValueError
-# for a dimension that x does not have.
-SUM = Operator(
-    schema="running_sum(Tensor x, int dim) -> Tensor",
-    fake=_fake,
-    reference=_sum_reference,
-    reduction=_CHAIN,
-    backward=_sum_backward,
-    setup_context=_setup_context,
-)
+@operator(orders={"cpu": RUNNING, "cuda": RUNNING}, tokens=Tokens.ALONG)
+def running_product(x: Tensor, dim: int) -> Tensor:
+    """Likewise with products.
 
-# Likewise with products.
-PRODUCT = Operator(
-    schema="running_product(Tensor x, int dim) -> Tensor",
-    fake=_fake,
-    reference=_product_reference,
-    reduction=_CHAIN,
-)
+    In fp64, not rounded to ``x.dtype``.
+    """
+    return x.double().cumprod(dim)
 
-OPERATORS = (SUM, PRODUCT)
+
+@running_sum.fake
+@running_product.fake
+def _fake(x: Tensor, dim: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

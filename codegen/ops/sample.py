@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.order import DRAW, GPU_DRAW, LANES, TREE
 
 _Words = npt.NDArray[np.uint32]
-_REDUCTION = "exp(x - max) of entry i is summed in lane i % 16, ascending, then in a fixed tree"
 
 
 def philox4x32(counter: _Words, key: _Words) -> _Words:
@@ -78,7 +78,8 @@ def keep_mask(x: Tensor, temperature: float, top_k: int, top_p: float, min_p: fl
     return keep & (z.exp() >= min_p)
 
 
-def reference(
+@operator(orders={"cpu": DRAW, "cuda": GPU_DRAW})
+def sample(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -123,12 +124,14 @@ def reference(
     return torch.tensor(tokens, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float64)
 
 
+@sample.fake
 def _fake(logits: Tensor, *per_row: Tensor) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
 
 
-def token_logprobs_reference(logits: Tensor, tokens: Tensor) -> Tensor:
+@operator(orders={"cpu": LANES, "cuda": TREE})
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities of given tokens.
 
     Args:
@@ -143,7 +146,13 @@ def token_logprobs_reference(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.double().log_softmax(-1).gather(1, columns).reshape(tokens.shape)
 
 
-def top_logprobs_reference(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@token_logprobs.fake
+def _token_logprobs_fake(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.new_empty(tokens.shape, dtype=torch.float32)
+
+
+@operator(orders={"cpu": LANES, "cuda": TREE})
+def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` greatest log-probabilities of each row, descending; equal ones by ascending index.
 
     Args:
@@ -158,35 +167,7 @@ def top_logprobs_reference(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k].masked_fill(bad, torch.nan), indices[:, :k].masked_fill(bad, -1)
 
 
-def _token_logprobs_fake(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.new_empty(tokens.shape, dtype=torch.float32)
-
-
+@top_logprobs.fake
 def _top_logprobs_fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
-
-
-SAMPLE = Operator(
-    schema=(
-        "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
-        "Tensor position) -> (Tensor, Tensor)"
-    ),
-    fake=_fake,
-    reference=reference,
-    reduction=_REDUCTION + "; top-p adds probabilities in fp64 by descending buckets of the scaled logit",
-)
-TOKEN_LOGPROBS = Operator(
-    schema="token_logprobs(Tensor logits, Tensor tokens) -> Tensor",
-    fake=_token_logprobs_fake,
-    reference=token_logprobs_reference,
-    reduction=_REDUCTION,
-)
-TOP_LOGPROBS = Operator(
-    schema="top_logprobs(Tensor logits, int k) -> (Tensor, Tensor)",
-    fake=_top_logprobs_fake,
-    reference=top_logprobs_reference,
-    reduction=_REDUCTION,
-)
-
-OPERATORS = (SAMPLE, TOKEN_LOGPROBS, TOP_LOGPROBS)

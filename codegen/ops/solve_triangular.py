@@ -11,19 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import Operator
+from llm42c.codegen.operator import operator
+from llm42c.codegen.order import SUBSTITUTION
 
 
+@operator(orders={"cpu": SUBSTITUTION, "cuda": SUBSTITUTION})
+def solve_triangular(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
+    """a: [..., N, N], of which the lower (or upper) triangle is read, with ones on its diagonal if unit; b:
+    [..., N, K], fp32; leading dimensions broadcast → x with a x = b. Raises ValueError and TypeError for
+    shapes and dtypes that do not fit.
+
+    In fp64, not rounded to ``b.dtype``.
+    """
+    return torch.linalg.solve_triangular(a.double(), b.double(), upper=upper, unitriangular=unit)
+
+
+@solve_triangular.fake
 def _fake(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return b.new_empty(*batch, *b.shape[-2:])
 
 
-def _reference(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
-    """In fp64, not rounded to ``b.dtype``."""
-    return torch.linalg.solve_triangular(a.double(), b.double(), upper=upper, unitriangular=unit)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.upper, ctx.unit = inputs
+    ctx.save_for_backward(a, b, output)
 
 
+@solve_triangular.gradient(_setup_context)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Ordinary PyTorch products beside the operator: the promise about bits covers the forward pass."""
+    a, b, x = ctx.saved_tensors
+    d_b = torch.ops.llm42.solve_triangular(a.mT, grad, not ctx.upper, ctx.unit)
+    d_a = -d_b @ x.mT
+    diagonal = 1 if ctx.unit else 0
+    d_a = d_a.triu(diagonal) if ctx.upper else d_a.tril(-diagonal)
+    return d_a.sum_to_size(a.shape), d_b.sum_to_size(b.shape), None, None
+
+
+@solve_triangular.implementation("cpu", "cuda")
 def _composite(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
     """Each unknown, once known, is subtracted from all equations that are left."""
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != a.shape[-2] or a.shape[-1] != b.shape[-2]:
@@ -42,33 +67,3 @@ def _composite(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
             rest[..., j, :] = rest[..., j, :] / a[..., j, j, None]
         rest[..., left, :] -= a[..., left, j, None] * rest[..., j, None, :]
     return rest
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, ctx.upper, ctx.unit = inputs
-    ctx.save_for_backward(a, b, output)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Ordinary PyTorch products beside the operator: the promise about bits covers the forward pass."""
-    a, b, x = ctx.saved_tensors
-    d_b = torch.ops.llm42.solve_triangular(a.mT, grad, not ctx.upper, ctx.unit)
-    d_a = -d_b @ x.mT
-    diagonal = 1 if ctx.unit else 0
-    d_a = d_a.triu(diagonal) if ctx.upper else d_a.tril(-diagonal)
-    return d_a.sum_to_size(a.shape), d_b.sum_to_size(b.shape), None, None
-
-
-# a: [..., N, N], of which the lower (or upper) triangle is read, with ones on its diagonal if unit; b:
-# [..., N, K], fp32; leading dimensions broadcast → x with a x = b. Raises ValueError and TypeError for
-# shapes and dtypes that do not fit.
-OP = Operator(
-    schema="solve_triangular(Tensor a, Tensor b, bool upper, bool unit) -> Tensor",
-    fake=_fake,
-    reference=_reference,
-    reduction="b, less one rounded product after the other in the order in which the unknowns become known",
-    backward=_backward,
-    setup_context=_setup_context,
-    composite=_composite,
-    on_cuda=True,
-)

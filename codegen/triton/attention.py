@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.ops.pod_attention import check_metadata
 from llm42c.codegen.triton import attention_combine, attention_plan, fragments, kernel, kv_write
 from llm42c.codegen.triton import pod_attention as hybrid
@@ -243,6 +244,7 @@ def _run(
     return attend(spec, plan, choice, q, k, v, cu_seqlens_q, kv_lens, table, scale, softcap, sinks)
 
 
+@implements("paged_attention", "cuda")
 def paged_attention(
     q: Tensor,
     k: Tensor,
@@ -278,6 +280,7 @@ def paged_attention(
     return _run(spec, most_keys, q, k_cache, v_cache, *where, scale, softcap, sinks)
 
 
+@implements("pod_varlen_attention", "cuda")
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -319,6 +322,7 @@ def varlen_attention(
     return _run(spec, most_keys, q, k, v, cu_seqlens_q, kv_lens, table, scale, softcap, sinks)
 
 
+@implements("pod_attention", "cuda")
 def pod_attention(
     q: Tensor,
     k: Tensor,

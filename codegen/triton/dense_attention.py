@@ -6,6 +6,7 @@ import functools
 
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import dense_tile, kernel
 from llm42c.codegen.triton.dense_tile import DenseSpec, wrapped
 from llm42c.codegen.triton.devices import target_of
@@ -47,6 +48,7 @@ def launch(call: dense_tile.Call) -> None:
         fn[grid](*call.arguments, num_warps=spec.warps, num_stages=spec.stages, **options)
 
 
+@implements("dense_attention", "cuda")
 def dense_attention(
     q: Tensor,
     k: Tensor,

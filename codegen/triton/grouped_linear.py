@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.linear import LinearSpec, spec_for
@@ -86,6 +87,7 @@ def work_list(group: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, T
     return order.int(), expert.int(), first.int(), ends.int()
 
 
+@implements("grouped_linear", "cuda")
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
     """``llm42::grouped_linear``. x: [R, K], weight: [E, N, K], [E, K, N] if transposed → [R, N].
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.ops.linear import PANEL
 from llm42c.codegen.target import Target
 from llm42c.codegen.triton import kernel
@@ -120,27 +121,32 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool
     return y.reshape(*x.shape[:-1], n)
 
 
+@implements("linear", "cuda")
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """``llm42::linear``. x: [..., K] → [..., N]."""
     return _launch(x, packed, bias, n, packed=True)
 
 
+@implements("linear_dense", "cuda")
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``llm42::linear_dense``. weight: [N, K]."""
     return _launch(x, weight, bias, weight.shape[0], packed=False)
 
 
+@implements("linear_silu_mul", "cuda")
 def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:
     """``llm42::linear_silu_mul``: the two operators, one after the other."""
     out: Tensor = torch.ops.llm42.silu_mul.default(linear(x, packed, None, 2 * n))
     return out
 
 
+@implements("linear_add", "cuda")
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
     """``llm42::linear_add``: the product rounded to x.dtype, then added."""
     return residual + linear(x, packed, bias, n)
 
 
+@implements("linear_pack", "cuda")
 def linear_pack(weight: Tensor) -> Tensor:
     """``llm42::linear_pack``: panels with columns in natural order."""
     n, k = weight.shape
@@ -150,6 +156,7 @@ def linear_pack(weight: Tensor) -> Tensor:
     return padded.view(panels, PANEL, k).transpose(1, 2).contiguous()
 
 
+@implements("linear_unpack", "cuda")
 def linear_unpack(packed: Tensor, n: int, k: int) -> Tensor:
     """``llm42::linear_unpack``."""
     return packed.transpose(1, 2).reshape(-1, k)[:n].contiguous()

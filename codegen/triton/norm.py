@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
@@ -125,12 +126,14 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+@implements("rms_norm", "cuda")
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool) -> Tensor:
     """``llm42::rms_norm``. x: [..., H]."""
     spec = NormSpec(x.shape[-1], _dtype(x), weight=weight is not None, cast_first=cast_first)
     return _launch(spec, x, None, weight, None, eps, weight_offset)[0]
 
 
+@implements("add_rms_norm", "cuda")
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
@@ -139,6 +142,7 @@ def add_rms_norm(
     return _launch(spec, x, residual, weight, None, eps, weight_offset)
 
 
+@implements("layer_norm", "cuda")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``llm42::layer_norm``. x: [..., H]."""
     spec = NormSpec(x.shape[-1], _dtype(x), weight=weight is not None, bias=bias is not None, mean=True)

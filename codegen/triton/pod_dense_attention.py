@@ -11,6 +11,7 @@ import functools
 
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import dense_attention, dense_tile, fragments, kernel
 from llm42c.codegen.triton.attention import counters_of
 from llm42c.codegen.triton.cost import shares
@@ -100,6 +101,7 @@ def launch(prefill: dense_tile.Call, decode: dense_tile.Call, sm_order: Tensor |
     )  # fmt: skip
 
 
+@implements("pod_dense_attention", "cuda")
 def pod_dense_attention(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
@@ -76,6 +77,7 @@ def _launch(name: str, rows: Tensor, y: Tensor) -> None:
     fn[(len(rows),)](rows, y, size, num_warps=4, **kernel.OPTIONS)
 
 
+@implements("row_sum", "cuda")
 def row_sum(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
     """``llm42::row_sum``: over ``dim`` (empty: all), in ascending order of dimensions and of indices."""
     reduced = sorted(d % x.dim() for d in dim) if dim else list(range(x.dim()))
@@ -89,11 +91,13 @@ def row_sum(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
     return y
 
 
+@implements("row_softmax", "cuda")
 def row_softmax(x: Tensor) -> Tensor:
     """``llm42::row_softmax``. x: [..., N]."""
     return _softmax("row_softmax", x)
 
 
+@implements("row_log_softmax", "cuda")
 def row_log_softmax(x: Tensor) -> Tensor:
     """``llm42::row_log_softmax``. x: [..., N]."""
     return _softmax("row_log_softmax", x)

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
@@ -42,6 +43,7 @@ def emit(head_dim: int, rotary_dim: int) -> str:
     return module("Rotary position embedding", f"{rotary_dim} of {head_dim} dimensions", constants, _KERNEL)
 
 
+@implements("rotary", "cuda")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``llm42::rotary``. x: [T, H, D], cos, sin: [T, R]."""
     tokens, heads, dim = x.shape

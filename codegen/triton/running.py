@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
@@ -51,11 +52,13 @@ def _running(name: str, x: Tensor, dim: int) -> Tensor:
     return y.movedim(-1, dim).contiguous()
 
 
+@implements("running_sum", "cuda")
 def running_sum(x: Tensor, dim: int) -> Tensor:
     """``llm42::running_sum``."""
     return _running("running_sum", x, dim)
 
 
+@implements("running_product", "cuda")
 def running_product(x: Tensor, dim: int) -> Tensor:
     """``llm42::running_product``."""
     return _running("running_product", x, dim)

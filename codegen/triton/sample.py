@@ -14,6 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
@@ -162,6 +163,7 @@ def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return out
 
 
+@implements("sample", "cuda")
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -187,6 +189,7 @@ def sample(
     return token, _logprobs(logits, token[:, None])[:, 0]
 
 
+@implements("token_logprobs", "cuda")
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """``llm42::token_logprobs``. tokens: [R] or [R, K]; one outside of the vocabulary gives NaN."""
     logits = _logits("token_logprobs", logits)
@@ -198,6 +201,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return _logprobs(logits, tokens.reshape(len(tokens), -1)).reshape(tokens.shape)
 
 
+@implements("top_logprobs", "cuda")
 def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``llm42::top_logprobs``. logits: [R, V] → values [R, k] float32, indices [R, k] int64."""
     logits = _logits("top_logprobs", logits)

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.source import module
@@ -32,6 +33,7 @@ def emit() -> str:
     return module("silu(gate) * up", "any width", {"BLOCK": 1024}, _KERNEL)
 
 
+@implements("silu_mul", "cuda")
 def silu_mul(x: Tensor) -> Tensor:
     """``llm42::silu_mul``. x: [..., 2 I] → [..., I]."""
     size = x.shape[-1] // 2

@@ -99,7 +99,7 @@ def run_attention() -> dict[str, Any]:
     _, k, v, _, _, slots, *_ = Runner(world, page=16).arguments([(0, 47)])
     attention.write_kv(spec_for(heads, 16), k, v, runner.k_cache, runner.v_cache, slots)
     hybrid = runner.arguments([(0, 3), (1, 30), (2, 3)], padding=2)
-    expected = paged.reference(*[x.clone() if isinstance(x, Tensor) else x for x in hybrid])
+    expected = paged.paged_attention.reference(*[x.clone() if isinstance(x, Tensor) else x for x in hybrid])
     variants = [
         ("tickets", True, 1, 1, 0, 0), ("tickets", True, 1, 3, 0, 7), ("persistent", True, 1, 1, 2, 5),
         ("persistent", True, 3, 1, 4, 0), ("partition", True, 1, 2, 3, 11),
@@ -134,7 +134,7 @@ def features(case: int) -> dict[str, float]:
         (Heads(q=5, kv=1, dim=64, dtype=torch.float32, window=9, softcap=2.0, sinks=True), 32),
     ][case]
     args = Runner(World.make([37, 2], heads), page=page).arguments([(0, 37), (1, 2)])
-    expected = paged.reference(*[x.clone() if isinstance(x, Tensor) else x for x in args])
+    expected = paged.paged_attention.reference(*[x.clone() if isinstance(x, Tensor) else x for x in args])
     got = launch(args, spec_for(heads, page), Choice("persistent", 1, 1, 2, ""))
     return {"error": float((got.double() - expected).abs().max()), "bound": bound(args, heads)}
 

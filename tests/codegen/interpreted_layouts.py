@@ -40,7 +40,7 @@ def varlen_case(heads: Heads, page: int) -> dict[str, Any]:
     out: dict[str, Any] = {"bound": bound(paged, heads), "digests": [digest(cached)], "errors": []}
     for layout, call in calls.items():
         clean = [x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call]
-        want = varlen.reference(*clean)
+        want = varlen.pod_varlen_attention.reference(*clean)
         spec = spec_for(heads, page, layout=layout)
         scale, _, softcap, sinks = options
         for scheduler, programs in (("persistent", 2), ("tickets", 0)):
@@ -94,7 +94,7 @@ def dense() -> dict[str, Any]:
     padded = dense_attention.dense_attention(*wide, mask, 0.125, False, 0, 0.0)[:, :, 7:]
     as_float = torch.zeros(2, 1, 27, 27).masked_fill(~mask, -torch.inf)
     added = dense_attention.dense_attention(*wide, as_float, 0.125, False, 0, 0.0)[:, :, 7:]
-    want = dense_operator.reference(q, k, v, shown, 0.125, False, 0, 0.0)
+    want = dense_operator.dense_attention.reference(q, k, v, shown, 0.125, False, 0, 0.0)
     alone = dense_attention.dense_attention(
         q[1:, :, 5:9], k[1:], v[1:], shown[1:, :, 5:9], 0.125, False, 0, 0.0
     )
@@ -136,7 +136,7 @@ def pair(g: torch.Generator) -> dict[str, Any]:
         pod_dense_attention.launch(calls[0], calls[1], sm_order=order)
         assert not attention.counters_of(torch.device("cpu")).any(), "the counters were not reset"
         found.append([digest(c.out.transpose(1, 2)) for c in calls])
-    references = [dense_operator.reference(*x) for x in (prefill, decode)]
+    references = [dense_operator.dense_attention.reference(*x) for x in (prefill, decode)]
     errors = [
         float((c.out.transpose(1, 2).double() - r).abs().max())
         for c, r in zip(calls, references, strict=True)

@@ -86,10 +86,10 @@ def logprobs() -> dict[str, Any]:
     g = torch.Generator().manual_seed(2)
     x = logits(g)
     values, indices = sample.top_logprobs(x, 9)
-    want_values, want_indices = operators.top_logprobs_reference(x, 9)
+    want_values, want_indices = operators.top_logprobs.reference(x, 9)
     tokens = torch.randint(0, 100, (5, 3), generator=g)
     got = sample.token_logprobs(x, tokens)
-    want = operators.token_logprobs_reference(x, tokens)
+    want = operators.token_logprobs.reference(x, tokens)
     good = torch.tensor([0, 1, 4])
     limit = (1500 + 2 * 40 + 8) * EPS + 4 * EPS * want[good].abs()
     columns = (torch.tensor([0.0] * 5), torch.zeros(5).int(), torch.ones(5), torch.zeros(5))
@@ -103,7 +103,7 @@ def logprobs() -> dict[str, Any]:
             "indices": torch.equal(indices, want_indices),
             "refused": bool(values[2:4].isnan().all() and got[2:4].isnan().all()),
             "ties": indices[0, :2].tolist() == [7, 900],
-            "half": torch.equal(half, operators.top_logprobs_reference(x.half(), 9)[1]),
+            "half": torch.equal(half, operators.top_logprobs.reference(x.half(), 9)[1]),
             "outside": bool(outside.isnan().all()),
             "sampled": digest(logprob[good]) == digest(sample.token_logprobs(x, token.clamp(min=0))[good]),
             "greedy": token.tolist() == [7, int(x[1].argmax()), -1, -1, int(x[4].argmax())],

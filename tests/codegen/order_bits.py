@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
-from llm42c.codegen.ops.orders import ORDERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, WIDTH, OUT = 7, 577, 100
@@ -120,7 +119,8 @@ def digests() -> dict[str, str]:
     for dtype in DTYPES:
         for group in groups:
             for name, results in group(Numbers(dtype)).items():
-                hasher = found.setdefault(f"{name} {ORDERS[name]['cpu']}", hashlib.sha256())
+                order = registry.operators()[name].orders["cpu"]
+                hasher = found.setdefault(f"{name} {order}", hashlib.sha256())
                 for result in results:
                     hasher.update(result.reshape(-1).view(torch.uint8).numpy().tobytes())
     return {name: hasher.hexdigest()[:32] for name, hasher in sorted(found.items())}

@@ -22,7 +22,7 @@ def eager(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [1, 16, 50, 1536])
 def test_within_its_bound(columns: int, dtype: torch.dtype) -> None:
     x = (8 * torch.randn(20, 2 * columns, generator=torch.Generator().manual_seed(0))).to(dtype)
-    y, exact = silu_mul(x).double(), activation.OP.reference(x)
+    y, exact = silu_mul(x).double(), activation.silu_mul.reference(x)
     eps = torch.finfo(dtype).eps
     # silu in fp32: exp within 2 ulp and three operations; it may fall on the other side of a rounding
     # to dtype, which is one eps of silu; the product is rounded once more.

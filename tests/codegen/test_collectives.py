@@ -227,7 +227,7 @@ def test_the_reference_of_the_fused_operator():
     xs = [partial(r, 3, torch.float32) for r in range(2)]
     residual, weight = common(3, torch.float32)
     normed, total = world(2)[0]["fused", torch.float32, 3, True]
-    want, want_total = fused.reference(xs, residual, weight, 1e-5, 0.0, True)
+    want, want_total = fused.all_reduce_add_rms_norm.reference(xs, residual, weight, 1e-5, 0.0, True)
     eps = 2.0**-23
     size_of = sum(x.double().abs() for x in xs) + residual.double().abs()
     assert bool(((total.double() - want_total).abs() <= 2 * eps * size_of).all())

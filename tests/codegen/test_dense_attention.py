@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from paged_world import Heads, Runner, World, bits
 from torch import Tensor
 
-from llm42c.codegen.ops import dense_attention, registry
+from llm42c.codegen.ops import registry
+from llm42c.codegen.ops.dense_attention import dense_attention
 
 registry.load()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -48,8 +48,8 @@ def test_each_row_is_the_dense_product_of_its_group(rows, groups, n, k, dtype, t
 def test_close_to_the_reference(dtype):
     x, weight, bias, group = _problem(33, 4, 50, 64, dtype, False)
     out = torch.ops.llm42.grouped_linear(x, weight, bias, group, False)
-    exact = grouped_linear.OP.reference(x, weight, bias, group, False)
-    size = grouped_linear.OP.reference(x.abs(), weight.abs(), bias.abs(), group, False)
+    exact = grouped_linear.grouped_linear.reference(x, weight, bias, group, False)
+    size = grouped_linear.grouped_linear.reference(x.abs(), weight.abs(), bias.abs(), group, False)
     eps32, eps = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
     # 64 fused multiply-adds and the bias in fp32, one rounding to dtype.
     assert ((out.double() - exact).abs() <= 66 * eps32 * size + eps * exact.abs()).all()
@@ -59,8 +59,8 @@ def test_close_to_the_reference(dtype):
 def test_opcheck():
     for transposed in (False, True):
         x, weight, bias, group = _problem(5, 3, 8, 16, torch.float32, transposed)
-        torch.library.opcheck(grouped_linear.OP.overload, (x, weight, bias, group, transposed))
-        torch.library.opcheck(grouped_linear.OP.overload, (x, weight, None, group, transposed))
+        torch.library.opcheck(grouped_linear.grouped_linear.overload, (x, weight, bias, group, transposed))
+        torch.library.opcheck(grouped_linear.grouped_linear.overload, (x, weight, None, group, transposed))
 
 
 def test_strided_input_and_threads():

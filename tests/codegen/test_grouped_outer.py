@@ -31,8 +31,8 @@ def _problem(rows: int, groups: int, n: int, k: int, dtype: torch.dtype, seed: i
 def test_close_to_the_reference(rows, groups, n, k, dtype, seed):
     a, b, group = _problem(rows, groups, n, k, dtype, seed)
     out = torch.ops.llm42.grouped_outer(a, b, group, groups)
-    exact = grouped_outer.OP.reference(a, b, group, groups)
-    size = grouped_outer.OP.reference(a.abs(), b.abs(), group, groups)
+    exact = grouped_outer.grouped_outer.reference(a, b, group, groups)
+    size = grouped_outer.grouped_outer.reference(a.abs(), b.abs(), group, groups)
     assert out.shape == exact.shape
     assert out.dtype == dtype
     bound = (rows + 2) * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * exact.abs()
@@ -50,7 +50,7 @@ def test_a_group_does_not_see_the_others():
 
 def test_opcheck_and_bad_arguments():
     a, b, group = _problem(9, 3, 8, 16, torch.float32)
-    torch.library.opcheck(grouped_outer.OP.overload, (a, b, group, 3))
+    torch.library.opcheck(grouped_outer.grouped_outer.overload, (a, b, group, 3))
     with pytest.raises(ValueError, match=r"group \[9\] in \[0, 2\)|expected a"):
         torch.ops.llm42.grouped_outer(a, b, torch.full((9,), 2), 2)
     with pytest.raises(ValueError, match="expected a"):

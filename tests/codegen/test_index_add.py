@@ -44,8 +44,8 @@ def test_the_order_can_be_seen():
     forward = torch.ops.llm42.index_add(x, 0, index, source)
     backward = torch.ops.llm42.index_add(x, 0, index.flip(0), source.flip(0))
     assert not torch.equal(forward, backward)
-    exact = index_add.OP.reference(x, 0, index, source)
-    size = index_add.OP.reference(x.abs(), 0, index, source.abs())
+    exact = index_add.index_add.reference(x, 0, index, source)
+    size = index_add.index_add.reference(x.abs(), 0, index, source.abs())
     assert ((forward - exact).abs() <= 40 * 2.0**-24 * size).all()
 
 
@@ -61,7 +61,7 @@ def test_opcheck_and_gradients():
     x, index, source = _problem(9, 4, 5, torch.float32)
     x.requires_grad_()
     source.requires_grad_()
-    torch.library.opcheck(index_add.OP.overload, (x, 0, index, source))
+    torch.library.opcheck(index_add.index_add.overload, (x, 0, index, source))
     seed = torch.randn(4, 5)
     torch.ops.llm42.index_add(x, 0, index, source).backward(seed)
     assert torch.equal(x.grad, seed)

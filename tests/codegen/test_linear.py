@@ -97,8 +97,8 @@ def test_the_inputs_reveal_another_order(dtype: torch.dtype) -> None:
 def test_within_the_bound_of_a_chain(m: int, k: int, n: int, dtype: torch.dtype) -> None:
     x, weight, bias = problem(m, k, n, dtype)
     y = ops.linear(x, ops.linear_pack(weight), bias, n).double()
-    exact = linear.DENSE.reference(x, weight, bias)
-    size = linear.DENSE.reference(x.abs(), weight.abs(), bias.abs())
+    exact = linear.linear_dense.reference(x, weight, bias)
+    size = linear.linear_dense.reference(x.abs(), weight.abs(), bias.abs())
     gamma = (k + 1) * U32 / (1 - (k + 1) * U32)  # k fused multiply-adds and the bias
     eps = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     assert ((y - exact).abs() <= gamma * size * (1 + eps) + eps * exact.abs()).all()
@@ -188,7 +188,7 @@ def test_panels_hold_the_weight_and_zeros() -> None:
     packed = ops.linear_pack(weight)
     assert packed.shape == (2, 7, linear.PANEL)
     assert packed.count_nonzero() == weight.count_nonzero()
-    assert torch.equal(packed.sort(-1).values, linear.PACK.reference(weight).sort(-1).values)
+    assert torch.equal(packed.sort(-1).values, linear.linear_pack.reference(weight).sort(-1).values)
     assert torch.equal(ops.linear_pack(weight.t().contiguous().t()), packed)
 
 

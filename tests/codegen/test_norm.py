@@ -72,7 +72,7 @@ def test_rms_norm_is_the_specification_bit_for_bit(n: int, dtype: torch.dtype) -
 def test_rms_norm_within_its_bound(n: int, cast_first: bool, dtype: torch.dtype) -> None:
     x, weight, _ = rows(5, n, dtype)
     y = ops.rms_norm(x, weight, 1e-6, 0.5, cast_first).double()
-    exact = norm.RMS_NORM.reference(x, weight, 1e-6, 0.5, cast_first)
+    exact = norm.rms_norm.reference(x, weight, 1e-6, 0.5, cast_first)
     # The sum of squares: n / 16 + 5 roundings, halved by the root; then at most 8 single operations.
     relative = ((n / 16 + 5) / 2 + 8) * U32 + (3 if cast_first else 1) * rounding(dtype) * 1.01
     assert ((y - exact).abs() <= relative * exact.abs() + torch.finfo(dtype).smallest_normal).all()
@@ -84,8 +84,8 @@ def test_layer_norm_within_its_bound(n: int, dtype: torch.dtype) -> None:
     x, weight, bias = rows(5, n, dtype)
     x = x + 3
     y = ops.layer_norm(x, weight, bias, 1e-5).double()
-    exact = norm.LAYER_NORM.reference(x, weight, bias, 1e-5)
-    normed = norm.LAYER_NORM.reference(x, None, None, 1e-5).abs()
+    exact = norm.layer_norm.reference(x, weight, bias, 1e-5)
+    normed = norm.layer_norm.reference(x, None, None, 1e-5).abs()
     sums = (n / 16 + 8) * U32  # relative error of a sum over the row
     shift = sums * x.double().abs().mean(-1, keepdim=True)  # of the mean
     scale = torch.rsqrt(x.double().var(-1, correction=0, keepdim=True) + 1e-5)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from llm42c.codegen.cpu import build
-from llm42c.codegen.ops import registry
-from llm42c.codegen.ops.orders import ORDERS, TARGETS, Order, orders_of
+from llm42c.codegen.ops.registry import operators, orders_of
+from llm42c.codegen.order import TARGETS, Order
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden" / "orders_cpu.json"
@@ -33,10 +33,14 @@ ELSEWHERE = {
 
 
 def test_every_operator_has_an_order_on_every_target() -> None:
-    assert ORDERS.keys() == registry.operators().keys()
-    for name, orders in ORDERS.items():
-        assert tuple(orders) == TARGETS, name
-        assert all(o.version >= 1 for o in orders.values())
+    for name, op in operators().items():
+        assert set(op.orders) == set(TARGETS), name
+        assert all(o.version >= 1 and o.text for o in op.orders.values())
+
+
+def test_one_name_and_version_is_one_order() -> None:
+    orders = {order for op in operators().values() for order in op.orders.values()}
+    assert len({str(order) for order in orders}) == len(orders)
 
 
 def test_orders_are_listed_by_name_and_version() -> None:
@@ -45,15 +49,15 @@ def test_orders_are_listed_by_name_and_version() -> None:
         "rotary": "pointwise/1",
     }
     assert orders_of(["linear"], "cuda") != orders_of(["linear"], "cpu")
-    assert str(Order("x", 3)) == "x/3"
+    assert str(Order("x", 3, "")) == "x/3"
 
 
 def test_every_order_has_golden_bits() -> None:
     golden = json.loads(GOLDEN.read_text())
-    assert {name.split()[0] for name in golden} == ORDERS.keys() - ELSEWHERE
+    assert {name.split()[0] for name in golden} == operators().keys() - ELSEWHERE
     for name in golden:
         operator, order = name.split()
-        assert order == str(ORDERS[operator]["cpu"])
+        assert order == str(operators()[operator].orders["cpu"])
 
 
 def test_bits_of_a_version_never_change() -> None:

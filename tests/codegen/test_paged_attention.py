@@ -47,8 +47,8 @@ def error_bound(arguments: list[object], dtype: torch.dtype) -> tuple[Tensor, Te
     scale, softcap = arguments[9], arguments[11]
     assert isinstance(scale, float)
     assert isinstance(softcap, float)
-    magnitude = paged_attention.reference(q, k, v.abs(), k_cache, v_cache.abs(), *rest)  # type: ignore[arg-type]
-    want = paged_attention.reference(q, k, v, k_cache, v_cache, *rest)  # type: ignore[arg-type]
+    magnitude = paged_attention.paged_attention.reference(q, k, v.abs(), k_cache, v_cache.abs(), *rest)  # type: ignore[arg-type]
+    want = paged_attention.paged_attention.reference(q, k, v, k_cache, v_cache, *rest)  # type: ignore[arg-type]
     longest_key = max(
         k_cache.double().nan_to_num().norm(dim=2).max().item(), k.double().norm(dim=2).max().item()
     )

@@ -65,7 +65,7 @@ def test_reference_is_that_of_paged_attention():
     _, by_page, by_row = calls(Heads(4, 2, 16, torch.float32))
     for arguments in (by_page, by_row):
         filled = [x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-        want = pod_varlen_attention.reference(*filled)
+        want = pod_varlen_attention.pod_varlen_attention.reference(*filled)
         got = torch.ops.llm42.pod_varlen_attention(*filled)
         torch.testing.assert_close(got[:-1].double(), want[:-1], rtol=0, atol=2e-5)
 

@@ -34,13 +34,13 @@ def test_bits_of_hugging_face(heads: int, dim: int, dtype: torch.dtype) -> None:
     expected, _ = apply_rotary_pos_emb(q, q, cos[None], sin[None])
     y = op(x, cos, sin)
     assert torch.equal(y, expected[0].transpose(0, 1))
-    assert torch.equal(y, rotary.OP.reference(x, cos, sin))
+    assert torch.equal(y, rotary.rotary.reference(x, cos, sin))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_rounding_would_differ(dtype: torch.dtype) -> None:
     x, cos, sin = inputs(13, 9, 64, dtype)
-    single = rotary.OP.reference(x.float(), cos.float(), sin.float()).to(dtype)
+    single = rotary.rotary.reference(x.float(), cos.float(), sin.float()).to(dtype)
     assert not torch.equal(op(x, cos, sin), single)
 
 
@@ -107,6 +107,6 @@ def test_opcheck_and_gradients() -> None:
     for width in (8, 4):
         args = (x, cos[:, :width], sin[:, :width])
         ours = torch.autograd.grad(op(*args), tensors, up)
-        theirs = torch.autograd.grad(rotary.OP.reference(*args), tensors, up)
+        theirs = torch.autograd.grad(rotary.rotary.reference(*args), tensors, up)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -57,13 +57,13 @@ def test_rows_places_threads_and_what_follows(op):
 def test_reference_opcheck_and_gradient():
     x = _x(3, 20, 4)
     bound = 20 * 2.0**-24 * x.abs().double().cumsum(1)
-    assert ((SUM(x, 1) - running.SUM.reference(x, 1)).abs() <= bound).all()
+    assert ((SUM(x, 1) - running.running_sum.reference(x, 1)).abs() <= bound).all()
     assert (
-        (PRODUCT(x, 1) - running.PRODUCT.reference(x, 1)).abs() <= 20 * 2.0**-24 * x.abs().cumprod(1)
+        (PRODUCT(x, 1) - running.running_product.reference(x, 1)).abs() <= 20 * 2.0**-24 * x.abs().cumprod(1)
     ).all()
-    torch.library.opcheck(running.PRODUCT.overload, (x, 1))
+    torch.library.opcheck(running.running_product.overload, (x, 1))
     x.requires_grad_()
-    torch.library.opcheck(running.SUM.overload, (x, 1))
+    torch.library.opcheck(running.running_sum.overload, (x, 1))
     seed = _x(3, 20, 4, seed=1)
     SUM(x, 1).backward(seed)
     exact = seed.double().flip(1).cumsum(1).flip(1)

@@ -84,7 +84,7 @@ def test_follows_the_specification(vocab: int, dtype: torch.dtype) -> None:
     for setting in SETTINGS:
         p = parameters(24, **setting)  # type: ignore[arg-type]
         token, logprob = ops.sample(x, *p)
-        want_token, want_logprob = sample.reference(x, *p)
+        want_token, want_logprob = sample.sample.reference(x, *p)
         assert torch.equal(token, want_token), setting
         assert ((logprob - want_logprob).abs() <= logprob_bound(x, token)).all(), setting
 
@@ -114,7 +114,7 @@ def test_position_and_seed_change_the_draw_and_nothing_else_does() -> None:
     p[4], p[5] = torch.arange(200), torch.zeros(200, dtype=torch.int64)
     assert len(ops.sample(x, *p)[0].unique()) > 50
     large = [*p[:4], torch.full((200,), -(2**63)), torch.arange(200) + 2**40]
-    assert torch.equal(ops.sample(x, *large)[0], sample.reference(x, *large)[0])
+    assert torch.equal(ops.sample(x, *large)[0], sample.sample.reference(x, *large)[0])
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -243,7 +243,7 @@ def test_masked_logits_are_never_drawn() -> None:
 def test_logprobs_of_tokens(dtype: torch.dtype) -> None:
     x = logits(6, 5003, dtype)
     tokens = torch.randint(5003, (6, 9), generator=torch.Generator().manual_seed(0))
-    got, want = ops.token_logprobs(x, tokens), sample.token_logprobs_reference(x, tokens)
+    got, want = ops.token_logprobs(x, tokens), sample.token_logprobs.reference(x, tokens)
     for n in range(9):
         assert ((got - want)[:, n].abs() <= logprob_bound(x, tokens[:, n])).all()
     assert torch.equal(ops.token_logprobs(x, tokens[:, 0]), got[:, 0])
@@ -251,7 +251,7 @@ def test_logprobs_of_tokens(dtype: torch.dtype) -> None:
     assert torch.equal(ops.token_logprobs(x, token), logprob)
     for k in (1, 5, 300, 5003):
         values, indices = ops.top_logprobs(x, k)
-        assert torch.equal(indices, sample.top_logprobs_reference(x, k)[1])
+        assert torch.equal(indices, sample.top_logprobs.reference(x, k)[1])
         assert torch.equal(values, ops.token_logprobs(x, indices))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm42c.codegen.ops import registry, solve_triangular
+from llm42c.codegen.ops import registry
+from llm42c.codegen.ops.solve_triangular import solve_triangular as OP
 
 registry.load()
 SOLVE = torch.ops.llm42.solve_triangular
@@ -21,7 +22,7 @@ def _system(*batch: int, n: int = 17, k: int = 5, seed: int = 0) -> tuple[torch.
 @pytest.mark.parametrize("unit", [False, True])
 def test_close_to_the_reference_and_step_by_step(upper, unit):
     a, b = _system(2, 3)
-    got, exact = SOLVE(a, b, upper, unit), solve_triangular.OP.reference(a, b, upper, unit)
+    got, exact = SOLVE(a, b, upper, unit), OP.reference(a, b, upper, unit)
     # Substitution in n steps of a system near the identity: each step rounds twice what it carries.
     assert (got - exact).abs().max() <= 4 * 17 * 2.0**-24 * exact.abs().max()
     order = range(16, -1, -1) if upper else range(17)
@@ -50,7 +51,7 @@ def test_opcheck_and_gradients(upper, unit):
     a, b = _system(2, n=6)
     ours = [t.clone().requires_grad_() for t in (a, b)]
     exact = [t.double().requires_grad_() for t in (a, b)]
-    torch.library.opcheck(solve_triangular.OP.overload, (*ours, upper, unit))
+    torch.library.opcheck(OP.overload, (*ours, upper, unit))
     SOLVE(*ours, upper, unit).square().sum().backward()
     torch.linalg.solve_triangular(*exact, upper=upper, unitriangular=unit).square().sum().backward()
     for got, true in zip(ours, exact, strict=True):

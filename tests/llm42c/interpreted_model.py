@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import re
 import types
@@ -17,8 +16,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from llm42c.codegen.triton import attention
-from llm42c.codegen.triton.register import IMPLEMENTATIONS
+from llm42c.codegen.ops.registry import launchers
+from llm42c.codegen.triton import attention, linear
 from llm42c.compiler import CompiledModel, ModelCompiler
 from llm42c.packed import PackedInputs
 
@@ -52,23 +51,21 @@ def on_triton(model: CompiledModel, called: set[str]) -> Callable[..., Any]:
     """The model's straight-line program with the kernels in place of the operators of the CPU."""
 
     def kernel(name: str) -> Callable[..., Any]:
-        module, function = IMPLEMENTATIONS[name]
-        launch = getattr(importlib.import_module(f"llm42c.codegen.triton.{module}"), function)
-        pack = importlib.import_module("llm42c.codegen.triton.linear").linear_pack
+        launch = launchers()[name]
 
         def call(*args: Any) -> Any:
             called.add(name)
             if name in PACKED:  # the CPU packs in another order
                 columns = args[PACKED[name]] * (2 if name == "linear_silu_mul" else 1)
                 plain = torch.ops.llm42.linear_unpack(args[1], columns, args[0].shape[-1])
-                args = (args[0], pack(plain), *args[2:])
+                args = (args[0], linear.linear_pack(plain), *args[2:])
             return launch(*args)
 
         return call
 
     def replaced(name: str, value: Any) -> Any:
         operator = re.sub(r"_\d+$", "", name)
-        return kernel(operator) if callable(value) and operator in IMPLEMENTATIONS else value
+        return kernel(operator) if callable(value) and operator in launchers() else value
 
     run = model.program.run
     scope = {name: replaced(name, value) for name, value in run.__globals__.items()}

@@ -15,8 +15,8 @@ from torch import fx
 from llm42c import compiler as compiler_module
 from llm42c import computation, inductor
 from llm42c.codegen import implementation
-from llm42c.codegen.ops import orders
-from llm42c.codegen.ops.orders import Order
+from llm42c.codegen.ops.registry import operators
+from llm42c.codegen.order import Order
 from llm42c.compiler import ModelCompiler
 from llm42c.digest import graph_digest
 from llm42c.passes import pipeline, rms_norm
@@ -159,12 +159,12 @@ def test_shapes(change: str, known: Contract) -> None:
 
 
 def test_the_version_of_an_order(known: Contract, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(orders.ORDERS["rotary"], "cpu", Order("pointwise", 2))
+    monkeypatch.setitem(operators()["rotary"].orders, "cpu", Order("pointwise", 2, ""))
     assert known.diff(contract_of()) == ["orders.rotary: pointwise/1 -> pointwise/2"]
 
 
 def test_an_order_that_is_not_called_is_none_of_it(known: Contract, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(orders.ORDERS["layer_norm"], "cpu", Order("lanes16", 2))
+    monkeypatch.setitem(operators()["layer_norm"].orders, "cpu", Order("lanes16", 2, ""))
     assert contract_of() == known
 
 
