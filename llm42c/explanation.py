@@ -20,6 +20,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from llm42c import backend
 from llm42c.clusters import find_clusters, outline, structural_hash
 from llm42c.codegen.ops.registry import operators
+from llm42c.codegen.order import Order
 from llm42c.codegen.target import Target
 from llm42c.computation import operator_name
 from llm42c.dump import Dump
@@ -101,15 +102,14 @@ class Piece:
 class EngineExplanation:
     """The result of :func:`explain_engine`; ``str()`` gives a readable page.
 
-    ``operators`` counts the llm42 operators that are called. ``orders`` has of each the name and version of
-    its order, as the contract lists them, and on a CPU ``sums`` has it in words. ``foreign`` counts the calls
-    that are neither operators nor exact: their bits hang on the machine.
+    ``operators`` counts the llm42 operators that are called. ``orders`` has the order of each, which the
+    contract lists by name and version. ``foreign`` counts the calls that are neither operators nor exact:
+    their bits hang on the machine.
     """
 
     report: Report
     operators: dict[str, int]
-    orders: dict[str, str]
-    sums: dict[str, str]
+    orders: dict[str, Order]
     pieces: list[Piece]
     foreign: dict[str, int]
     digest: str
@@ -119,7 +119,7 @@ class EngineExplanation:
         lines = ["the engine's graph", "", self.report.table().rstrip(), "", *_where(self.report)]
         lines.append("operators: " + (_counts(self.operators) or "none"))
         for name, order in self.orders.items():
-            lines.append(f"    {name}: {order}" + (f" ({self.sums[name]})" if name in self.sums else ""))
+            lines.append(f"    {name}: {order} ({order.text})")
         lines.append("compiled by Inductor, with its reductions fixed: " + ("" if self.pieces else "nothing"))
         lines += [f"    {p.times:>4} × {p.module or '(top)'}: {_counts(p.calls)}" for p in self.pieces]
         lines.append(_FOREIGN + (_counts(self.foreign) or "nothing"))
@@ -145,12 +145,10 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
         piece.times += 1
     counts, *_ = _census(graph)
     computation = compiled.computation
-    said = counts if computation.target == "cpu" else ()
     return EngineExplanation(
         compiled.report,
         counts,
-        {name: computation.orders[name] for name in counts},
-        {name: operators()[name].orders[computation.target].text for name in said},
+        {name: operators()[name].orders[computation.target] for name in counts},
         list(found.values()),
         computation.foreign,
         compiled.digest,
