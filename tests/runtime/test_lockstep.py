@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from toy import ToyModel, ToySampler, small_config, toy_decode
+from toy import ToyModel, ToySampler, reference, small_config, toy_decode
 
 from llm42c import ranks as ranking
 from llm42c.errors import RankFailureError, RanksDifferError
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.lockstep import LockstepModel, batch_digest
 from llm42c.runtime.packing import Packer
+from llm42c.runtime.probe import Reference
 from llm42c.runtime.sampling import SamplingParams
 
 sys.path.append(str(Path(__file__).parents[1] / "codegen"))
@@ -173,3 +174,86 @@ def test_the_digest_of_a_batch_sees_every_field():
         assert batch_digest("graph", inputs) != before, name
         tensor.view(-1)[-1] -= 1
     assert 0 <= before < 2**63
+
+
+class Breaking(ToyModel):
+    """Fails at buckets of `tokens`, once `armed`."""
+
+    tokens = 6
+    armed = True
+
+    def forward(self, inputs: Any, cache: Any) -> Any:
+        if self.armed and len(inputs.input_ids) == self.tokens:
+            raise MemoryError("no memory in a forward")
+        return super().forward(inputs, cache)
+
+
+def a_probe_fails(rank: int, folder: str, where: str) -> dict[str, Any]:
+    """Rank 1 fails in the probe of 6 tokens between forwards, or both do in one, while requests run."""
+    engine = toy_engine(certificates_path=folder, num_pages=512)
+    engine.certificates.verifier_checked = True
+    probe = engine.certificates._probe
+    if where == "in a forward":
+        broken = Breaking()
+        probe.fast = LockstepModel(broken, ranking.world())
+    elif rank == 1:
+        agrees = Reference.agrees
+
+        def failing(self: Any, spans: Any, logits: Any) -> bool:
+            if sum(s.num_tokens for s in spans) == 6:
+                raise MemoryError("no memory beside a forward")
+            return agrees(self, spans, logits)
+
+        Reference.agrees = failing  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    for i in range(6):
+        engine.submit([i, 5, 9, 2], params, request_id=str(i))
+    answers: dict[str, Any] = {}
+    while engine.has_unfinished():
+        answers |= {o.request_id: o.token_ids for o in engine.step() if o.finished}
+    engine.certificates.want((6, 6))
+    engine.certificates.settle()
+    return {
+        "answers": answers,
+        "failures": engine.stats().probe_failures,
+        "status": dict(engine.certificates.status),
+    }
+
+
+@pytest.mark.parametrize("where", ["in a forward", "beside a forward"])
+def test_a_probe_that_fails_on_ranks_leaves_requests_alone(where: str, tmp_path: Path):
+    first, second = rank_world.run(2, a_probe_fails, str(tmp_path), where)
+    assert first == second
+    assert first["failures"] == 1
+    assert first["status"][6, 6] == "speculative"
+    assert "certified" in first["status"].values()
+    assert first["answers"] == {str(i): reference([i, 5, 9, 2], 24, frozenset()) for i in range(6)}
+
+
+def fails_alone(rank: int) -> str:
+    """Rank 1 fails in a forward that rank 0 goes through."""
+    ranks = ranking.world()
+    ranks.report_s = 1.0
+    engine = toy_engine()
+    engine.certificates.verifier_checked = True
+    broken = Breaking()
+    broken.armed = rank == 1
+    engine.certificates._probe.fast = LockstepModel(broken, ranks)
+    engine.certificates._probe._ranks = ranks
+    engine.certificates.want((6, 6))
+    return message(engine.certificates.settle)
+
+
+def report_alone(rank: int, folder: str) -> None:
+    with ranking.heart(ranking.world()):
+        (Path(folder) / f"{rank}.txt").write_text(fails_alone(rank))
+        os._exit(7)
+
+
+def test_a_rank_that_fails_alone_in_a_probe_s_forward_ends_the_step(tmp_path: Path):
+    codes = rank_world.start(2, tmp_path, report_alone, str(tmp_path), collective_s=4)
+    assert codes == [7, 7]
+    assert (tmp_path / "1.txt").read_text() == (
+        "RankFailureError: a probe failed on rank 1 and not on all: MemoryError: no memory in a forward"
+    )
+    assert (tmp_path / "0.txt").read_text().startswith("RankFailureError: ")
