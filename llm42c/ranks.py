@@ -67,8 +67,8 @@ class Ranks:
         return votes.bool()
 
     def all_report(self, event: str) -> bool:
-        """Whether all ranks report ``event``, each within ``report_s`` of this one. No collective: for ranks
-        that may have left one another in the middle of one."""
+        """Whether all ranks report ``event``, a name used once, within ``report_s``. No collective: for
+        ranks that may have left one another in the middle of one."""
         return self.size == 1 or not self._missing(event, self.report_s)
 
     def require_same(self, what: str, value: str) -> None:

@@ -9,6 +9,7 @@ with stale contents, and compares every row of logits and every KV entry that wa
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -85,6 +86,7 @@ class Probe:
         self.pages = min(pool.num_pages, enough_pages(config, max_len))
         self._sizes = lengths(max_len, self.pages, config.page_size)
         self._reference: Reference | None = None
+        self._name = ranks.share(secrets.token_hex(8))
         self._forwards = 0
         self._compositions: list[list[Cut]] = []  # that are left of the current comparison
         self.starved = False  # the last attempt found too few free pages
@@ -190,7 +192,7 @@ class Probe:
         except (RankFailureError, RanksDifferError):
             raise
         except Exception as error:
-            if self._ranks.all_report(f"probe/{self._forwards}"):
+            if self._ranks.all_report(f"probe {self._name}/{self._forwards}"):
                 raise
             raise RankFailureError(
                 f"a probe failed on rank {self._ranks.rank} and not on all: {type(error).__name__}: {error}"

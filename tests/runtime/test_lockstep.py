@@ -231,17 +231,24 @@ def test_a_probe_that_fails_on_ranks_leaves_requests_alone(where: str, tmp_path:
 
 
 def fails_alone(rank: int) -> str:
-    """Rank 1 fails in a forward that rank 0 goes through."""
+    """Rank 1 fails in a forward that rank 0 goes through, after both failed in one of another engine."""
     ranks = ranking.world()
     ranks.report_s = 1.0
     engine = toy_engine()
     engine.certificates.verifier_checked = True
     broken = Breaking()
-    broken.armed = rank == 1
     engine.certificates._probe.fast = LockstepModel(broken, ranks)
     engine.certificates._probe._ranks = ranks
     engine.certificates.want((6, 6))
-    return message(engine.certificates.settle)
+    engine.certificates.settle()
+    assert engine.stats().probe_failures == 1, "both failed"
+    again = toy_engine()
+    again.certificates.verifier_checked = True
+    broken.armed = rank == 1
+    again.certificates._probe.fast = LockstepModel(broken, ranks)
+    again.certificates._probe._ranks = ranks
+    again.certificates.want((6, 6))
+    return message(again.certificates.settle)
 
 
 def report_alone(rank: int, folder: str) -> None:
