@@ -1,8 +1,9 @@
 """Find what Inductor should compile between the llm42 operators of a packed graph, and outline it.
 
-The operators form a skeleton. The other tensor calls are grouped into clusters: maximal connected sets
-with the same number of operators above them, so that a cluster can run in one piece. A cluster that only
-moves data, or that is one exactly rounded call, is not worth a kernel and runs as it stands.
+The operators, and calls that Inductor does not get, form a skeleton. The other tensor calls are grouped into
+clusters: maximal connected sets with the same number of the former above them, so that a cluster can run in
+one piece. A cluster that only moves data, or that is one exactly rounded call, is not worth a kernel and runs
+as it stands.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ class Cluster:
 
 
 def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
-    """How many operators lie on the longest path from an input to each node."""
+    """How many calls that are in no cluster lie on the longest path from an input to each node."""
     level: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        above = [level[n] + (_is_operator(n)) for n in node.all_input_nodes]
+        above = [level[n] + (_is_call(n) and kind(n) not in _COMPILED) for n in node.all_input_nodes]
         level[node] = max(above, default=0)
     return level
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method")
 
 
 def _is_operator(node: fx.Node) -> bool:
@@ -91,6 +96,26 @@ def _is_tuple(node: fx.Node) -> bool:
     return isinstance(v, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in v)
 
 
+def _convex(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Divided so that no part reads what is computed outside of it from its own results."""
+    parts: list[list[fx.Node]] = []
+    while nodes:
+        inside, outside = set(nodes), set()
+        kept: list[fx.Node] = []
+        node = nodes[0]
+        while node is not nodes[-1].next:
+            if any(s in outside for s in node.all_input_nodes):
+                outside.add(node)
+            elif node in inside:
+                kept.append(node)
+            elif any(s in inside for s in node.all_input_nodes):
+                outside.add(node)
+            node = node.next
+        parts.append(kept)
+        nodes = [n for n in nodes if n in outside]
+    return parts
+
+
 def _is_worthwhile(nodes: list[fx.Node]) -> bool:
     kinds = [kind(n) for n in nodes]
     if any(k in (Kind.TRANSCENDENTAL, Kind.REDUCTION) for k in kinds):
@@ -106,10 +131,9 @@ def find_clusters(graph: fx.Graph) -> list[Cluster]:
     if any(g.mutated_arguments(n) and not _is_operator(n) for n in graph.nodes):
         return []
     level = _levels(graph)
-    calls = [n for n in graph.nodes if n.op in ("call_function", "call_method") and kind(n) in _COMPILED]
+    calls = [n for n in graph.nodes if _is_call(n) and kind(n) in _COMPILED]
     clusters = []
-    for component in _components(calls, level):
-        nodes = _trim(component)
+    for nodes in (part for component in _components(calls, level) for part in _convex(_trim(component))):
         if not _is_worthwhile(nodes):
             continue
         inside = set(nodes)

@@ -78,6 +78,40 @@ def test_no_cluster_takes_a_tuple():
     assert cluster.outputs == [made]
 
 
+def _through_a_choice(x):
+    a = x.tanh().exp()
+    values, _ = torch.topk(a, 2)
+    return (a[:, :2] + values).tanh() * 2
+
+
+def _through_half_of_a_split(x):
+    a = x.tanh().exp()
+    front, back = a.split(2, -1)
+    return (a + torch.cat((front.tanh(), front), -1)) * 2, back
+
+
+@pytest.mark.parametrize("fn", [_through_a_choice, _through_half_of_a_split])
+def test_no_cluster_waits_for_itself(fn):
+    """A call that is in no cluster stands between two that could be in one."""
+    caught = []
+    torch._dynamo.reset()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    torch.compile(fn, backend=lambda gm, inputs: caught.append(gm) or gm, fullgraph=True)(x)
+    clusters = find_clusters(caught[0].graph)
+    assert clusters
+    for cluster in clusters:
+        above, stack = set(), list(cluster.inputs)
+        while stack:
+            node = stack.pop()
+            if node not in above:
+                above.add(node)
+                stack += node.all_input_nodes
+        assert not above & set(cluster.nodes)
+    found, wanted = compile_piecewise(caught[0]).run(x), fn(x)
+    for a, b in zip(found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=8 * torch.finfo(torch.float32).eps * b.abs().max().item())
+
+
 def test_rows_of_a_program_with_clusters():
     """GPT-2's kernels are Inductor's: a sequence's rows are the same bits at any length after them."""
     built, captured = _after_pipeline("gpt2")
