@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,18 +35,24 @@ def survey(
     write: Annotated[
         Path | None, typer.Option("--write", metavar="FILE", help="Write the page, such as docs/models.md.")
     ] = None,
+    known: Annotated[
+        list[Path] | None,
+        typer.Option("--known", metavar="FILE", help="What --json wrote: its cells are not run again."),
+    ] = None,
     json_file: JsonFileOption = None,
 ) -> None:
     """Build each decoder of transformers tiny, and test that its rows do not depend on their batch.
 
+    With --known a survey goes on where others ended, and several runs of the same versions make one page.
     Ends with status 1 if a cell is wrong, crashed or slow, or if too few inputs could have shown it.
     """
-    from llm42c.runtime.survey import cells, page, pool
+    from llm42c.runtime.survey import cells, page, pool, results
 
     wanted = [
         (d, p) for p in _chosen("--path", path, cells.PATHS) for d in _chosen("--dtype", dtype, cells.DTYPES)
     ]
-    decoders = _decoders(names)
+    decoders, versions = _decoders(names), _versions(inductor)
+    before = results.read(known or [], versions)
     with progress_bars() as report:
         done = 0
 
@@ -57,13 +62,15 @@ def survey(
             print(page.line(one), flush=True)
             report("surveying", done, len(decoders))
 
-        found = pool.survey(decoders, wanted, workers=workers, limit=limit, inductor=inductor, tell=tell)
+        found = pool.survey(
+            decoders, wanted, workers=workers, limit=limit, inductor=inductor, tell=tell, known=before
+        )
     for text in page.shares(found, wanted):
         out.print(text)
     if json_file is not None:
-        write_json(json_file, [dataclasses.asdict(one) for one in found])
+        write_json(json_file, results.data(found, versions))
     if write is not None:
-        write.write_text(page.page(found, wanted, _versions(inductor), len(_decoders(None))))
+        write.write_text(page.page(found, wanted, versions, len(_decoders(None))))
     bad, revealing = page.bad_cells(found), page.share_revealing(found)
     out.print(f"{len(bad)} cells wrong, crashed or slow; eager's rows depend on the batch in {revealing:.0%}")
     if bad or (len(decoders) > 20 and revealing < page.MIN_REVEALING):
@@ -93,5 +100,5 @@ def _versions(inductor: bool) -> str:
     import torch
     import transformers
 
-    how = "" if inductor else ", graphs after the passes run call by call (`--no-inductor`)"
+    how = "" if inductor else "; graphs of `torch.compile` run call by call (`--no-inductor`)"
     return f"transformers {transformers.__version__}, run with torch {torch.__version__.split('+')[0]}{how}"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,9 +75,18 @@ class _Lane:
         self._limit, self._job = limit, job
         self._worker: _Worker | None = None
 
-    def survey(self, decoder: Decoder, wanted: list[Wanted]) -> Surveyed:
+    def survey(self, decoder: Decoder, wanted: list[Wanted], known: Surveyed | None = None) -> Surveyed:
+        """The cells that are wanted, in this order; those that are known are not run."""
+        before = {(c.dtype, c.path): c for c in known.cells} if known is not None else {}
+        left = [w for w in wanted if w not in before]
+        done = known if known is not None and (known.unbuilt or not left) else None
+        found = done or self._survey(decoder, left)
+        cells = before | {(c.dtype, c.path): c for c in found.cells}
+        found.cells = [cells[w] for w in wanted if w in cells]
+        return found
+
+    def _survey(self, decoder: Decoder, left: list[Wanted]) -> Surveyed:
         found = Surveyed(decoder.name)
-        left = list(wanted)
         while True:
             start = time.perf_counter()
             state, told = self._run(decoder, found, left)
@@ -132,8 +141,11 @@ def survey(
     options: dict[str, Any] | None = None,
     inductor: bool = True,
     tell: Callable[[Surveyed], None] = lambda found: None,
+    known: Mapping[str, Surveyed] | None = None,
 ) -> list[Surveyed]:
     """Survey the classes, `limit` seconds a cell; `tell` is called as each is finished, in any order.
+
+    Cells that are `known`, by class, are taken as they are.
 
     `options` are given to ``torch.compile`` on the path ``compile``; without `inductor`, the graphs after the
     passes are run call by call.
@@ -148,7 +160,8 @@ def survey(
         lane = _Lane(limit, {"options": options, "inductor": inductor})
         try:
             while True:
-                found = lane.survey(todo.get_nowait(), wanted)
+                decoder = todo.get_nowait()
+                found = lane.survey(decoder, wanted, (known or {}).get(decoder.name))
                 with lock:
                     results.append(found)
                     tell(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm42c.errors import UnsupportedModelError
-from llm42c.runtime.survey import cells, page, pool
+from llm42c.errors import ConfigError, UnsupportedModelError
+from llm42c.runtime.survey import cells, page, pool, results
 from llm42c.runtime.survey.classes import Decoder, decoders
 from llm42c.runtime.survey.mixing import mixing
 from llm42c.runtime.survey.pool import Surveyed
@@ -155,6 +156,35 @@ def test_a_crash_and_a_hang_are_cells(tmp_path: Path, monkeypatch: pytest.Monkey
         "Hangs": ["slow", "ok", "ok"],
     }
     assert "SIGABRT" in found[0].cells[1].told
+
+
+def test_known_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A survey goes on where another ended, in the order of the cells that are wanted."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(pool, "_COMMAND", [sys.executable, str(script)])
+    refused = cells.Cell("Hangs", "float32", "compile", "refused", "it hangs")
+    file = tmp_path / "before.json"
+    before = [Surveyed("Hangs", "softmax", cells=[refused]), Surveyed("Dies", unbuilt="it is large")]
+    file.write_text(json.dumps(results.data(before, "transformers 0")))
+    known = results.read([file], "transformers 0")
+    wanted = [("float32", "compile"), ("bfloat16", "compile")]
+    found = pool.survey([Decoder(n, "") for n in ("Dies", "Hangs")], wanted, workers=1, limit=2, known=known)
+    assert [(one.name, one.unbuilt, [c.state for c in one.cells]) for one in found] == [
+        ("Dies", "it is large", []),
+        ("Hangs", "", ["refused", "ok"]),
+    ]
+    assert [(c.dtype, c.path) for c in found[1].cells] == wanted
+
+
+def test_files_of_other_versions_and_other_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "before.json"
+    file.write_text(json.dumps(results.data([], "transformers 0")))
+    with pytest.raises(ConfigError, match="is of transformers 0; this is transformers 1"):
+        results.read([file], "transformers 1")
+    file.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="is not what llm42 survey --json writes"):
+        results.read([file], "transformers 1")
 
 
 def test_a_page_says_what_was_found() -> None:
