@@ -7,7 +7,8 @@ as the model has positions, and must then be exactly the causal one, or that of 
 Cases (q: [1, H, T, D], k: [1, Hkv, T, D], v: [1, Hkv, T, E], or without the leading 1):
 
 1. ``softmax(q @ k.T) @ v`` with, in any order between product and softmax: factors and divisors (numbers
-   or constants), casts, views, additive masks, ``where`` and ``masked_fill`` with a mask, a lower limit
+   or constants), casts, views, masks that are added or subtracted, ``where`` and ``masked_fill`` with a mask,
+   a product with a mask of ones and zeros, a lower limit
 2. ``baddbmm(bias, q, k.T, beta, alpha)`` as the product
 3. ``F.scaled_dot_product_attention`` with such a mask, or ``is_causal``
 4. linear biases (ALiBi): an addition that is ``slope[h] * (j - i)`` up to a constant a row. Keys get eight
@@ -41,7 +42,7 @@ from llm42c.passes.kinds import plain_name
 from llm42c.passes.token_functions import TokenFunctions
 
 PROVEN = 8192  # positions up to which a mask is evaluated
-HIDDEN = -1e4  # a mask adds at most this
+HIDDEN = -9984.0  # a mask adds at most this: -1e4, as bf16 rounds it
 _MAX_ELEMENTS = 1 << 28
 _SLOPE_PARTS, _POSITION_BASE = 3, 256
 _EXTRA = 8  # elements of a key that hold its position
@@ -74,6 +75,7 @@ class _Call:
     # (addition, factor) and (condition, hidden where it is true)
     added: list[tuple[Any, float]] = field(default_factory=list)
     masks: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    kept: list[fx.Node] = field(default_factory=list)  # factors, which must be one where nothing is hidden
 
 
 def attention_written(
@@ -89,7 +91,7 @@ def attention_written(
         call = _sdpa(node, values) if g.name(node) == "sdpa" else _softmax(node, values)
         if call is None:
             continue
-        key = (call.causal, *call.added, *call.masks)
+        key = (call.causal, *call.added, *call.masks, *call.kept)
         if key not in proven:
             proven[key] = _prove(call, values, limit)
         report.match(node)
@@ -141,12 +143,18 @@ def _walk(node: Any, outer: float, call: _Call, values: TokenFunctions) -> None:
         _walk(args[0], outer * number if name == "mul" else outer / number, call, values)
     elif name == "mul" and (number := _constant(args[0], values)) is not None:
         _walk(args[1], outer * number, call, values)
+    elif name == "mul" and values.closed(args[1]):
+        call.kept.append(args[1])
+        _walk(args[0], outer, call, values)
     elif name == "add" and len(args) == 2 and not node.kwargs:
         inner, term = args if values.closed(args[1]) else args[::-1]
         if not values.closed(term):
             raise NotProvenError("adds something to its scores that depends on the tokens")
         call.added.append((term, outer))
         _walk(inner, outer, call, values)
+    elif name == "sub" and len(args) == 2 and not node.kwargs and values.closed(args[1]):
+        call.added.append((args[1], -outer))
+        _walk(args[0], outer, call, values)
     elif name == "where" and values.closed(args[0]) and _is_hidden(args[2], values):
         call.masks.append((args[0], False))
         _walk(args[1], outer, call, values)
@@ -217,6 +225,10 @@ def _prove(call: _Call, values: TokenFunctions, limit: int) -> tuple[int, Tensor
             if slopes is not None:
                 raise NotProvenError("adds more than one bias to its scores")
             slopes = _slopes(addition.float() * factor, hidden)
+    for node in call.kept:
+        mask = _evaluate(node, values, tokens)
+        if not ((mask == 1) | ((mask == 0) & hidden)).all():
+            raise NotProvenError("multiplies its scores by something else than a mask of ones and zeros")
     visible = int((~hidden[-1]).sum())
     window = 0 if visible == tokens else visible
     expected = column > row

@@ -1,4 +1,4 @@
-"""Complex numbers become pairs of real ones (plain): rotary positions are often a complex product.
+"""Complex numbers become pairs of real ones: rotary positions are often a complex product.
 
 A library computes with several complex numbers at a time and with the rest one by one, which may round
 differently. In real numbers each step is a call of its own.
@@ -6,8 +6,9 @@ differently. In real numbers each step is a call of its own.
 Cases (a, b: [..., D] complex):
 
 1. ``a * b``, two complex tensors   → ``ar * br - ai * bi``, ``ar * bi + ai * br``
-2. ``polar(r, t)``                  → ``r * cos(t)``, ``r * sin(t)``
-3. ``view_as_real(view_as_complex(x))`` is x
+2. ``a * s``, s a real number       → ``ar * s``, ``ai * s``
+3. ``polar(r, t)``                  → ``r * cos(t)``, ``r * sin(t)``
+4. ``view_as_real(view_as_complex(x))`` is x
 
 Other arithmetic on complex numbers stays, and ``check`` names it.
 
@@ -57,8 +58,15 @@ def _product(node: fx.Node) -> fx.Node:
     return _complex(node, real, call("add", call("mul", ar, bi), call("mul", ai, br)))
 
 
-def _polar(node: fx.Node) -> fx.Node:
+def _scaled(node: fx.Node) -> fx.Node:
     """Case 2."""
+    number, factor = node.args if _is_complex(node.args[0]) else reversed(node.args)
+    parts = (g.insert(node, g.FUNCTIONS["mul"], (x, factor)) for x in _parts(node, number))  # type: ignore[arg-type]
+    return _complex(node, *parts)
+
+
+def _polar(node: fx.Node) -> fx.Node:
+    """Case 3."""
     length, angle = node.args[:2]
     parts = (g.insert(node, g.FUNCTIONS[name], (angle,)) for name in ("cos", "sin"))
     real, imaginary = (g.insert(node, g.FUNCTIONS["mul"], (length, part)) for part in parts)
@@ -66,8 +74,19 @@ def _polar(node: fx.Node) -> fx.Node:
 
 
 def _is_product(node: fx.Node) -> bool:
-    operands = [g.tensor(a) for a in node.args[:2]]
-    return g.name(node) == "mul" and all(t is not None and t.dtype == torch.complex64 for t in operands)
+    return g.name(node) == "mul" and all(map(_is_complex, node.args[:2]))
+
+
+def _is_scaled(node: fx.Node) -> bool:
+    """One operand is a complex tensor, the other a real number."""
+    if len(node.args) != 2 or not _is_complex(node) or sum(map(_is_complex, node.args)) != 1:
+        return False
+    return sum(isinstance(g.value(x), (float, int, torch.SymFloat)) for x in node.args) == 1
+
+
+def _is_complex(node: object) -> bool:
+    t = g.tensor(node)
+    return t is not None and t.dtype == torch.complex64
 
 
 def complex_numbers(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
@@ -79,6 +98,8 @@ def complex_numbers(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             new = _polar(node)
         elif name == "mul" and _is_product(node):
             new = _product(node)
+        elif name == "mul" and _is_scaled(node):
+            new = _scaled(node)
         elif name == "view_as_real" and plain_name(inner := node.args[0]) == "view_as_complex":
             new = inner.args[0]
             if not effects.unchanged([new], new, node):

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 VALUE = "example_value"
+STAND_INS = 1 << 28
+"""Sizes from here on stand for a symbol (``sizes.py``); no dimension of a model is as large."""
 
 # fmt: off
 _TORCH = (
@@ -373,9 +375,13 @@ def erase_dead(nodes: list[fx.Node]) -> None:
 
 
 def size(before: fx.Node, operand: fx.Node, dim: int) -> Any:
-    """A size as a number, or as a node in front of ``before`` that asks for it."""
+    """A size as a number, or as a node in front of ``before`` that asks for it.
+
+    A number is a size of the model; those that differ from call to call are symbols or stand for one.
+    """
     found = fake(operand).shape[dim]
-    return found if isinstance(found, int) else insert(before, "size", (operand, dim))
+    constant = isinstance(found, int) and found < STAND_INS
+    return found if constant else insert(before, "size", (operand, dim))
 
 
 def order(graph: fx.Graph) -> dict[fx.Node, int]:

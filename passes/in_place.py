@@ -4,7 +4,8 @@ Cases:
 
 1. ``zeros_like(x).scatter_(…)`` → ``zeros_like(x).scatter(…)``, ``x += y`` → ``torch.add(x, y)``, … where no
    view of the tensor that is older than the write is read after it
-2. ``y = new_empty(…)``, ``y[..., :n].copy_(a)``, ``y[..., n:].copy_(b)`` → ``torch.cat((a, b), -1)``
+2. ``x[1:] += y`` → ``torch.slice_scatter(x, torch.add(x[1:], y), 0, 1)``, and ``x[1:] = y`` likewise
+3. ``y = new_empty(…)``, ``y[..., :n].copy_(a)``, ``y[..., n:].copy_(b)`` → ``torch.cat((a, b), -1)``
 
 Inputs and parameters that are written to are left as they are.
 
@@ -26,7 +27,8 @@ from torch import fx
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
 
-_IN_PLACE = {
+Pure = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
+_IN_PLACE: dict[Any, Any] = {
     operator.iadd: torch.add,
     operator.isub: torch.sub,
     operator.imul: torch.mul,
@@ -35,26 +37,25 @@ _IN_PLACE = {
 
 
 def written_in_place(graph: fx.Graph) -> None:
-    """Case 1: a tensor that the graph made, and that has no other view, need not be written to.
+    """Case 1: a tensor that the graph made, of which no other view is read, need not be written to.
 
     Who reads it afterwards reads the result instead.
     """
+    for node in list(graph.nodes):
+        _written_back(node)
     views: dict[int | None, list[fx.Node]] = {}  # nodes by storage, in graph order
     for node in graph.nodes:
         views.setdefault(g.storage_of(node), []).append(node)
     for node in list(graph.nodes):
         base, written = g.arg(node), g.mutated_arguments(node)
-        if not isinstance(base, fx.Node) or written != [base] or g.tensor(node) is None:
+        if not isinstance(base, fx.Node) or written != [base] or g.tensor(base) is None:
             continue
-        pure = _pure(node)
         views_before = [n for n in views[g.storage_of(base)] if n is not base and n < node]
-        made_here = base.op in ("call_function", "call_method") and views[g.storage_of(base)][0] is base
+        made_here = views[g.storage_of(base)][0].op in ("call_function", "call_method")
+        pure = _pure(node)
         if pure is None or not made_here or _read(views_before, node):
             continue
-        same = g.same_shape(g.fake(base), g.fake(node)) and g.fake(base).dtype == g.fake(node).dtype
-        if not same:
-            continue
-        node.op, node.target = pure
+        node.op, node.target, node.args, node.kwargs = pure
         for user in [user for user in base.users if node < user]:
             user.replace_input_with(base, node)
         g.compute_value(node)
@@ -62,8 +63,45 @@ def written_in_place(graph: fx.Graph) -> None:
         g.refresh(g.users(node))
 
 
+def _written_back(node: fx.Node) -> None:
+    """Case 2: ``x[i] += y`` adds to a view, and writes the view to where it is: the first is no write."""
+    if node.target is not operator.setitem:
+        return
+    base, index, value = node.args
+    if not isinstance(value, fx.Node) or value.target not in _IN_PLACE:
+        return
+    view = g.arg(value)
+    if not isinstance(view, fx.Node) or g.name(view) != "getitem" or view.args != (base, index):
+        return
+    if g.only_user(view) is value and g.only_user(value) is node and value.next is node:
+        value.target = _IN_PLACE[value.target]
+        g.compute_value(value)
+
+
+def _scatter(node: fx.Node) -> Pure | None:
+    """Case 2: ``x[..., begin:end] = y`` with y of the shape of what it replaces."""
+    args: Any = node.args
+    base, index, value = args
+    indices = index if isinstance(index, tuple) else (index,)
+    t, y = g.tensor(base), g.tensor(value)
+    if t is None or y is None or not all(isinstance(i, slice) for i in indices) or len(indices) > t.dim():
+        return None
+    chosen = [d for d, i in enumerate(indices) if i != slice(None)]
+    if len(chosen) != 1 or y.dtype != t.dtype or y.dim() != t.dim():
+        return None
+    (dim,) = chosen
+    begin, end, step = indices[dim].start, indices[dim].stop, indices[dim].step
+    numbers = all(i is None or (isinstance(i, int) and i >= 0) for i in (begin, end, step))
+    pairs = enumerate(zip(t.shape, y.shape, strict=True))
+    if not numbers or not all(g.same(a, b) for d, (a, b) in pairs if d != dim):
+        return None
+    if not isinstance(t.shape[dim], int) or len(range(*indices[dim].indices(t.shape[dim]))) != y.shape[dim]:
+        return None
+    return "call_function", torch.slice_scatter, (base, value, dim, begin, end, step or 1), {}
+
+
 def filled_by_parts(graph: fx.Graph) -> None:
-    """Case 2: an empty tensor whose last dimension is written slice by slice is a ``cat`` of the parts."""
+    """Case 3: an empty tensor whose last dimension is written slice by slice is a ``cat`` of the parts."""
     for node in list(graph.nodes):
         if (
             plain_name(node) not in ("new_empty", "empty", "empty_like", "new_zeros")
@@ -111,11 +149,16 @@ def _read(nodes: list[fx.Node], after: fx.Node) -> bool:
     return any(after < user for n in nodes for user in n.users)
 
 
-def _pure(node: fx.Node) -> tuple[str, Any] | None:
-    """Operation and target of the call that computes the same and writes nothing."""
+def _pure(node: fx.Node) -> Pure | None:
+    """Operation, target and arguments of the call that computes what the tensor holds after the write."""
+    if node.target is operator.setitem:
+        return _scatter(node)
+    base, result = g.tensor(node.args[0]), g.tensor(node)
+    if base is None or result is None or not g.same_shape(base, result) or base.dtype != result.dtype:
+        return None
     if node.op == "call_function" and node.target in _IN_PLACE:
-        return "call_function", _IN_PLACE[node.target]
+        return "call_function", _IN_PLACE[node.target], node.args, node.kwargs
     name = str(node.target)
     if node.op == "call_method" and name.endswith("_") and hasattr(torch.Tensor, name[:-1]):
-        return "call_method", name[:-1]
+        return "call_method", name[:-1], node.args, node.kwargs
     return None

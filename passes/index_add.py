@@ -1,4 +1,4 @@
-"""Rows added to the places that an index names become ``llm42::index_add`` (plain).
+"""Rows added to the places that an index names become ``llm42::index_add``.
 
 A mixture of experts that is written out adds each expert's rows to those of their tokens. A token's sum is
 then in the order of the rows, whatever threads or atomics do.

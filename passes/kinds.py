@@ -38,7 +38,7 @@ def _names(text: str) -> frozenset[str]:
 # Names of functions, methods and aten operators, those that write in place without their last underscore.
 _VIEW = _names(
     "view reshape expand transpose permute unsqueeze squeeze chunk split narrow select unbind t flatten "
-    "unflatten movedim moveaxis swapaxes swapdims as_strided detach expand_as view_as diagonal "
+    "unflatten movedim moveaxis swapaxes swapdims as_strided detach expand_as view_as reshape_as diagonal "
     "split_with_sizes tensor_split view_as_complex view_as_real _add_batch_dim _remove_batch_dim hsplit "
     "vsplit dsplit ravel slice alias lift_fresh real imag"
 )

@@ -28,6 +28,7 @@ from llm42c.passes import graph as g
 # The square of a size, at eight bytes an element, still fits into an int64. None is near a power of two,
 # and no multiple of one is a size that models have.
 PRIMES = (433494437, 479001599, 387420499, 355687439)
+assert min(PRIMES) > g.STAND_INS
 _OFFSET = 1 << 20  # less than this may be added to a multiple of a symbol, or taken away
 _CONSTANTS = min(PRIMES) - _OFFSET  # numbers below are the same for every size
 SYMBOLS = "llm42_symbols"  # on the graph module's meta: prime → the symbolic size that it stands for

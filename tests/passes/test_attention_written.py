@@ -80,10 +80,13 @@ def with_alibi_in_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k) + bias.masked_fill(~tril(q), minimum(q)), -1).to(v.dtype) @ v
 
 
-SEEN: dict[str, Attend] = {
-    f.__name__: f
-    for f in (with_where, with_addition, with_window, with_sdpa, folded, with_alibi, with_alibi_in_the_mask)
-}
+def with_a_factor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = tril(q).to(q.dtype)
+    return torch.softmax(scores(q, k) * seen - 1e4 * (1 - seen), -1).to(v.dtype) @ v
+
+
+PLAIN = (with_where, with_addition, with_window, with_sdpa, with_a_factor, folded)
+SEEN: dict[str, Attend] = {f.__name__: f for f in (*PLAIN, with_alibi, with_alibi_in_the_mask)}
 
 
 class Layer(nn.Module):
@@ -241,6 +244,11 @@ def quadratic_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((scores(q, k) + bias).masked_fill(~tril(q), minimum(q)), -1).to(v.dtype) @ v
 
 
+def weighted_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = 1.0 / (1 + torch.arange(q.shape[-2]))
+    return torch.softmax((scores(q, k) * weights).masked_fill(~tril(q), minimum(q)), -1).to(v.dtype) @ v
+
+
 def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = torch.softmax(scores(q, k).masked_fill(~tril(q), minimum(q)), -1)
     return (s * torch.sigmoid(s)).to(v.dtype) @ v
@@ -253,6 +261,7 @@ REFUSED: dict[Attend, str] = {
     prefix: "neither causal nor a sliding window",
     of_the_tokens: "masked_fill, which llm42 does not know",
     quadratic_bias: "not linear in the position",
+    weighted_scores: "something else than a mask of ones and zeros",
     gated: "something else with its probabilities",
 }
 

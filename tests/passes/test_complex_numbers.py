@@ -51,6 +51,22 @@ def test_no_complex_arithmetic_is_left() -> None:
     assert all(not n.meta["example_value"].is_complex() for n in made)
 
 
+@pytest.mark.parametrize("factor", [1.25, 3])
+def test_real_factors(factor: float) -> None:
+    """On either side; the bits are those of two real products."""
+
+    def scaled(pairs: torch.Tensor) -> torch.Tensor:
+        number = torch.view_as_complex(pairs)
+        return torch.view_as_real(number * factor) + torch.view_as_real(factor * number)
+
+    pairs = X.unflatten(-1, (7, 2)).contiguous()
+    gm = capture(scaled, pairs)
+    assert unplaced(gm.graph)
+    assert apply(gm, complex_numbers).matches
+    assert not unplaced(gm.graph)
+    assert same_bits(run(gm), pairs * factor + pairs * factor)
+
+
 def test_fp64_and_other_arithmetic_are_left_alone() -> None:
     gm = capture(lambda a: torch.view_as_real(torch.view_as_complex(a) + 1), X.unflatten(-1, (7, 2)))
     assert not apply(gm, complex_numbers).matches

@@ -56,6 +56,19 @@ def by_parts(x: Tensor) -> Tensor:
     return y * 2
 
 
+def through_a_view(x: Tensor) -> Tensor:
+    y = x.exp().transpose(0, 1)
+    y += x.transpose(0, 1)
+    return y * 2
+
+
+def some_rows(x: Tensor) -> Tensor:
+    y = x.exp()
+    y[1:] += x[1:]
+    y[:, 2:5] = x[:, :3]
+    return y * 2
+
+
 def an_older_view(x: Tensor) -> Tensor:
     y = x.exp()
     view = y[:, :2]
@@ -75,18 +88,36 @@ def a_gap(x: Tensor) -> Tensor:
     return y * 2
 
 
+def rows_of_an_older_view(x: Tensor) -> Tensor:
+    y = x.exp()
+    view = y[2:]
+    y[1:] = x[1:]
+    return view * 2
+
+
+def chosen_rows(x: Tensor) -> Tensor:
+    y = x.exp()
+    y[x[:, 0] > 0] = 0.0
+    return y * 2
+
+
 def inputs() -> Tensor:
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("fn", [scattered, divided, added, by_parts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fn", [scattered, divided, added, by_parts, through_a_view, some_rows], ids=lambda f: f.__name__
+)
 def test_writes_become_values(fn: Callable[..., Any]) -> None:
     gm = normalized(fn, inputs())
     assert writes(gm) == []
     assert torch.equal(run(gm), fn(inputs()))
 
 
-@pytest.mark.parametrize("fn", [an_older_view, an_input, a_gap], ids=lambda f: f.__name__)
+NEAR_MISSES = [an_older_view, rows_of_an_older_view, chosen_rows, an_input, a_gap]
+
+
+@pytest.mark.parametrize("fn", NEAR_MISSES, ids=lambda f: f.__name__)
 def test_near_misses_stay(fn: Callable[..., Any]) -> None:
     gm = normalized(fn, inputs())
     assert writes(gm) != []
