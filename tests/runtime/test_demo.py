@@ -11,6 +11,7 @@ import pytest
 import toy
 
 from llm42c.runtime import demo
+from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
 
@@ -88,6 +89,19 @@ def test_runs_agree_on_a_fast_path_that_errs(jobs: list[demo.Job]) -> None:
     assert result.runs[0].stats["preemptions"] == 0
     assert all(len(answer.tokens) == 24 for run in result.runs for answer in run.answers)
     assert seen[-1] == ("pressure", 24 * 18, 24 * 18)
+
+
+def test_under_pressure_the_fast_path_becomes_certified(
+    jobs: list[demo.Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def share() -> float:
+        pressure = demo.run_demo(Built(fast=toy.ToyModel), jobs, _quiet).runs[2]  # type: ignore[arg-type]
+        assert pressure.stats["preemptions"] > 5
+        return float(pressure.stats["certified_share"])
+
+    assert share() > 0.5
+    monkeypatch.setattr(Certificates, "reserve", lambda self, num_running: 0)
+    assert share() == 0.0, "vacuous: there were pages enough"
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
