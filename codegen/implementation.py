@@ -42,8 +42,8 @@ def kernels_digest() -> str:
 
 @functools.cache
 def emitters_digest() -> str:
-    """Of the sources that GPU kernels are emitted by."""
-    return digest_of(_ROOT.glob("triton/*.py"))
+    """Of GPU kernels and of what folds and launches them."""
+    return digest_of(_ROOT.glob("triton/**/*.py"))
 
 
 def digest_of(paths: Iterable[Path], *further: str) -> str:

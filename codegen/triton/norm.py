@@ -16,52 +16,9 @@ from torch import Tensor
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import DTYPES, power_of_two
-
-_KERNEL = '''
-@triton.jit
-def norm(x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, eps, offset):
-    """@DOC@ x: [R, H]. Program: row."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, WIDTH)
-    held = i < SIZE
-    x = tl.load(x_ptr + row * SIZE + i, mask=held, other=0.0)
-@RESIDUAL@
-    wide = x.to(tl.float32)
-@SCALE@
-@WEIGHT@
-    tl.store(y_ptr + row * SIZE + i, y.to(y_ptr.dtype.element_ty), mask=held)
-'''
-_RESIDUAL = """
-    residual = tl.load(residual_ptr + row * SIZE + i, mask=held, other=0.0)
-    x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
-    tl.store(total_ptr + row * SIZE + i, x, mask=held)
-"""
-_RMS = """
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / SIZE + eps)
-    normed = wide * rstd
-"""
-_MEAN = """
-    centred = tl.where(held, wide - tl.sum(wide, 0) / SIZE, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / SIZE + eps)
-    normed = centred * rstd
-"""
-_PLAIN = """
-    y = normed
-"""
-_CAST_FIRST = """
-    weight = tl.load(weight_ptr + i, mask=held, other=0.0).to(tl.float32)
-    weight = (weight + offset).to(x.dtype).to(tl.float32)
-    y = normed.to(x.dtype).to(tl.float32) * weight
-"""
-_IN_FP32 = """
-    weight = tl.load(weight_ptr + i, mask=held, other=0.0).to(tl.float32)
-    y = normed * (weight + offset)
-"""
-_BIAS = """
-    y = y + tl.load(bias_ptr + i, mask=held, other=0.0).to(tl.float32)
-"""
 
 
 @dataclass(frozen=True)
@@ -80,18 +37,24 @@ class NormSpec:
     def warps(self) -> int:
         return min(16, max(1, power_of_two(self.size) // 512))
 
+    def decided(self) -> dict[str, bool]:
+        """The branches of ``kernels/norm.py``."""
+        return {
+            "HAS_RESIDUAL": self.residual,
+            "HAS_WEIGHT": self.weight,
+            "HAS_BIAS": self.bias,
+            "CENTRED": self.mean,
+            "CAST_FIRST": self.cast_first,
+        }
+
 
 @functools.cache
 def emit(spec: NormSpec) -> str:
     """The file of one specialisation; its kernel is ``norm``."""
-    weight = _PLAIN if not spec.weight else _CAST_FIRST if spec.cast_first else _IN_FP32
-    name = "LayerNorm." if spec.mean else "RMSNorm of residual + x." if spec.residual else "RMSNorm."
-    text = _KERNEL.replace("@DOC@", name)
-    text = text.replace("@RESIDUAL@\n", _RESIDUAL.lstrip("\n") if spec.residual else "")
-    text = text.replace("@SCALE@", (_MEAN if spec.mean else _RMS).strip("\n"))
-    text = text.replace("@WEIGHT@", (weight + (_BIAS.lstrip("\n") if spec.bias else "")).strip("\n"))
+    kind = "LayerNorm" if spec.mean else "RMSNorm of residual + x" if spec.residual else "RMSNorm"
+    text = fold("norm", "norm", spec.decided(), doc=f"{kind}. x: [R, H]. Program: row.")
     constants = {"SIZE": spec.size, "WIDTH": power_of_two(spec.size)}
-    return module(name.rstrip("."), f"rows of {spec.size} in {DTYPES[spec.dtype]}", constants, text)
+    return module(kind, f"rows of {spec.size} in {DTYPES[spec.dtype]}", constants, text)
 
 
 def _launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_an_edited_kernel_changes_the_digest(tmp_path: Path, monkeypatch: pytest
     assert digest() == before
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-ffast-math"])
     assert digest() != before
+
+
+def test_an_edited_gpu_kernel_changes_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(implementation._ROOT / "triton", tmp_path / "triton")
+    monkeypatch.setattr(implementation, "_ROOT", tmp_path)
+    digest = implementation.emitters_digest.__wrapped__
+    assert digest() == implementation.emitters_digest()
+    norm = tmp_path / "triton" / "kernels" / "norm.py"
+    text = norm.read_text()
+    norm.write_text("# more to say\n" + text)
+    assert digest() == implementation.emitters_digest()
+    assert "+ eps)" in text
+    norm.write_text(text.replace("+ eps)", "+ 2 * eps)"))
+    assert digest() != implementation.emitters_digest()
 
 
 def test_operators_in_python_count_where_they_are_called() -> None:
