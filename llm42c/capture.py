@@ -263,9 +263,13 @@ def _captured(model: nn.Module, attention: str) -> CapturedGraph:
 def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache, attention: str) -> CapturedGraph:
     takes = inspect.signature(model.forward).parameters
     whole = attention == hf_interface.WRITTEN_OUT or not {"position_ids", "logits_to_keep"} <= set(takes)
-    gm, examples = _traced(model, batch, cache, attention, whole)
     known = _describe_inputs(batch, cache)
+    gm, examples = _traced(model, batch, cache, attention, whole)
     names = [_input_name(example, batch, known) for example in examples]
+    if "positions" not in names:  # it takes them and counts for itself
+        whole = True
+        gm, examples = _traced(model, batch, cache, attention, whole)
+        names = [_input_name(example, batch, known) for example in examples]
     parameter_names = _lift_parameters(gm, examples, model, names)
     kept: dict[str, Any] = {}
     for name, example in zip(names, examples, strict=True):
@@ -320,7 +324,9 @@ def _check_attention(model: nn.Module, gm: torch.fx.GraphModule, layers: int) ->
             "layers that keep other sequence state are not served",
         )
     if any(n.args[place["window"]] == hf_interface.UNKNOWN_WINDOW for n in calls):
-        raise unsupported(model, "its attention mask is neither causal nor a sliding window")
+        encoder = getattr(model.config, "is_decoder", None) is False
+        why = " (its configuration says is_decoder=False)" if encoder else ""
+        raise unsupported(model, f"its attention mask is neither causal nor a sliding window{why}")
     spec = []
     for call in calls:
         k = call.args[place["k"]].meta["example_value"].shape

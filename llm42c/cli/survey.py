@@ -54,13 +54,14 @@ def survey(
     decoders, versions = _decoders(names), _versions(inductor)
     before = results.read(known or [], versions)
     with progress_bars() as report:
-        done = 0
+        so_far: list[Any] = []
 
         def tell(one: Any) -> None:
-            nonlocal done
-            done += 1
+            so_far.append(one)
             print(page.line(one), flush=True)
-            report("surveying", done, len(decoders))
+            report("surveying", len(so_far), len(decoders))
+            if json_file is not None:  # at once, for a survey that is broken off
+                write_json(json_file, results.data(so_far, versions))
 
         found = pool.survey(
             decoders, wanted, workers=workers, limit=limit, inductor=inductor, tell=tell, known=before

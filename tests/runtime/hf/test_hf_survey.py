@@ -16,7 +16,7 @@ from llm42c import hf_interface
 from llm42c.errors import IntegrityError, UnsupportedModelError
 from llm42c.runtime.survey import cells
 from llm42c.runtime.survey.classes import decoders
-from llm42c.runtime.survey.tiny import tiny_model
+from llm42c.runtime.survey.tiny import tiny_fields, tiny_model
 
 BY_NAME = {decoder.name: decoder for decoder in decoders()}
 SERVED = {
@@ -63,6 +63,37 @@ def test_refusals_name_the_construct_and_the_page(name: str, construct: str) -> 
     assert line.startswith(f"{name} is not supported: ")
     assert construct in line
     assert line.endswith("; see docs/huggingface.md#which-decoders-are-served")
+
+
+def test_an_encoder_is_told_from_a_decoder() -> None:
+    """The same class and weights: its configuration alone makes it one or the other."""
+    model_class, config_class = BY_NAME["CamembertForCausalLM"].load()
+    model = model_class(config_class(**tiny_fields(config_class) | {"is_decoder": False}))
+    with pytest.raises(UnsupportedModelError, match=r"neither causal nor .*is_decoder=False"):
+        llm42c.deterministic(model, **cells.ENGINE)
+
+
+def test_positions_that_are_offered_and_not_taken() -> None:
+    """A model that has a place for positions and counts for itself: counts become positions."""
+    model = _tiny("LlamaForCausalLM")
+    forward = model.model.forward
+
+    def counting(input_ids: torch.Tensor, position_ids: Any = None, **keywords: Any) -> Any:
+        counted = torch.arange(input_ids.shape[1])[None]
+        return forward(input_ids=input_ids, position_ids=counted, **keywords)
+
+    model.model.forward = counting
+    prompt = cells.tokens(model, 1, 9)
+    wanted = _logprobs(llm42c.deterministic(_tiny("LlamaForCausalLM"), **cells.ENGINE), prompt)
+    assert torch.equal(_logprobs(llm42c.deterministic(model, **cells.ENGINE), prompt), wanted)
+
+
+def _logprobs(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(prompt)
+    out = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
+    return out.logprobs  # type: ignore[no-any-return]
 
 
 def test_calls_that_share_a_cache_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
