@@ -7,7 +7,6 @@ an edit that forgot to raise the version of an order.
 from __future__ import annotations
 
 import ast
-import functools
 import hashlib
 import inspect
 import io
@@ -16,7 +15,7 @@ import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
-from llm42c.codegen.cpu import build
+from llm42c.codegen import targets
 from llm42c.codegen.ops.registry import operators
 
 _ROOT = Path(__file__).parent
@@ -25,25 +24,13 @@ _CXX = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 
 
 def implementation_of(names: Iterable[str], target: str) -> dict[str, str]:
-    """What computes the operators ``names`` on ``target`` ("cpu" or "cuda"): a digest a kind of source."""
-    found = {"kernels": kernels_digest()} if target == "cpu" else {"emitters": emitters_digest()}
+    """What computes the operators ``names`` on ``target``: a digest a kind of source."""
+    found = targets.named(target).sources()
     composites = [operators()[name].implementations.get(target) for name in set(names)]
     files = {Path(inspect.getfile(composite)) for composite in composites if composite}
     if files:
         found["composites"] = digest_of(files | set(_ROOT.glob("dist/*.py")))
     return found
-
-
-@functools.cache
-def kernels_digest() -> str:
-    """Of the C++ kernels, and of the flags that all instruction sets are compiled with."""
-    return digest_of(build.all_sources(), *build.FLAGS)
-
-
-@functools.cache
-def emitters_digest() -> str:
-    """Of GPU kernels and of what folds and launches them."""
-    return digest_of(_ROOT.glob("triton/**/*.py"))
 
 
 def digest_of(paths: Iterable[Path], *further: str) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TARGETS = ("cpu", "cuda")
-
 
 @dataclass(frozen=True)
 class Order:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from llm42c import inductor, versions
-from llm42c.codegen.target import local_decode_workers
-from llm42c.device import device_of_inputs, has_implementation, in_steps, load_operators
+from llm42c.codegen import targets
+from llm42c.codegen.ops.registry import operators
+from llm42c.device import device_of_inputs, in_steps, load_operators
 from llm42c.dump import Dump
 from llm42c.errors import DeviceError, UnsupportedModelError
 from llm42c.options import Options
@@ -64,12 +65,12 @@ def llm42(
 def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Options, dump: Dump) -> Report:
     """The part of :func:`llm42` before Inductor: rewrite ``gm`` in place and check the result."""
     device = device_of_inputs(example_inputs)
-    load_operators(device)
+    target = load_operators(device)
     context = Context(
         target=PLAIN,
         grad=needs_grad(example_inputs),
         residual_shards=options.residual_shards,
-        decode_workers=local_decode_workers() if device.type == "cpu" else 0,
+        decode_workers=target.decode_workers(),
     )
     report = pipeline.run(gm, context, dump.graph)
     report.notes += inductor.notes()
@@ -84,7 +85,8 @@ def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Option
 def require_implemented(graph: fx.Graph, device: torch.device) -> None:
     """Raises DeviceError naming the operators of ``graph`` that nothing computes on ``device``."""
     names = {plain_name(n).removeprefix("llm42::") for n in graph.nodes if kind(n) is Kind.OPERATOR}
-    if missing := sorted(name for name in names if not has_implementation(name, device)):
+    target = targets.of(device)
+    if missing := sorted(name for name in names if target.where(operators()[name]) is None):
         raise DeviceError(
             f"on {device} nothing computes llm42::{', llm42::'.join(missing)}; "
             "reductions='free' leaves the model to Inductor"

@@ -17,10 +17,9 @@ from torch import Tensor, fx, nn
 from llm42c import inductor, versions
 from llm42c.backend import require_shards
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
-from llm42c.codegen.cpu import build
-from llm42c.codegen.target import local_decode_workers
+from llm42c.codegen import targets
 from llm42c.computation import Computation, computation_of
-from llm42c.device import CPU, attention_step, device_of_model, load_operators, require_operators
+from llm42c.device import CPU, device_of_model, load_operators, target_of
 from llm42c.digest import graph_digest, require_finite, weights_digest
 from llm42c.dump import Dump
 from llm42c.errors import ConfigError
@@ -74,11 +73,8 @@ class CompiledModel:
 
         Inputs are brought to the model's device; there, all layers share the work list of one step.
         """
-        if self.device.type != "cpu":
-            inputs = inputs.to(self.device)
-            with attention_step(self.device):
-                return self._forward(inputs, cache)
-        return self._forward(inputs, cache)
+        with targets.of(self.device).step():
+            return self._forward(inputs.to(self.device), cache)
 
     def _forward(self, inputs: PackedInputs, cache: KVCache) -> Tensor:
         args = self._template(cache)
@@ -133,16 +129,15 @@ class ModelCompiler:
         self.strict = strict
         self.ranks = ranks
         self.device = device_of_model(model)
-        require_operators(self.device)
+        target = target_of(self.device)
         require_finite(model)
         self.digest = weights_digest(model)
         ranks.require_same("the weights", self.digest)
         self.division = divide(model, ranks)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
-            kernels = pool.submit(build.build) if self.device.type == "cpu" else None
+            kernels = pool.submit(target.prepare)
             self.captured: CapturedGraph = capture_packed(model)
-            if kernels is not None:
-                kernels.result()
+            kernels.result()
         load_operators(self.device)
         ranks.meet("the captured model")
         self.weights = WeightStore(model, keep_originals=keep_originals)
@@ -187,7 +182,7 @@ class ModelCompiler:
             target=target,
             positions=positions,
             residual_shards=self.residual_shards and target == PACKED,
-            decode_workers=local_decode_workers() if self.device.type == "cpu" else 0,
+            decode_workers=targets.of(self.device).decode_workers(),
         )
 
     def _weaving(self, gm: fx.GraphModule, whole: PiecewiseProgram) -> PackedWeaving:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -14,10 +13,10 @@ import torch
 from torch import fx
 
 from llm42c import inductor
+from llm42c.codegen import targets
 from llm42c.codegen.cpu import build
 from llm42c.codegen.implementation import implementation_of
 from llm42c.codegen.ops.registry import orders_of
-from llm42c.device import gpu_identity
 from llm42c.digest import graph_digest
 from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
 
@@ -46,20 +45,19 @@ def computation_of(
 
     ``weights`` as for :func:`~llm42c.digest.graph_digest`; ``compiled`` says that Inductor compiled a part.
     """
-    target = "cuda" if device.type == "cuda" else "cpu"
+    target = targets.of(device)
     calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
     names = {operator_name(n) for n in calls if kind(n) is Kind.OPERATOR}
     foreign = {n: kind(n) for n in calls if kind(n) in FOREIGN}
-    machine = gpu_identity(device) if target == "cuda" else {}
+    sums = any(k is not Kind.TRANSCENDENTAL for k in foreign.values())
+    machine = target.identity(device, foreign=bool(foreign), threads=sums)
     if compiled:
         machine |= {"torch": torch.__version__, "inductor": _settings()}
-    if foreign and target == "cpu":
-        machine |= _cpu(threads=any(k is not Kind.TRANSCENDENTAL for k in foreign.values()))
     return Computation(
         graph=graph_digest(gm, weights),
-        target=target,
-        orders=orders_of(names, target),
-        implementation=implementation_of(names, target),
+        target=target.name,
+        orders=orders_of(names, target.name),
+        implementation=implementation_of(names, target.name),
         machine=machine,
         foreign=dict(Counter(map(plain_name, foreign))),
     )
@@ -73,18 +71,6 @@ def operator_name(node: fx.Node) -> str:
 def _settings() -> str:
     text = json.dumps(inductor.fixed_config(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _cpu(threads: bool) -> dict[str, str]:
-    """What scalar and vector code of other libraries hangs on; sums also on the number of threads."""
-    found = {
-        "torch": torch.__version__,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "cpu": hashlib.sha256(build.cpu_features().encode()).hexdigest()[:16],
-        "libc": " ".join(platform.libc_ver()),
-        "compiler": build.Toolchain.find().version,
-    }
-    return found | ({"threads": str(torch.get_num_threads())} if threads else {})
 
 
 def machine_state() -> str:

@@ -115,7 +115,7 @@ def machine(results: Results) -> None:
     """Rows that say what was measured on what."""
     import triton
 
-    from llm42c.device import driver_version
+    from llm42c.codegen.triton.target import driver_version
 
     name = "CPU, dry run" if results.dry else torch.cuda.get_device_name(results.device)
     results.add("machine", "gpu", name, "")

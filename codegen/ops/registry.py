@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from llm42c.codegen import targets
 from llm42c.codegen.operator import NAMESPACE, Operator, implementations_in, operators_in
 
-_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _lock = threading.RLock()
 _added: list[ModuleType] = []
 _library: torch.library.Library | None = None
@@ -47,33 +47,18 @@ def our_operator(name: str) -> Operator | None:
 
 
 @functools.cache
-def launchers() -> dict[str, Callable[..., Any]]:
-    """Who launches each operator's kernel on a GPU: the functions of ``codegen/triton`` that say so."""
-    modules = [*_modules("llm42c.codegen.triton"), *_added]
-    return {i.name: i.function for m in modules for i in implementations_in(m) if i.target == "cuda"}
-
-
-def is_computed_on(name: str, target: str) -> bool:
-    """Whether the operator has an implementation on ``target``. On "cpu", of the kernels that are loaded."""
-    op = operators()[name]
-    if target == "cuda":
-        return name in launchers() or target in op.implementations
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, _DISPATCH_KEYS[target])
-    return found
+def implemented(target: str) -> dict[str, Callable[..., Any]]:
+    """Operator → the function that says ``@implements(…, target)``, in a target's folder or an added module."""
+    packages = [type(t).__module__.rpartition(".")[0] for t in targets.targets() if t.name == target]
+    modules = [*(m for package in packages for m in _modules(package)), *_added]
+    return {i.name: i.function for m in modules for i in implementations_in(m) if i.target == target}
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """Operator → target → where it is computed. Loads the kernels of this machine."""
+    """Operator → target → who computes it. Loads the kernels of this machine."""
     load()
-    found: dict[str, dict[str, str]] = {}
-    for name, op in operators().items():
-        where = {target: f.__module__ for target, f in op.implementations.items()}
-        if name in launchers():
-            where.setdefault("cuda", launchers()[name].__module__)
-        if is_computed_on(name, "cpu"):
-            where.setdefault("cpu", "llm42c.codegen.cpu")
-        found[name] = where
-    return found
+    places = {name: {t.name: t.where(op) for t in targets.targets()} for name, op in operators().items()}
+    return {name: {t: place for t, place in found.items() if place} for name, found in places.items()}
 
 
 def add(*modules: ModuleType) -> list[Operator]:
@@ -88,11 +73,7 @@ def add(*modules: ModuleType) -> list[Operator]:
     with _lock:
         _added.extend(m for m in modules if m not in _added)
         operators.cache_clear()
-        launchers.cache_clear()
-        for module in modules:
-            for found in implementations_in(module):
-                if found.target != "cuda":
-                    operators()[found.name].implementations[found.target] = found.function
+        implemented.cache_clear()
         if _library is not None:
             define()
     return new
@@ -115,32 +96,21 @@ def _define(library: torch.library.Library, op: Operator) -> None:
     torch.library.register_fake(op.qualname, op.meta, lib=library)
     if op.backward is not None:
         torch.library.register_autograd(op.qualname, op.backward, setup_context=op.setup_context, lib=library)
-    for target, function in {"cuda": _launch(op.name), **op.implementations}.items():
-        library.impl(op.name, function, _DISPATCH_KEYS[target])
+    for target in targets.targets():
+        if (function := target.launcher(op)) is not None:
+            library.impl(op.name, function, target.dispatch_key)
 
 
-def _launch(name: str) -> Callable[..., Any]:
-    """Calls the operator's launcher. Emitters are imported by the first call on a GPU, and Triton by them."""
+def load(device: torch.device | None = None) -> None:
+    """:func:`define`, then load what computes the operators on ``device`` (by default the CPU). Idempotent.
 
-    def launch(*args: Any, **kwargs: Any) -> Any:
-        if name not in launchers():
-            raise NotImplementedError(f"{NAMESPACE}::{name} has no implementation for GPUs")
-        return launchers()[name](*args, **kwargs)
-
-    return launch
-
-
-def load() -> None:
-    """:func:`define`, then compile (or take from the cache) and load the CPU kernels. Idempotent.
-
-    Raises ``codegen.cpu.build.BuildError`` when no working C++ compiler is found.
+    Raises ``codegen.cpu.build.BuildError`` when no working C++ compiler is found, and
+    ``targets.TargetUnavailableError`` for a device without operators.
     """
     define()
-    from llm42c.codegen.cpu import build
-
-    build.load_library()
+    targets.of(device or torch.device("cpu")).load()
 
 
 def orders_of(names: Iterable[str], target: str) -> dict[str, str]:
     """``name/version`` of each operator's order on ``target``, by operator."""
-    return {name: str(operators()[name].orders[target]) for name in sorted(set(names))}
+    return {name: str(targets.named(target).order(operators()[name])) for name in sorted(set(names))}

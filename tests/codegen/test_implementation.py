@@ -9,6 +9,7 @@ import pytest
 
 from llm42c.codegen import implementation
 from llm42c.codegen.cpu import build
+from llm42c.codegen.cpu import target as cpu
 from llm42c.codegen.implementation import digest_of, stripped_cxx, stripped_python
 
 CXX = """\
@@ -66,9 +67,9 @@ def test_an_edited_kernel_changes_the_digest(tmp_path: Path, monkeypatch: pytest
         copy = tmp_path / path.relative_to(build.SOURCE_DIR)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    before = implementation.kernels_digest()
+    before = cpu.kernels_digest()
     monkeypatch.setattr(build, "SOURCE_DIR", tmp_path)
-    digest = implementation.kernels_digest.__wrapped__
+    digest = cpu.kernels_digest.__wrapped__
     assert digest() == before
     gemm = tmp_path / "kernels" / "gemm.cpp"
     gemm.write_text("// more to say\n" + gemm.read_text())

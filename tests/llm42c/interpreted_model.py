@@ -16,7 +16,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from llm42c.codegen.ops.registry import launchers
+from llm42c.codegen.ops.registry import implemented
 from llm42c.codegen.triton import attention, linear
 from llm42c.compiler import CompiledModel, ModelCompiler
 from llm42c.packed import PackedInputs
@@ -51,7 +51,7 @@ def on_triton(model: CompiledModel, called: set[str]) -> Callable[..., Any]:
     """The model's straight-line program with the kernels in place of the operators of the CPU."""
 
     def kernel(name: str) -> Callable[..., Any]:
-        launch = launchers()[name]
+        launch = implemented("cuda")[name]
 
         def call(*args: Any) -> Any:
             called.add(name)
@@ -65,7 +65,7 @@ def on_triton(model: CompiledModel, called: set[str]) -> Callable[..., Any]:
 
     def replaced(name: str, value: Any) -> Any:
         operator = re.sub(r"_\d+$", "", name)
-        return kernel(operator) if callable(value) and operator in launchers() else value
+        return kernel(operator) if callable(value) and operator in implemented("cuda") else value
 
     run = model.program.run
     scope = {name: replaced(name, value) for name, value in run.__globals__.items()}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm42c import backend, capture, compiler, device
+from llm42c.codegen import targets
+from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
 from llm42c.codegen.target import from_table
+from llm42c.codegen.triton import target as gpu
+from llm42c.codegen.triton.target import GpuTarget
 from llm42c.compiler import ModelCompiler
 from llm42c.dump import Dump
 from llm42c.errors import DeviceError
@@ -60,12 +65,29 @@ class OneDevice(TorchDispatchMode):
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without data stand for those of a GPU: like them, they are not the CPU's, and do not mix."""
-    monkeypatch.setattr(device, "require_operators", lambda device: None)
-    monkeypatch.setattr(compiler, "require_operators", lambda device: None)
+    real = targets.of
+    monkeypatch.setattr(targets, "of", lambda place: PRETENDED if place == PLACE else real(place))
     monkeypatch.setattr(capture, "require_supported", lambda model: None)
     monkeypatch.setattr(compiler, "require_finite", lambda model: None)
     monkeypatch.setattr(compiler, "weights_digest", lambda model: "w")
-    monkeypatch.setattr(compiler.build, "build", lambda: pytest.fail("compiled for the CPU"))
+    monkeypatch.setattr(build, "build", lambda: pytest.fail("compiled for the CPU"))
+
+
+class Pretended(GpuTarget):
+    """Of the device whose tensors have no data."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def require(self, device: torch.device) -> None:
+        pass
+
+    def step(self) -> AbstractContextManager[None]:
+        self.steps += 1
+        return super().step()
+
+
+PRETENDED = Pretended()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -73,26 +95,23 @@ def test_a_packed_model_stays_on_its_device(
     family: str, pretended: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured, packed and called without one tensor on the CPU, and without a C++ compiler."""
-    steps: list[torch.device] = []
-    step = compiler.attention_step
-    monkeypatch.setattr(compiler, "attention_step", lambda place: (steps.append(place), step(place))[1])
     forms = ModelCompiler(tiny.model(family).to(PLACE), keep_originals=True)
     model = forms.compile("pinned")
     cache = model.new_kv_cache(4, 16)
     assert {t.device for t in (*cache.k, *cache.v)} == {PLACE}
+    steps = PRETENDED.steps
     with OneDevice() as seen:
         logits = model.forward(_batch(), cache)
     assert (logits.shape, logits.device) == ((3, model.vocab_size), PLACE)
     assert seen.called.count("pod_attention") == 2
-    assert steps == [PLACE], "one step around all layers"
+    assert PRETENDED.steps == steps + 1, "one step around all layers"
     for name in {*seen.called, "linear_pack", "linear_unpack", "sample", "token_logprobs", "top_logprobs"}:
-        assert device.has_implementation(name, CUDA), name
+        assert PRETENDED.where(registry.operators()[name]), name
 
 
 def test_the_backend_takes_a_model_on_another_device(
     pretended: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "has_implementation", lambda name, _: device.has_implementation(name, CUDA))
     found, seen = [], OneDevice()
 
     def observe(gm: Any, inputs: list[Any]) -> Any:
@@ -121,7 +140,7 @@ def test_a_compiled_graph_shares_work_lists_among_its_calls() -> None:
     def shared(*args: Any) -> bool:
         return attention._current.get() is not None
 
-    assert device.in_steps(shared, PLACE)()
+    assert device.in_steps(shared, CUDA)()
     assert not device.in_steps(shared, device.CPU)()
     assert attention._current.get() is None
 
@@ -132,7 +151,7 @@ def test_operators_that_nothing_computes_there_are_named(monkeypatch: pytest.Mon
     x = graph.placeholder("x")
     graph.output(graph.call_function(torch.ops.llm42.silu_mul.default, (x,)))
     backend.require_implemented(graph, CUDA)
-    monkeypatch.setattr(backend, "has_implementation", lambda name, device: name != "silu_mul")
+    monkeypatch.setattr(GpuTarget, "where", lambda self, op: None)
     with pytest.raises(DeviceError, match="nothing computes llm42::silu_mul"):
         backend.require_implemented(graph, CUDA)
 
@@ -157,10 +176,10 @@ def test_no_operators_on_other_devices() -> None:
 
 
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    device.require_operators(device.CPU)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    device.target_of(device.CPU)
     with pytest.raises(DeviceError, match="pip install triton"):
-        device.require_operators(CUDA)
+        device.target_of(CUDA)
 
 
 @pytest.mark.parametrize(
@@ -176,25 +195,25 @@ def test_version_of_the_driver(
 ) -> None:
     (tmp_path / "version").write_text(text)
     monkeypatch.delattr(torch._C, "_cuda_getDriverVersion", raising=False)
-    assert device.driver_version(tmp_path / "version") == version
+    assert gpu.driver_version(tmp_path / "version") == version
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    assert device.driver_version(tmp_path / "version") == (version or "CUDA 13000")
-    assert device.driver_version(tmp_path / "absent") == "CUDA 13000"
+    assert gpu.driver_version(tmp_path / "version") == (version or "CUDA 13000")
+    assert gpu.driver_version(tmp_path / "absent") == "CUDA 13000"
 
 
 def test_identity_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     h200, h100 = from_table("NVIDIA H200"), from_table("NVIDIA H100 PCIe")
-    monkeypatch.setattr(device.targets, "detect", lambda kind, index: h200)
-    monkeypatch.setattr(device, "driver_version", lambda: "570.1")
+    monkeypatch.setattr(gpu.devices, "detect", lambda kind, index: h200)
+    monkeypatch.setattr(gpu, "driver_version", lambda: "570.1")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    mine = device.gpu_identity(CUDA)
+    mine = gpu.TARGET.identity(CUDA, False, False)
     assert mine["gpu"] == "NVIDIA H200 sm_90"
     assert mine["driver"] == "570.1"
     assert mine["target"] == h200.hash
     assert {"cuda", "triton", "torch"} <= mine.keys()
-    monkeypatch.setattr(device.targets, "detect", lambda kind, index: h100)
-    assert device.gpu_identity(CUDA)["target"] != mine["target"]
+    monkeypatch.setattr(gpu.devices, "detect", lambda kind, index: h100)
+    assert gpu.TARGET.identity(CUDA, False, False)["target"] != mine["target"]
 
 
 def test_layers_share_one_work_list_and_compute_what_the_cpu_does() -> None:

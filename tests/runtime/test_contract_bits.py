@@ -12,9 +12,8 @@ import torch
 import transformers as hf
 from torch import fx
 
-from llm42c import compiler as compiler_module
 from llm42c import computation, inductor
-from llm42c.codegen import implementation
+from llm42c.codegen.cpu import target as cpu
 from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.order import Order
 from llm42c.compiler import ModelCompiler
@@ -170,7 +169,7 @@ def test_an_order_that_is_not_called_is_none_of_it(known: Contract, monkeypatch:
 
 def test_the_rules_and_the_sources(known: Contract, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(contract_module.RULES, "noise", "another/1")
-    monkeypatch.setattr(implementation, "kernels_digest", lambda: "edited")
+    monkeypatch.setattr(cpu, "kernels_digest", lambda: "edited")
     fields = {line.split(":")[0] for line in known.diff(contract_of())}
     assert fields == {"rules.noise", "implementation.kernels"}
 
@@ -199,7 +198,7 @@ def test_machine_and_settings(known: Contract, monkeypatch: pytest.MonkeyPatch, 
     """Threads, instruction set, versions, settings of a compiler that is not called, folders: no field."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-    monkeypatch.setattr(compiler_module, "local_decode_workers", lambda: 7)
+    monkeypatch.setattr(cpu, "local_decode_workers", lambda: 7)
     monkeypatch.setitem(inductor._FIXED, "epilogue_fusion", False)
     monkeypatch.setenv("LLM42_DUMP", str(tmp_path))
     state = computation.machine_state()
