@@ -48,7 +48,7 @@ def our_operator(name: str) -> Operator | None:
 
 @functools.cache
 def implemented(target: str) -> dict[str, Callable[..., Any]]:
-    """Operator → the function that says ``@implements(…, target)``, in a target's folder or an added module."""
+    """Operator → the function that says ``@implements(…, target)``, in a target's folder or an added one."""
     packages = [type(t).__module__.rpartition(".")[0] for t in targets.targets() if t.name == target]
     modules = [*(m for package in packages for m in _modules(package)), *_added]
     return {i.name: i.function for m in modules for i in implementations_in(m) if i.target == target}

@@ -82,6 +82,9 @@ class Pretended(GpuTarget):
     def require(self, device: torch.device) -> None:
         pass
 
+    def identity(self, device: torch.device, foreign: bool, threads: bool) -> dict[str, str]:
+        return {}
+
     def step(self) -> AbstractContextManager[None]:
         self.steps += 1
         return super().step()
