@@ -11,6 +11,7 @@ from llm42c.codegen import implementation
 from llm42c.codegen.cpu import build
 from llm42c.codegen.cpu import target as cpu
 from llm42c.codegen.implementation import digest_of, stripped_cxx, stripped_python
+from llm42c.codegen.triton import target as gpu
 
 CXX = """\
 // a comment
@@ -86,17 +87,17 @@ def test_an_edited_kernel_changes_the_digest(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_edited_gpu_kernel_changes_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(implementation._ROOT / "triton", tmp_path / "triton")
-    monkeypatch.setattr(implementation, "_ROOT", tmp_path)
-    digest = implementation.emitters_digest.__wrapped__
-    assert digest() == implementation.emitters_digest()
+    shutil.copytree(gpu._HERE, tmp_path / "triton")
+    monkeypatch.setattr(gpu, "_HERE", tmp_path / "triton")
+    digest = gpu.emitters_digest.__wrapped__
+    assert digest() == gpu.emitters_digest()
     norm = tmp_path / "triton" / "kernels" / "norm.py"
     text = norm.read_text()
     norm.write_text("# more to say\n" + text)
-    assert digest() == implementation.emitters_digest()
+    assert digest() == gpu.emitters_digest()
     assert "+ eps)" in text
     norm.write_text(text.replace("+ eps)", "+ 2 * eps)"))
-    assert digest() != implementation.emitters_digest()
+    assert digest() != gpu.emitters_digest()
 
 
 def test_operators_in_python_count_where_they_are_called() -> None:
