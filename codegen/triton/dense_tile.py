@@ -197,7 +197,7 @@ def constants(spec: DenseSpec, prefix: str = "") -> dict[str, int | float | bool
 
 def helpers() -> tuple[str, str]:
     """Functions that a tile calls."""
-    return fragments.FOLD, fragments.finish(False)
+    return fragments.states(sinks=False)
 
 
 @dataclass(frozen=True)

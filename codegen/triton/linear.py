@@ -18,42 +18,9 @@ from llm42c.codegen.ops.linear import PANEL
 from llm42c.codegen.target import Target
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import DTYPES
-
-# `m` follows the batch: it must not select another binary. The rest belongs to the weight.
-_KERNEL = '''
-@triton.jit(do_not_specialize=["m"])
-def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
-    """y = x w^T + bias. x: [M, K], y: [M, N]; w: @LAYOUT@. Program (columns, rows)."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there = row < m
-    wanted = column < n
-    step = tl.arange(0, STEP)
-    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + step[None, :]
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.range(0, k, STEP):
-        held = start + step < k
-        x = tl.load(x_at + start, mask=there[:, None] & held[None, :], other=0.0)  # [M, K]
-@WEIGHT@
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc = acc + tl.load(bias_ptr + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    y_at = y_ptr + row.to(tl.int64)[:, None] * y_stride + column[None, :]
-    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=there[:, None] & wanted[None, :])
-'''
-# Sixteen columns of a panel are adjacent in memory.
-_PANELS = """
-        panel = (column // PANEL).to(tl.int64)
-        in_panel = tl.max_contiguous(tl.multiple_of(column % PANEL, 16), 16)
-        w_at = w_ptr + (panel * k)[None, :] * PANEL + (start + step)[:, None] * PANEL + in_panel[None, :]
-        w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]
-"""
-_ROWS_OF_WEIGHT = """
-        w_at = w_ptr + column.to(tl.int64)[None, :] * k + (start + step)[:, None]
-        w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]
-"""
 
 
 @dataclass(frozen=True)
@@ -93,8 +60,9 @@ def spec_for(target: Target, rows: int, dtype: str, packed: bool, bias: bool) ->
 @functools.cache
 def emit(spec: LinearSpec) -> str:
     """The file of one specialisation; its kernel is ``linear``."""
-    body = _KERNEL.replace("@WEIGHT@", (_PANELS if spec.packed else _ROWS_OF_WEIGHT).strip("\n"))
-    body = body.replace("@LAYOUT@", "[N / PANEL, K, PANEL]" if spec.packed else "[N, K]")
+    layout = "[N / PANEL, K, PANEL]" if spec.packed else "[N, K]"
+    doc = f"y = x w^T + bias. x: [M, K], y: [M, N]; w: {layout}. Program (columns, rows)."
+    body = fold("linear", "linear", {"PACKED": spec.packed}, doc=doc)
     constants = {"ROWS": spec.rows, "COLUMNS": spec.columns, "STEP": spec.step, "HAS_BIAS": spec.bias}
     if spec.packed:
         constants["PANEL"] = PANEL

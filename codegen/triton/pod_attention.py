@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 
 from llm42c.codegen.triton import fragments
+from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.fragments import indent
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import AttentionSpec
@@ -295,10 +296,9 @@ def emit(spec: AttentionSpec) -> str:
         "Prefill and decode attention over paged keys and values in one launch",
         spec.subject(),
         constants,
-        fragments.FOLD,
-        fragments.finish(spec.sinks),
+        *fragments.states(spec.sinks),
         _for_layout(_tile(spec), spec.layout),
-        fragments.DRAW,
+        fold("attention_parts", "draw"),
         _for_layout(_main(spec), spec.layout),
         imports=fragments.IMPORT_SMID if spec.sm == "register" else "",
     )

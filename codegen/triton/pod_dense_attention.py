@@ -17,6 +17,7 @@ from llm42c.codegen.triton.attention import counters_of
 from llm42c.codegen.triton.cost import shares
 from llm42c.codegen.triton.dense_tile import ARGUMENTS, DenseSpec, wrapped
 from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 
 _KERNEL = '''
@@ -75,7 +76,7 @@ def emit(prefill: DenseSpec, decode: DenseSpec, sm: str = "register", sms: int =
         *dense_tile.helpers(),
         dense_tile.tile(prefill, "attend_prefill", "PREFILL_"),
         dense_tile.tile(decode, "attend_decode", "DECODE_"),
-        fragments.DRAW,
+        fold("attention_parts", "draw"),
         text,
         imports=fragments.IMPORT_SMID if sm == "register" else "",
     )

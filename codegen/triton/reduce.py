@@ -15,45 +15,10 @@ from torch import Tensor
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import power_of_two
 
-_SUM = '''
-@triton.jit
-def row_sum(x_ptr, y_ptr, size):
-    """x: [R, N] → y: [R]. Program: row."""
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, size, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        lanes += tl.load(x_ptr + row * size + i, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row, tl.sum(lanes, 0).to(y_ptr.dtype.element_ty))
-'''
-_SOFTMAX = '''
-@triton.jit
-def @NAME@(x_ptr, y_ptr, size):
-    """x: [R, N] → y: [R, N]. Program: row. A row with NaN is NaN."""
-    row = tl.program_id(0).to(tl.int64)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for begin in range(0, size, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * size + i, mask=i < size, other=float("-inf")).to(tl.float32)
-        largest = tl.maximum(largest, x)
-    top = tl.max(largest, 0)
-    lanes = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, size, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        held = i < size
-        x = tl.load(x_ptr + row * size + i, mask=held, other=0.0).to(tl.float32)
-        lanes += tl.where(held, tl.exp(x - top), 0.0)
-    total = tl.sum(lanes, 0)
-    for begin in range(0, size, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        held = i < size
-        x = tl.load(x_ptr + row * size + i, mask=held, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * size + i, (@RESULT@).to(y_ptr.dtype.element_ty), mask=held)
-'''
-_RESULTS = {"row_softmax": "tl.exp(x - top) / total", "row_log_softmax": "x - top - tl.log(total)"}
 LARGEST_BLOCK = 4096
 
 
@@ -65,8 +30,12 @@ def block(size: int) -> int:
 @functools.cache
 def emit(name: str, lanes: int) -> str:
     """The file of ``row_sum``, ``row_softmax`` or ``row_log_softmax``; its kernel has that name."""
-    text = _SUM if name == "row_sum" else _SOFTMAX.replace("@NAME@", name)
-    text = text.replace("@RESULT@", _RESULTS.get(name, ""))
+    if name == "row_sum":
+        text = fold("reduce", "row_sum")
+    else:
+        text = fold(
+            "reduce", "row_softmax", {"LOG": name == "row_log_softmax"}, spelled={"row_softmax": name}
+        )
     return module(f"{name} over the last dimension", f"rows in {lanes} lanes", {"BLOCK": lanes}, text)
 
 

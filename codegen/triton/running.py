@@ -14,29 +14,16 @@ from torch import Tensor
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 
 ROWS = 64
-_KERNEL = '''
-@triton.jit
-def @NAME@(x_ptr, y_ptr, rows, size):
-    """x: [R, N] → y: [R, N]. Program: ROWS rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    total = tl.full([ROWS], @START@, tl.float32)
-    for i in range(0, size):
-        x = tl.load(x_ptr + row * size + i, mask=there, other=0.0).to(tl.float32)
-        total = total @OPERATION@ x
-        tl.store(y_ptr + row * size + i, total.to(y_ptr.dtype.element_ty), mask=there)
-'''
-_OPERATIONS = {"running_sum": ("-0.0", "+"), "running_product": ("1.0", "*")}
 
 
 @functools.cache
 def emit(name: str) -> str:
     """The file of ``running_sum`` or ``running_product``; its kernel has that name."""
-    start, operation = _OPERATIONS[name]
-    text = _KERNEL.replace("@NAME@", name).replace("@START@", start).replace("@OPERATION@", operation)
+    text = fold("running", "running", {"PRODUCT": name == "running_product"}, spelled={"running": name})
     return module(f"{name} along the last dimension", f"{ROWS} rows a program", {"ROWS": ROWS}, text)
 
 
