@@ -11,7 +11,7 @@ The declaration is a function whose typed signature is the schema and whose body
     @rms_norm.fake                  # shapes, dtypes and strides, without data
     def _(x, weight, eps): ...
 
-    @rms_norm.simulator(LANES)      # the order, step by step, in plain torch
+    @rms_norm.simulator(LANES)      # that order, step by step, in plain torch
     def _(x, weight, eps): ...
 
     @rms_norm.gradient(setup)       # for torch.library.register_autograd
@@ -24,7 +24,7 @@ composed of other operators.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 from torch.library import infer_schema
 
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.order import COPY, Order
 
 NAMESPACE = "llm42"
@@ -71,6 +72,7 @@ class Operator:
     weight's columns, from the arguments.
     ``mutates``: names of the arguments that are written to.
     ``traffic``: what it sends to other ranks; None if nothing.
+    ``examples``: argument lists that show its bits, for every test of operators (``codegen/examples.py``).
 
     ``reference`` is the specification on plain torch tensors: in fp64, or with exactly rounded steps. It
     calls no kernel. Of a collective it takes the tensors of all ranks.
@@ -87,12 +89,14 @@ class Operator:
         product: Callable[..., int] | None,
         mutates: tuple[str, ...],
         traffic: Traffic | None,
+        examples: Callable[[Numbers], Iterable[tuple[Any, ...]]] | None,
     ) -> None:
         self.name = declared.__name__
         self.__doc__ = declared.__doc__
         self.module = declared.__module__
         self.orders = dict(orders)
         self.tokens, self.product, self.mutates, self.traffic = tokens, product, mutates, traffic
+        self.examples = examples
         self.reference = declared
         # Sizes are plain integers: a kernel is specialised by them, or does not know them at all.
         inferred = infer_schema(declared, mutates_args=mutates, op_name=self.name)
@@ -143,8 +147,8 @@ class Operator:
         return function
 
     def simulator(self, order: Order) -> Callable[[_F], _F]:
-        """Decorator: ``order`` step by step in plain torch, which every
-        implementation gives bit for bit."""
+        """Decorator: ``order`` step by step, of what ``codegen/simulate.py`` offers; takes the arguments of
+        the reference. Every implementation with this order has its bits."""
 
         def decorate(function: _F) -> _F:
             self.simulators[order] = function
@@ -178,11 +182,12 @@ def operator(
     product: Callable[..., int] | None = None,
     mutates: tuple[str, ...] = (),
     traffic: Traffic | None = None,
+    examples: Callable[[Numbers], Iterable[tuple[Any, ...]]] | None = None,
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator: the function declares an operator of its name. See :class:`Operator`."""
 
     def declare(function: Callable[..., Any]) -> Operator:
-        return Operator(function, orders, tokens, product, mutates, traffic)
+        return Operator(function, orders, tokens, product, mutates, traffic, examples)
 
     return declare
 

@@ -24,6 +24,9 @@ class Order:
 
 COPY = Order("copy", 1, "Elements are copied.")
 POINTWISE = Order("pointwise", 1, "One element at a time, each step rounded as the operator says.")
+GPU_POINTWISE = Order(
+    "pointwise-device", 1, "As pointwise, with the exponential function of the device's compiler."
+)
 ASCENDING = Order(
     "ascending", 1, "What was there first, then the rows of one place in ascending order, each sum rounded."
 )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import ROWS, WIDTH, Numbers
 from llm42c.codegen.operator import Tokens, operator
-from llm42c.codegen.order import POINTWISE
+from llm42c.codegen.order import GPU_POINTWISE, POINTWISE
 
 
-@operator(orders={"cpu": POINTWISE, "cuda": POINTWISE}, tokens=Tokens.ROWS)
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    yield (r.skip(2 * (ROWS + 1) * WIDTH)(ROWS, 2 * WIDTH, scale=9.0),)
+
+
+@operator(orders={"cpu": POINTWISE, "cuda": GPU_POINTWISE}, tokens=Tokens.ROWS, examples=_examples)
 def silu_mul(x: Tensor) -> Tensor:
     """x: [..., 2I] = gate | up → [..., I].
 
@@ -26,6 +33,11 @@ def silu_mul(x: Tensor) -> Tensor:
 @silu_mul.fake
 def _fake(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@silu_mul.simulator(POINTWISE)
+def _simulated(x: Tensor) -> Tensor:
+    return simulate.silu_mul(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

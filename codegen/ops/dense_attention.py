@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.operator import operator
+from llm42c.codegen.ops.paged_attention import example_rows
 from llm42c.codegen.order import GPU_SPLITS, SPLITS
+from llm42c.codegen.simulate_attention import Heads, attend
 
 
 def _hidden(mask: Tensor | None, q_len: int, kv_len: int, causal: bool, window: int, like: Tensor) -> Tensor:
@@ -48,7 +52,12 @@ def _sum_to_kv_heads(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
 
 
-@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS})
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    q, k, v = (x.transpose(0, 1)[None] for x in example_rows(r))
+    yield q, k, v, None, 0.15, True, 0, 0.0
+
+
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, examples=_examples)
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -105,6 +114,40 @@ def _fake(
 ) -> Tensor:
     batch, heads, q_len, dim = q.shape
     return q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+
+
+def _first_key(mask: Tensor | None, batch: int) -> list[int]:
+    """Of each sequence, the first key that the mask shows to any row: indices count from there."""
+    if mask is None:
+        return [0] * batch
+    shown = mask if mask.dtype == torch.bool else mask != -torch.inf
+    shown = shown.expand(torch.broadcast_shapes(shown.shape, (batch, 1, 1, 1)))
+    seen = shown.flatten(1, 2).any(1)  # [B, Sk]
+    return [int(row.nonzero()[0]) if row.any() else row.numel() for row in seen]
+
+
+@dense_attention.simulator(SPLITS)
+def simulated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    heads = q.shape[1]
+    shape = (*q.shape[:3], k.shape[2])
+    visible = ~_hidden(mask, q.shape[2], k.shape[2], causal, window, q).expand(shape)
+    added = None if mask is None or mask.dtype == torch.bool else mask.expand(shape)
+    out = _fake(q, k, v, mask, scale, causal, window, softcap)
+    ks, vs = (_per_query_head(x, heads, x.dtype) for x in (k, v))
+    for b, first in enumerate(_first_key(mask, q.shape[0])):
+        bias = None if added is None else added[b, ..., first:]
+        seen = visible[b, ..., first:]
+        out[b] = attend(q[b], ks[b, :, first:], vs[b, :, first:], seen, Heads(scale, softcap), bias=bias)
+    return out
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

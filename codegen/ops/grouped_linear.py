@@ -6,19 +6,29 @@ fused multiply-adds over k ascending. Which rows share an expert, and how many, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import OUT, ROWS, WIDTH, Numbers
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.order import CHAIN, TILES
+
+
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    x, group = r(ROWS, WIDTH), torch.tensor([2, 0, 0, 1, 2, 2, 0])
+    experts = r.skip(OUT * (WIDTH + 1 + ROWS))(3, OUT, WIDTH)
+    yield x, experts, r(3, OUT), group, False
 
 
 @operator(
     orders={"cpu": CHAIN, "cuda": TILES},
     tokens=Tokens.ROWS,
     product=lambda x, weight, bias, group, transposed: weight.shape[2 if transposed else 1],
+    examples=_examples,
 )
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
     """x: [R, K]; weight: [E, N, K] ([E, K, N] if transposed), any strides; bias: [E, N] → [R, N] in x.dtype.
@@ -36,6 +46,16 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor
 @grouped_linear.fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2] if transposed else weight.shape[1])
+
+
+@grouped_linear.simulator(CHAIN)
+def _simulated(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor, transposed: bool) -> Tensor:
+    w = weight.transpose(1, 2) if transposed else weight
+    rows = [
+        simulate.linear(row, w[e], None if bias is None else bias[e])
+        for row, e in zip(x, group.tolist(), strict=True)
+    ]
+    return torch.stack(rows) if rows else x.new_empty(0, w.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

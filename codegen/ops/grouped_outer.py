@@ -7,14 +7,24 @@ many: each is one call of ``linear_dense``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import OUT, ROWS, WIDTH, Numbers
 from llm42c.codegen.operator import operator
 from llm42c.codegen.order import CHAIN, TILES
 
 
-@operator(orders={"cpu": CHAIN, "cuda": TILES})
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    x, group = r(ROWS, WIDTH), torch.tensor([2, 0, 0, 1, 2, 2, 0])
+    yield x, r.skip(OUT * (WIDTH + 1))(ROWS, OUT), group, 3
+
+
+@operator(orders={"cpu": CHAIN, "cuda": TILES}, examples=_examples)
 def grouped_outer(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
     """a: [R, N], b: [R, K], one dtype (fp32, bf16, fp16); group: [R] int64 in [0, groups) → [groups, N, K].
     Raises ValueError for a group outside, and where the numbers of rows differ.
@@ -28,6 +38,12 @@ def grouped_outer(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
 @grouped_outer.fake
 def _fake(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
     return a.new_empty(groups, a.shape[1], b.shape[1])
+
+
+@grouped_outer.simulator(CHAIN)
+def _simulated(a: Tensor, b: Tensor, group: Tensor, groups: int) -> Tensor:
+    members = [group == e for e in range(groups)]
+    return torch.stack([simulate.linear(a[own].T, b[own].T, None) for own in members])
 
 
 @grouped_outer.implementation("cpu", "cuda")

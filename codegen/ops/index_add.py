@@ -6,16 +6,23 @@ atomically as they come, a compiler's loop on several threads too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import ROWS, WIDTH, Numbers
 from llm42c.codegen.operator import operator
 from llm42c.codegen.order import ASCENDING
 
 
-@operator(orders={"cpu": ASCENDING, "cuda": ASCENDING})
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    x, source = r(ROWS, WIDTH), r(ROWS, WIDTH)
+    yield x, 0, torch.tensor([1, 1, 1, 0]), source[:4]
+
+
+@operator(orders={"cpu": ASCENDING, "cuda": ASCENDING}, examples=_examples)
 def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     """x with source[r] added at index[r], each sum rounded to x.dtype.
 
@@ -30,6 +37,15 @@ def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
 @index_add.fake
 def _fake(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@index_add.simulator(ASCENDING)
+def _simulated(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    target, rows = out.movedim(dim, 0), source.movedim(dim, 0)
+    for place, row in zip(index.tolist(), rows, strict=True):
+        target[place] = (target[place].float() + row.float()).to(x.dtype)
+    return out
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,10 +10,13 @@ The packed form streams a weight from memory in the order in which it is used; i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import OUT, ROWS, WIDTH, Numbers, Packed
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.ops.activation import silu_mul
 from llm42c.codegen.order import CHAIN, COPY, TILES
@@ -56,7 +59,18 @@ def _linear_unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:
     return packed.new_empty(n, k)
 
 
-@operator(orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, packed, bias, n: n)
+def _packed_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    x, packed, bias = r(ROWS, WIDTH), Packed(r(OUT, WIDTH)), r(OUT)
+    yield x, packed, bias, OUT
+    yield x[:1], packed, None, OUT
+
+
+@operator(
+    orders={"cpu": CHAIN, "cuda": TILES},
+    tokens=Tokens.ROWS,
+    product=lambda x, packed, bias, n: n,
+    examples=_packed_examples,
+)
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x: [..., K], packed of [N, K], bias: [N], one dtype (fp32, bf16, fp16) → [..., N].
 
@@ -70,8 +84,20 @@ def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tens
     return x.new_empty(*x.shape[:-1], n)
 
 
+@linear.simulator(CHAIN)
+def _linear_simulated(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return simulate.linear(x, linear_unpack.reference(packed, n, x.shape[-1]), bias)
+
+
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    yield r(ROWS, WIDTH), r(OUT, WIDTH), r(OUT)
+
+
 @operator(
-    orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, weight, bias: weight.shape[0]
+    orders={"cpu": CHAIN, "cuda": TILES},
+    tokens=Tokens.ROWS,
+    product=lambda x, weight, bias: weight.shape[0],
+    examples=_examples,
 )
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As linear, bit for bit, on an ordinary weight [N, K] at any strides.
@@ -85,6 +111,9 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @linear_dense.fake
 def _linear_dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+linear_dense.simulator(CHAIN)(simulate.linear)
 
 
 def _linear_dense_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -108,7 +137,16 @@ def _linear_dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_x, d_weight, d_bias
 
 
-@operator(orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, packed, n: 2 * n)
+def _silu_mul_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    yield r(ROWS, WIDTH), Packed(r(OUT, WIDTH)), OUT // 2
+
+
+@operator(
+    orders={"cpu": CHAIN, "cuda": TILES},
+    tokens=Tokens.ROWS,
+    product=lambda x, packed, n: 2 * n,
+    examples=_silu_mul_examples,
+)
 def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:
     """packed of merged gate and up rows [2N, K] → silu(gate) * up: [..., N].
 
@@ -123,8 +161,20 @@ def _linear_silu_mul_fake(x: Tensor, packed: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
 
 
+@linear_silu_mul.simulator(CHAIN)
+def _linear_silu_mul_simulated(x: Tensor, packed: Tensor, n: int) -> Tensor:
+    return simulate.silu_mul(_linear_simulated(x, packed, None, 2 * n))
+
+
+def _add_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    yield r(ROWS, WIDTH), Packed(r(OUT, WIDTH)), None, r.skip(OUT)(ROWS, OUT), OUT
+
+
 @operator(
-    orders={"cpu": CHAIN, "cuda": TILES}, tokens=Tokens.ROWS, product=lambda x, packed, bias, residual, n: n
+    orders={"cpu": CHAIN, "cuda": TILES},
+    tokens=Tokens.ROWS,
+    product=lambda x, packed, bias, residual, n: n,
+    examples=_add_examples,
 )
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
     """residual: [..., N] → residual + linear(x, packed, bias), bit for bit the two operators."""
@@ -135,3 +185,8 @@ def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor,
 @linear_add.fake
 def _linear_add_fake(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+@linear_add.simulator(CHAIN)
+def _linear_add_simulated(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
+    return (residual.float() + _linear_simulated(x, packed, bias, n).float()).to(x.dtype)

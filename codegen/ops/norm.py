@@ -7,11 +7,14 @@ lane i + lane i + 8, then + 4, + 2, + 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import ROWS, WIDTH, Numbers
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.order import LANES, TREE
 
@@ -36,7 +39,13 @@ def _rms_norm_grads(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None) ->
     return _through_scale(g * (weight.float() + ctx.weight_offset), normed, scale), d_weight
 
 
-@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS)
+def _rms_norm_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    x, weight = r(ROWS, WIDTH), r.skip(ROWS * WIDTH)(WIDTH)
+    yield x, weight, 1e-5, 0.0, True
+    yield x, weight, 1e-2, 1.0, False
+
+
+@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS, examples=_rms_norm_examples)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool) -> Tensor:
     """x: [..., H], weight: [H] → [..., H].
 
@@ -58,6 +67,25 @@ def _rms_norm_fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _inverse_root(squares: Tensor, size: int, eps: float) -> Tensor:
+    """1 / sqrt(squares / size + eps), four roundings."""
+    return simulate.div(1.0, simulate.sqrt(simulate.div(squares, size) + simulate.fp32(eps)))
+
+
+@rms_norm.simulator(LANES)
+def _rms_norm_simulated(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
+) -> Tensor:
+    wide = x.float()
+    y = wide * _inverse_root(simulate.lane_squares(wide), x.shape[-1], eps)
+    if weight is None:
+        return y.to(x.dtype)
+    factor = weight.float() + simulate.fp32(weight_offset)
+    if cast_first:
+        y, factor = y.to(x.dtype).float(), factor.to(x.dtype).float()
+    return (y * factor).to(x.dtype)
+
+
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.eps, ctx.weight_offset, _ = inputs
     ctx.save_for_backward(x, weight)
@@ -70,7 +98,11 @@ def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return d_x.to(x.dtype), d_weight, None, None, None
 
 
-@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS)
+def _add_rms_norm_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    yield r(ROWS, WIDTH), r(ROWS, WIDTH), r(WIDTH), 1e-5, 0.0, True
+
+
+@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS, examples=_add_rms_norm_examples)
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
@@ -87,6 +119,14 @@ def _add_rms_norm_fake(
     return like, torch.empty_like(like)
 
 
+@add_rms_norm.simulator(LANES)
+def _add_rms_norm_simulated(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    total = (residual.float() + x.float()).to(x.dtype)
+    return _rms_norm_simulated(total, weight, eps, weight_offset, cast_first), total
+
+
 def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, weight, ctx.eps, ctx.weight_offset, _ = inputs
     ctx.save_for_backward(output[1], weight)
@@ -100,7 +140,11 @@ def _add_rms_norm_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[
     return d_x, d_x.clone(), d_weight, None, None, None
 
 
-@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS)
+def _layer_norm_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    yield r(ROWS, WIDTH), r.skip(ROWS * WIDTH)(WIDTH), r(WIDTH), 1e-5
+
+
+@operator(orders={"cpu": LANES, "cuda": TREE}, tokens=Tokens.ROWS, examples=_layer_norm_examples)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x: [..., H], weight and bias: [H] of x's dtype or both fp32 → [..., H].
 
@@ -117,6 +161,15 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 @layer_norm.fake
 def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@layer_norm.simulator(LANES)
+def _layer_norm_simulated(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    wide, size = x.float(), x.shape[-1]
+    centred = wide - simulate.div(simulate.lane_sum(wide), size)
+    y = centred * _inverse_root(simulate.lane_squares(centred), size, eps)
+    y = y if weight is None else y * weight.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

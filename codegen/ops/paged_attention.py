@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.operator import operator
 from llm42c.codegen.order import GPU_SPLITS, SPLITS
+from llm42c.codegen.simulate_attention import Heads, attend
 
 SPLIT = 256  # absolute positions that are reduced together; splits are folded in ascending order
 
@@ -27,7 +32,56 @@ def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_map
     v_cache[pages, :, offsets, :] = v[kept]
 
 
-@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, mutates=("k_cache", "v_cache"))
+def _sequences(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    window: int,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(rows, k and v: [Hq, keys, D], hidden: [rows, keys]) of each sequence that has rows."""
+    heads = torch.arange(q.shape[1]) // (q.shape[1] // k_cache.shape[1])  # KV head of each query head
+    for s in range(len(kv_lens)):
+        begin, end, keys = int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1]), int(kv_lens[s])
+        if begin == end:
+            continue
+        pages = block_table[s, : -(-keys // k_cache.shape[3])].long()
+        ks = k_cache[pages].permute(1, 0, 3, 2).flatten(1, 2)[heads, :keys]
+        vs = v_cache[pages].permute(1, 0, 2, 3).flatten(1, 2)[heads, :keys]
+        position = torch.arange(keys - (end - begin), keys)[:, None]
+        key = torch.arange(keys)
+        hidden = key > position
+        if window > 0:
+            hidden = hidden | (key <= position - window)
+        yield slice(begin, end), ks, vs, hidden
+
+
+def example_rows(r: Numbers, length: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    """q: [length, 6, 40], k, v: [length, 2, 40]: more than one split."""
+    q, k, v = (r(length, heads, 40, scale=2.0) for heads in (6, 2, 2))
+    return q, k, v
+
+
+def examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    """One sequence over pages in descending order: all positions but one, then a decode of the last."""
+    q, k, v = example_rows(r)
+    page, length = 16, len(q)
+    pages = -(-length // page)
+    table = torch.arange(pages - 1, -1, -1, dtype=torch.int32)[None]
+    place = torch.arange(length)
+    slots = table[0, place // page].long() * page + place % page
+    for window, softcap, sinks in ((0, 0.0, None), (40, 2.0, r(6).float())):
+        for begin, end in ((0, length - 1), (length - 1, length)):
+            k_cache, v_cache = q.new_zeros(pages, 2, 40, page), q.new_zeros(pages, 2, page, 40)
+            write_cache(k[:begin], v[:begin], k_cache, v_cache, slots[:begin])
+            rows, cu, seen = slice(begin, end), torch.tensor([0, end - begin]), torch.tensor([end])
+            batch = (slots[rows], cu.int(), seen.int(), table, 0.15, window, softcap, sinks)
+            yield q[rows], k[rows], v[rows], k_cache, v_cache, *batch
+
+
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, mutates=("k_cache", "v_cache"), examples=examples)
 def paged_attention(
     q: Tensor,
     k: Tensor,
@@ -71,29 +125,44 @@ def paged_attention(
     """
     write_cache(k, v, k_cache, v_cache, slot_mapping)
     out = torch.zeros(q.shape, dtype=torch.float64)
-    heads = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])  # KV head of each query head
-    for s in range(len(kv_lens)):
-        begin, end, keys = int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1]), int(kv_lens[s])
-        if begin == end:
-            continue
-        pages = block_table[s, : -(-keys // k_cache.shape[3])].long()
-        ks = k_cache[pages].double().permute(1, 0, 3, 2).flatten(1, 2)[heads, :keys]  # [Hq, keys, D]
-        vs = v_cache[pages].double().permute(1, 0, 2, 3).flatten(1, 2)[heads, :keys]
-        scores = torch.einsum("thd,hkd->htk", q[begin:end].double(), ks) * scale
+    sequences = _sequences(q, k_cache, v_cache, cu_seqlens_q, kv_lens, block_table, window)
+    for rows, ks, vs, hidden in sequences:
+        scores = torch.einsum("thd,hkd->htk", q[rows].double(), ks.double()) * scale
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        position = torch.arange(keys - (end - begin), keys)[:, None]
-        key = torch.arange(keys)
-        hidden = key > position
-        if window > 0:
-            hidden = hidden | (key <= position - window)
         scores = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:
-            column = sinks.double()[:, None, None].expand(-1, end - begin, 1)
+            column = sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)
             weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
-        out[begin:end] = torch.einsum("htk,hkd->thd", weights, vs)
+        out[rows] = torch.einsum("htk,hkd->thd", weights, vs.double())
+    return out
+
+
+@paged_attention.simulator(SPLITS)
+def simulated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    write_cache(k, v, k_cache, v_cache, slot_mapping)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    sequences = _sequences(q, k_cache, v_cache, cu_seqlens_q, kv_lens, block_table, window)
+    for rows, ks, vs, hidden in sequences:
+        visible = ~hidden.expand(q.shape[1], -1, -1)
+        attended = attend(q[rows].transpose(0, 1), ks, vs, visible, Heads(scale, softcap), sinks=sinks)
+        out[rows] = attended.transpose(0, 1).to(q.dtype)
     return out
 
 

@@ -11,10 +11,15 @@ left takes over the other kind. Each kind goes longest first. ``decode_workers=0
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.operator import operator
+from llm42c.codegen.ops import paged_attention as paged
 from llm42c.codegen.ops.paged_attention import paged_attention
 from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
@@ -66,7 +71,12 @@ def check_metadata(
         )
 
 
-@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, mutates=("k_cache", "v_cache"))
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    for example in paged.examples(r):
+        yield *example, False, 1
+
+
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, mutates=("k_cache", "v_cache"), examples=_examples)
 def pod_attention(
     q: Tensor,
     k: Tensor,
@@ -128,3 +138,8 @@ def _fake(
     decode_workers: int = 0,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@pod_attention.simulator(SPLITS)
+def _simulated(*args: Any) -> Tensor:
+    return paged.simulated(*args[:13])

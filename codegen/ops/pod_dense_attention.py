@@ -6,14 +6,28 @@ bits of its own call of ``dense_attention``; only who computes what, and when, d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.operator import operator
-from llm42c.codegen.ops.dense_attention import dense_attention
+from llm42c.codegen.ops.dense_attention import dense_attention, simulated
 from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 
-@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS})
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    """A prefill under a mask that is added, with padding on the left; decodes of three sequences."""
+    prefill = r(2, 4, 33, 24), r(2, 2, 33, 24), r(2, 2, 33, 24)
+    mask = torch.zeros(2, 1, 33, 33).index_fill(3, torch.arange(3), -torch.inf)
+    decode = r(3, 4, 1, 40), r(3, 2, 290, 40), r(3, 2, 290, 40)
+    seen = torch.arange(290) < torch.tensor([5, 258, 290])[:, None, None, None]
+    yield *prefill, mask, 0.2, True, 0, 0.0, *decode, seen, 0.15, False, 40, 2.0, 1
+
+
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, examples=_examples)
 def pod_dense_attention(
     q: Tensor,
     k: Tensor,
@@ -87,3 +101,8 @@ def _fake(
             decode_softcap,
         ),
     )
+
+
+@pod_dense_attention.simulator(SPLITS)
+def _simulated(*args: Any) -> tuple[Tensor, Tensor]:
+    return simulated(*args[:8]), simulated(*args[8:16])

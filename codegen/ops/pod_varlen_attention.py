@@ -6,11 +6,15 @@ The layout of ``torch_attn::_varlen_attn``: packed rows ``[Tk, Hkv, D]``, or a p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.operator import operator
-from llm42c.codegen.ops.paged_attention import paged_attention
+from llm42c.codegen.ops.paged_attention import example_rows, paged_attention, simulated
 from llm42c.codegen.order import GPU_SPLITS, SPLITS
 
 
@@ -28,7 +32,17 @@ def _as_pages(x: Tensor, kv_lens: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor,
     return pool, table
 
 
-@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS})
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    """Two sequences of packed rows, 20 and 280; then a decode over pages of 16."""
+    q, k, v = example_rows(r)
+    cu, lengths = torch.tensor([0, 20, 300]).int(), torch.tensor([20, 280]).int()
+    yield q, k, v, cu, lengths, cu, None, 0.15, 40, 2.0, r(6).float(), 1
+    pool = [x[:288].view(18, 16, 2, 40) for x in (k, v)]
+    cu, lengths, table = torch.tensor([0, 1]).int(), torch.tensor([270]).int(), torch.arange(18).int()[None]
+    yield q[:1], *pool, cu, lengths, None, table.flip(1), 0.15, 0, 0.0, None, 0
+
+
+@operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, examples=_examples)
 def pod_varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -63,26 +77,32 @@ def pod_varlen_attention(
     Raises:
         ValueError, TypeError: (the operator) shapes, dtypes or metadata that do not fit together.
     """
+    paged = _paged(q, k, v, cu_seqlens_q, kv_lens, cu_seqlens_k, block_table)
+    return paged_attention.reference(*paged, scale, window, softcap, sinks)
+
+
+def _paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+) -> tuple[Any, ...]:
+    """The tensors of ``paged_attention`` that mean the same; nothing is written."""
     if block_table is None:
         begins = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         (k, block_table), (v, _) = (_as_pages(x, kv_lens, begins) for x in (k, v))
     nothing = torch.full((q.shape[0],), -1, dtype=torch.int64)
     unused = q.new_zeros(q.shape[0], k.shape[2], q.shape[2])
-    return paged_attention.reference(
-        q,
-        unused,
-        unused,
-        k.permute(0, 2, 3, 1),
-        v.transpose(1, 2),
-        nothing,
-        cu_seqlens_q,
-        kv_lens,
-        block_table,
-        scale,
-        window,
-        softcap,
-        sinks,
-    )
+    caches = k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    return q, unused, unused, *caches, nothing, cu_seqlens_q, kv_lens, block_table
+
+
+@pod_varlen_attention.simulator(SPLITS)
+def _simulated(*args: Any) -> Tensor:
+    return simulated(*_paged(*args[:7]), *args[7:11])
 
 
 @pod_varlen_attention.fake

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import ROWS, WIDTH, Numbers
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.order import POINTWISE
 
@@ -16,7 +18,12 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-@operator(orders={"cpu": POINTWISE, "cuda": POINTWISE}, tokens=Tokens.ROWS)
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    r.skip(2 * (2 * ROWS + 1) * WIDTH)
+    yield r(ROWS, 9, 64), r(ROWS, 64), r(ROWS, 64)
+
+
+@operator(orders={"cpu": POINTWISE, "cuda": POINTWISE}, tokens=Tokens.ROWS, examples=_examples)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [T, H, D], cos and sin: [T, R] of the same dtype, R even, R <= D → [T, H, D], contiguous.
 
@@ -34,6 +41,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @rotary.fake
 def _fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@rotary.simulator(POINTWISE)
+def _simulated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    size, dtype = cos.shape[-1], x.dtype
+    part, rest = x[..., :size], x[..., size:]
+    c, s = cos[:, None, :].float(), sin[:, None, :].float()  # [T, 1, R]
+    straight, turned = (part.float() * c).to(dtype), (_rotate_half(part).float() * s).to(dtype)
+    return torch.cat(((straight.float() + turned.float()).to(dtype), rest), dim=-1)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -6,16 +6,25 @@ their size and number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import Numbers
 from llm42c.codegen.operator import operator
 from llm42c.codegen.order import SUBSTITUTION
 
 
-@operator(orders={"cpu": SUBSTITUTION, "cuda": SUBSTITUTION})
+def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
+    a, b = 0.25 * r(2, 33, 33).float() + torch.eye(33), r(33, 9).float()
+    yield a, b, False, False
+    yield a.mT, b, True, True
+
+
+@operator(orders={"cpu": SUBSTITUTION, "cuda": SUBSTITUTION}, examples=_examples)
 def solve_triangular(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
     """a: [..., N, N], of which the lower (or upper) triangle is read, with ones on its diagonal if unit; b:
     [..., N, K], fp32; leading dimensions broadcast → x with a x = b. Raises ValueError and TypeError for
@@ -30,6 +39,20 @@ def solve_triangular(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
 def _fake(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return b.new_empty(*batch, *b.shape[-2:])
+
+
+@solve_triangular.simulator(SUBSTITUTION)
+def _simulated(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
+    size = a.shape[-1]
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    rest = list(b.expand(*batch, *b.shape[-2:]).unbind(-2))  # of each equation: [..., K]
+    known = range(size - 1, -1, -1) if upper else range(size)
+    for j in known:
+        if not unit:
+            rest[j] = simulate.div(rest[j], a[..., j, j, None])
+        for i in range(j) if upper else range(j + 1, size):
+            rest[i] = rest[i] - a[..., i, j, None] * rest[j]
+    return torch.stack(rest, -2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

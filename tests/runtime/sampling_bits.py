@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llm42c.codegen.examples import Numbers
 from llm42c.runtime.contract import RULES
 from llm42c.runtime.packing import Span
 from llm42c.runtime.request import Request
 from llm42c.runtime.sampling import RowSampler, Sampler, SamplingParams, operator_sampler
-
-sys.path.append(str(Path(__file__).parents[1] / "codegen"))
-from order_bits import Numbers
 
 PROMPT, OUTPUTS = 6, 24
 VOCAB, SMALL_VOCAB = 1009, 61  # the latter where it matters which tokens came before

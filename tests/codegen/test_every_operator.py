@@ -1,0 +1,124 @@
+"""Every operator that has examples: whoever declares one is tested here, without a row of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import order_bits
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm42c.codegen import simulate
+from llm42c.codegen.examples import DTYPES, Numbers, for_kernel, for_specification
+from llm42c.codegen.operator import Operator
+from llm42c.codegen.ops import registry
+
+registry.load()
+OPERATORS = order_bits.computing(registry.operators())
+# Sequences of 300 positions and vocabularies, which take a simulator many seconds.
+LONG = {"dense_attention", "paged_attention", "pod_attention", "pod_varlen_attention", "sample"}
+
+
+def examples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    make = OPERATORS[name].examples
+    return list(make(Numbers(dtype))) if make else []
+
+
+def simulated(op: Operator, example: tuple[Any, ...]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """What the simulator of the CPU's order gives, and the arguments, to which it may have written."""
+    args = for_specification(example)
+    results = op.simulators[op.orders["cpu"]](*args)
+    return ([results] if isinstance(results, Tensor) else list(results)), args
+
+
+def same(name: str, example: tuple[Any, ...]) -> None:
+    op, args = OPERATORS[name], for_kernel(example)
+    results = op.overload(*args)
+    wanted, written = simulated(op, example)
+    for result, want in zip([results] if isinstance(results, Tensor) else results, wanted, strict=True):
+        assert result.dtype == want.dtype
+        assert result.isfinite().all(), "what is no number equals nothing"
+        assert torch.equal(result, want)
+    names = [a.name for a in op.overload._schema.arguments]
+    for changed in op.mutates:
+        assert torch.equal(args[names.index(changed)], written[names.index(changed)])
+
+
+def test_who_has_no_examples_copies_or_needs_ranks() -> None:
+    without = registry.operators().keys() - OPERATORS.keys()
+    assert all(op.moves or op.traffic for name, op in registry.operators().items() if name in without)
+    assert all(op.orders["cpu"] in op.simulators for op in OPERATORS.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - LONG))
+def test_kernels_are_the_simulator_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    for example in examples(name, dtype):
+        same(name, example)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_kernels_are_the_simulator_bit_for_bit_over_many_positions(name: str, dtype: torch.dtype) -> None:
+    for example in examples(name, dtype):
+        same(name, example)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    args = for_kernel(examples(name, torch.float32)[-1])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(OPERATORS[name].overload, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fakes_have_the_layout_of_results(name: str, dtype: torch.dtype) -> None:
+    op = OPERATORS[name]
+    for example in examples(name, dtype)[:2]:
+        args = for_kernel(example)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+            promised = op.overload(*fakes)
+        results = op.overload(*args)
+        if isinstance(results, Tensor):
+            promised, results = [promised], [results]
+        for fake, real in zip(promised, results, strict=True):
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_another_order_shows_on_the_examples() -> None:
+    """k descending; eight lanes; the root and its inverse in one rounding."""
+    x, weight, bias = examples("linear_dense", torch.float32)[0]
+    found = torch.ops.llm42.linear_dense(x, weight, bias)
+    assert torch.equal(found, simulate.linear(x, weight, bias))
+    assert not torch.equal(found, simulate.linear(x.flip(-1), weight.flip(-1), bias))
+    assert not torch.equal(
+        found, torch.nn.functional.linear(x.double(), weight.double(), bias.double()).float()
+    )
+
+    rows = examples("row_sum", torch.float32)[0][0]
+    total = torch.ops.llm42.row_sum(rows, [-1], True)
+    assert torch.equal(total, simulate.lane_sum(rows))
+    assert not torch.equal(total, simulate.lanes(rows, torch.add, 8))
+
+    x, factor, eps, *_ = examples("rms_norm", torch.float32)[0]
+    normed = torch.ops.llm42.rms_norm(x, factor, eps, 0.0, True)
+    mean = simulate.div(simulate.lane_squares(x), x.shape[-1]) + simulate.fp32(eps)
+    assert torch.equal(normed, x * simulate.div(1.0, simulate.sqrt(mean)) * factor)
+    assert not torch.equal(normed, x * (1 / mean.double().sqrt()).float() * factor)
+
+
+def test_a_sum_in_fp64_is_no_fused_multiply_add() -> None:
+    """Where fp64 lands on the middle of two fp32 numbers, and where the result is denormal."""
+    x, y = 8390655.0, 16773123.0  # x · y = 2^47 + 10237
+    sign, halves = torch.tensor([1.0, -1.0]), (x * 2.0**-35, y * 2.0**-36)
+    for a, b, c, step in (
+        (torch.full((2,), halves[0]), sign * halves[1], sign, sign * 2.0**-23),
+        (torch.tensor([x * 2.0**-98]), torch.tensor([y * 2.0**-99]), torch.tensor([2.0**-129]), 2.0**-149),
+    ):
+        assert torch.equal(simulate.fma(a, b, c), c + step)
+        assert torch.equal((a.double() * b.double() + c.double()).float(), c)
