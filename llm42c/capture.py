@@ -25,6 +25,7 @@ from llm42c.digest import graph_digest
 from llm42c.errors import ConfigError, UnsupportedModelError
 from llm42c.memory import zeros
 from llm42c.packed import KVCache, PackedInputs
+from llm42c.passes.graph import where
 from llm42c.support import layer_config, require_supported, unsupported
 
 _CONSTANT = "constant_"  # begins the names of tensors that are neither parameters nor buffers
@@ -270,6 +271,7 @@ def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache, attention: s
         whole = True
         gm, examples = _traced(model, batch, cache, attention, whole)
         names = [_input_name(example, batch, known) for example in examples]
+    _require_only_logits(model, gm, 2 + len(_BATCH_FIELDS) + 2 * len(cache.k) if whole else 1)
     parameter_names = _lift_parameters(gm, examples, model, names)
     kept: dict[str, Any] = {}
     for name, example in zip(names, examples, strict=True):
@@ -285,6 +287,14 @@ def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache, attention: s
         kv_spec=_check_attention(model, gm, len(cache.k)),
         digest=graph_digest(gm, _weights(parameter_names)),
     )
+
+
+def _require_only_logits(model: nn.Module, gm: torch.fx.GraphModule, outputs: int) -> None:
+    """The graph returns what was asked of it: more is what the model would remember from call to call."""
+    found = torch.utils._pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args)
+    if len(found) != outputs:
+        parts = ", ".join(sorted({where(n) or n.name for n in found[:-outputs]}))
+        raise unsupported(model, f"its forward keeps tensors on the model besides its logits ({parts})")
 
 
 def _traced(

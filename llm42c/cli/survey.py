@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,11 +49,12 @@ def survey(
     """
     from llm42c.runtime.survey import cells, page, pool, results
 
-    wanted = [
-        (d, p) for p in _chosen("--path", path, cells.PATHS) for d in _chosen("--dtype", dtype, cells.DTYPES)
-    ]
     decoders, versions = _decoders(names), _versions(inductor)
     before = results.read(known or [], versions)
+    dtypes, paths = _chosen("--dtype", dtype, cells.DTYPES), _chosen("--path", path, cells.PATHS)
+    asked: set[tuple[str, str]] = set(itertools.product(dtypes, paths))
+    asked |= {(cell.dtype, cell.path) for one in before.values() for cell in one.cells}
+    wanted: list[tuple[str, str]] = [(d, p) for p in cells.PATHS for d in cells.DTYPES if (d, p) in asked]
     with progress_bars() as report:
         so_far: list[Any] = []
 

@@ -29,8 +29,8 @@ that its default configuration has), and runs it in fp32 and bf16 through both d
 Each cell of the table is one of
 
 - **ok**: every row has the same bits alone, in batches of other sizes, at other places and beside other rows
-  (`generate`: of other lengths, padded); in fp32 all logits are within a bound of eager's, which
-  follows from eps
+  (`generate`: of other lengths, padded); in fp32 all logits are within a bound of eager's (`generate`: of
+  those that transformers' own `generate` computes), which follows from eps
 - **refused**: llm42 says in one line what it cannot keep its promise for; the number is the reason below
 
 The command ends with an error if a cell is anything else. A class counts as *softmax* if nothing but softmax

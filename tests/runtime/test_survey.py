@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,13 @@ def test_a_page_says_what_was_found() -> None:
     assert "it is odd" in text
     assert "`C`: it is large" in text
     assert [cell.name for cell in page.bad_cells(found)] == ["B"]
+
+
+@pytest.mark.parametrize(("path", "least"), [("torch.compile", 0.85), ("generate", 0.75)])
+def test_most_decoders_with_softmax_attention_are_served(path: str, least: float) -> None:
+    ok, of = re.findall(rf"^- softmax: .*`{path}` (\d+) of (\d+)", PAGE.read_text(), re.MULTILINE)[0]
+    assert int(of) >= 60
+    assert int(ok) >= least * int(of)
 
 
 def test_the_committed_page_is_clean() -> None:

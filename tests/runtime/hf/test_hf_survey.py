@@ -88,6 +88,21 @@ def test_positions_that_are_offered_and_not_taken() -> None:
     assert torch.equal(_logprobs(llm42c.deterministic(model, **cells.ENGINE), prompt), wanted)
 
 
+def test_what_a_forward_remembers_is_refused() -> None:
+    """A tensor on the model that one call writes and the next reads would be another request's."""
+    model = _tiny("LlamaForCausalLM")
+    forward = model.model.forward
+
+    def remembering(input_ids: torch.Tensor, **keywords: Any) -> Any:
+        out = forward(input_ids=input_ids, **keywords)
+        model.last_hidden = out.last_hidden_state * 2
+        return out
+
+    model.model.forward = remembering
+    with pytest.raises(UnsupportedModelError, match="keeps tensors on the model besides its logits"):
+        llm42c.deterministic(model, **cells.ENGINE)
+
+
 def _logprobs(model: Any, prompt: torch.Tensor) -> torch.Tensor:
     mask = torch.ones_like(prompt)
     out = model.generate(
