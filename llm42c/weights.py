@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from llm42c.codegen.ops.trigonometry import ORDERED
+from llm42c.codegen.ops import roots, trigonometry
 from llm42c.device import device_of_inputs
 from llm42c.errors import WeightsError
 from llm42c.memory import forget, trim
 from llm42c.passes import graph as g
 from llm42c.passes.recipes import PackedWeight, Part, PositionTable, Recipe, recipes
 
+_ORDERED = {**trigonometry.ORDERED, "sqrt": roots.sqrt, "rsqrt": roots.rsqrt}
 _TRIM = 1 << 20  # bytes freed that are worth a walk through the C library's memory
 
 
@@ -185,13 +186,14 @@ def _tabulate(gm: fx.GraphModule, recipe: PositionTable) -> Tensor:
 
 
 class _Ordered(fx.Interpreter):
-    """Runs a graph with the cosines and sines that are the same on every machine."""
+    """Runs a graph with the cosines, sines and roots that are the same on every machine."""
 
     def run_node(self, n: fx.Node) -> Any:
         name = g.name(n) if n.op in ("call_function", "call_method") else ""
-        if name in ORDERED and len(n.args) == 1 and not n.kwargs:
+        if name in _ORDERED and len(n.args) == 1 and not n.kwargs:
             (x,) = self.fetch_args_kwargs_from_env(n)[0]
-            return ORDERED[name](x)
+            if isinstance(x, Tensor):
+                return _ORDERED[name](x)
         return super().run_node(n)
 
 

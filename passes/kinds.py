@@ -17,7 +17,9 @@ class Kind(enum.Enum):
     OPERATOR = "llm42 operator"  # order of reduction fixed by the operator
     VIEW = "view"
     MOVE = "data movement"  # copies elements; where two go to one place, the model itself leaves it open
-    EXACT = "exact pointwise"  # correctly rounded operations on an element: the same bits in any loop
+    # Correctly rounded operations on an element: the same bits in any compiled loop. Eager roots of fp32 on a
+    # CPU may be a library's, which are not: what is computed eagerly takes those of codegen/ops/roots.py.
+    EXACT = "exact pointwise"
     TRANSCENDENTAL = "transcendental pointwise"  # exp, tanh, ...: vector and scalar code round differently
     EXACT_REDUCTION = "exact reduction"  # maxima, integer sums: the order cannot be seen
     TIES = "a choice among equals in unknown order"  # top-k, median, ...: which of equal elements is taken

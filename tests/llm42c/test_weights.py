@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from torch import fx
 
 from llm42c.passes import pipeline
-from llm42c.weights import WeightStore
+from llm42c.passes.recipes import PositionTable
+from llm42c.weights import WeightStore, _tabulate
 
 
 def _packed(family, dtype=torch.bfloat16, **options):
@@ -120,3 +123,21 @@ def test_a_second_reader_keeps_what_it_reads():
     store.materialise(captured.gm, [plain.gm, captured.gm])
     assert not any(store.is_released(p) for p in built.parameters())
     assert store.release(captured.gm) > 0
+
+
+def test_roots_of_a_table_are_correctly_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an eager root gives on this machine: here, a library's that is one unit off."""
+    graph = fx.Graph()
+    wide = graph.call_method("float", (graph.placeholder("positions"),))
+    rows = graph.call_method("add", (wide, 1.0))
+    root, inverse = graph.call_method("sqrt", (rows,)), graph.call_method("rsqrt", (rows,))
+    graph.output(graph.call_function(torch.cat, ([root, inverse],)))
+    table = PositionTable(graph, "roots", limit=4000)
+    x = torch.arange(1, 4001, dtype=torch.float32)[None]
+    exact = torch.from_numpy(np.sqrt(x.numpy()))
+    wanted = torch.cat((exact, 1 / exact))
+
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda _: torch.nextafter(exact, torch.zeros(())))
+    assert torch.equal(_tabulate(fx.GraphModule({}, graph), table), wanted)
+    eager = fx.Interpreter(fx.GraphModule({}, graph)).run(x.long() - 1)
+    assert not torch.equal(eager, wanted)
