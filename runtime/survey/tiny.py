@@ -51,6 +51,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
 
 # What a class needs besides, with the reason where it is not plain.
 NEEDS: dict[str, dict[str, Any]] = {
+    "BigBirdConfig": {"attention_type": "original_full"},  # to which short inputs switch the other one
     "DeepseekV2Config": {"num_experts_per_tok": 2},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
