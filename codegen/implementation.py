@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm42c.codegen import targets
-from llm42c.codegen.ops.registry import operators
+from llm42c.codegen.ops.registry import implemented, operators
 
 _ROOT = Path(__file__).parent
 # A comment, or a literal that may look like the beginning of one.
@@ -26,8 +26,11 @@ _CXX = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 def implementation_of(names: Iterable[str], target: str) -> dict[str, str]:
     """What computes the operators ``names`` on ``target``: a digest a kind of source."""
     found = targets.named(target).sources()
-    composites = [operators()[name].implementations.get(target) for name in set(names)]
-    files = {Path(inspect.getfile(composite)) for composite in composites if composite}
+    own = Path(inspect.getfile(type(targets.named(target)))).parent
+    elsewhere = implemented(target)
+    functions = [operators()[name].implementations.get(target) or elsewhere.get(name) for name in set(names)]
+    files = {Path(inspect.getfile(function)) for function in functions if function}
+    files = {file for file in files if own not in file.parents}  # the others are in the target's own digest
     if files:
         found["composites"] = digest_of(files | set(_ROOT.glob("dist/*.py")))
     return found

@@ -194,18 +194,27 @@ def operator(
 
 @dataclass(frozen=True)
 class Implementation:
-    """``function`` computes the operator ``name`` on ``target``, with the operator's arguments."""
+    """``function`` computes the operator ``name`` on ``target``, with the operator's arguments.
+
+    ``kernels``: what it launches on a device that need not be here, for compilation ahead of time.
+    """
 
     name: str
     target: str
     function: Callable[..., Any]
+    kernels: Callable[..., Iterable[Any]] | None = None
 
 
-def implements(name: str, target: str) -> Callable[[_F], _F]:
-    """Decorator: the function computes the operator ``name`` on ``target``; ``registry`` finds it."""
+def implements(
+    name: str, target: str, *, kernels: Callable[..., Iterable[Any]] | None = None
+) -> Callable[[_F], _F]:
+    """Decorator: the function computes the operator ``name`` on ``target``; ``registry`` finds it.
+
+    ``kernels(device)``: for "cuda", the ``triton.catalog.Kernel``s that it launches.
+    """
 
     def mark(function: _F) -> _F:
-        function.__dict__["llm42_implements"] = Implementation(name, target, function)
+        function.__dict__["llm42_implements"] = Implementation(name, target, function, kernels)
         return function
 
     return mark

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 from llm42c.codegen import targets
-from llm42c.codegen.operator import NAMESPACE, Operator, implementations_in, operators_in
+from llm42c.codegen.operator import (
+    NAMESPACE,
+    Implementation,
+    Operator,
+    implementations_in,
+    operators_in,
+)
 
 _lock = threading.RLock()
 _added: list[ModuleType] = []
@@ -47,11 +53,17 @@ def our_operator(name: str) -> Operator | None:
 
 
 @functools.cache
-def implemented(target: str) -> dict[str, Callable[..., Any]]:
-    """Operator → the function that says ``@implements(…, target)``, in a target's folder or an added one."""
+def marked(target: str) -> tuple[Implementation, ...]:
+    """What says ``@implements(…, target)``, in a target's folder or an added module."""
     packages = [type(t).__module__.rpartition(".")[0] for t in targets.targets() if t.name == target]
     modules = [*(m for package in packages for m in _modules(package)), *_added]
-    return {i.name: i.function for m in modules for i in implementations_in(m) if i.target == target}
+    return tuple(i for m in modules for i in implementations_in(m) if i.target == target)
+
+
+@functools.cache
+def implemented(target: str) -> dict[str, Callable[..., Any]]:
+    """Operator → the function that says ``@implements(…, target)``."""
+    return {i.name: i.function for i in marked(target)}
 
 
 def implementations() -> dict[str, dict[str, str]]:
@@ -73,6 +85,7 @@ def add(*modules: ModuleType) -> list[Operator]:
     with _lock:
         _added.extend(m for m in modules if m not in _added)
         operators.cache_clear()
+        marked.cache_clear()
         implemented.cache_clear()
         if _library is not None:
             define()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from llm42c.codegen.ops.registry import marked
 from llm42c.codegen.target import Target
 from llm42c.codegen.triton import (
     all_reduce_norm,
@@ -129,7 +130,7 @@ def fitted(spec: AttentionSpec, target: Target) -> AttentionSpec:
 
 
 def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16) -> Iterator[Kernel]:
-    """The kernels that a Llama-3-8B runs, for ``target``."""
+    """The kernels that a Llama-3-8B runs, for ``target``; and those that implementations name themselves."""
     shape = {"heads": 32, "kv_heads": 8, "head_dim": head_dim, "page": page, "dtype": dtype}
     for scheduler in SCHEDULERS:
         for uniform in (True, False):
@@ -174,6 +175,9 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
     logprobs = {"token_ptr": "*i64", "y_ptr": "*fp32"}
     yield Kernel("token_logprobs", "token_logprobs", sample.emit_logprobs(), "float32", types=logprobs)
     yield from fused_kernels(target, dtype)
+    for implementation in marked("cuda"):
+        if implementation.kernels is not None:
+            yield from implementation.kernels(target)
 
 
 def dense_kernels(target: Target, dtype: str, head_dim: int) -> Iterator[Kernel]:
