@@ -43,7 +43,7 @@ $(BIN)/python:
 # Without build isolation, so that the build's setuptools is one of the fixed versions too.
 $(VENV)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(BIN)/python
 	@echo "installing llm42c and what it needs into $(VENV)"
-	@$(INSTALL) setuptools
+	@$(INSTALL) "setuptools>=77.0.3"
 	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf]"
 	@$(INSTALL) $(MODEL)
 	@touch $@
