@@ -34,12 +34,13 @@ from torch import Tensor
 from llm42c.codegen.operator import Tokens, Traffic, operator
 from llm42c.codegen.ops.collectives import (
     all_reduce_reference,
+    all_reduce_simulated,
     chunk_rows,
     on_group,
     require_float,
     shard_rows_reference,
 )
-from llm42c.codegen.ops.norm import rms_norm
+from llm42c.codegen.ops.norm import add_rms_norm_simulated, rms_norm
 from llm42c.codegen.order import RANKS_LANES, RANKS_TREE
 
 
@@ -71,6 +72,19 @@ def reference(
     """(normed, total) in fp64 from all ranks' x, without any rounding."""
     total = all_reduce_reference(xs) + residual.double()
     return rms_norm.reference(total, weight, eps, weight_offset, cast_first), total
+
+
+@all_reduce_add_rms_norm.simulator(RANKS_LANES)
+def _simulated(
+    xs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+) -> tuple[Tensor, Tensor]:
+    x = all_reduce_simulated(xs).to(residual.dtype)
+    return add_rms_norm_simulated(x, residual, weight, eps, weight_offset, cast_first)
 
 
 @all_reduce_add_rms_norm.fake
@@ -117,6 +131,21 @@ def _sharded_reference(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`reference`, from the whole residual; total is the rank's shard."""
     normed, total = reference(xs, residual, weight, eps, weight_offset, cast_first)
+    return normed, shard_rows_reference(total, len(xs), rank)
+
+
+@all_reduce_add_rms_norm_sharded.simulator(RANKS_LANES)
+def _sharded_simulated(
+    xs: Sequence[Tensor],
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    cast_first: bool,
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """From the whole residual; total is the rank's shard."""
+    normed, total = _simulated(xs, residual, weight, eps, weight_offset, cast_first)
     return normed, shard_rows_reference(total, len(xs), rank)
 
 

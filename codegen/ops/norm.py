@@ -120,7 +120,7 @@ def _add_rms_norm_fake(
 
 
 @add_rms_norm.simulator(LANES)
-def _add_rms_norm_simulated(
+def add_rms_norm_simulated(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
     total = (residual.float() + x.float()).to(x.dtype)

@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm42c.codegen.ops import all_reduce_add_rms_norm as fused
 from llm42c.codegen.ops import collectives, registry
+from llm42c.codegen.order import RANKS, RANKS_LANES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Fewer rows than ranks, none at all, odd numbers; 700 rows of 96 are too long for one shot.
 ROWS = (0, 1, 3, 8, 700)
 H = 96
 NORMS = ((0.0, True), (1.0, False))  # (weight_offset, cast_first)
+in_order = collectives.all_reduce.simulators[RANKS]
 
 
 def partial(rank: int, rows: int, dtype: torch.dtype) -> Tensor:
@@ -31,14 +33,6 @@ def common(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """residual [1, rows, H], weight [H]"""
     g = torch.Generator().manual_seed(rows)
     return torch.randn(1, rows, H, generator=g).to(dtype), 1 + torch.randn(H, generator=g).to(dtype) / 4
-
-
-def in_order(xs: list[Tensor]) -> Tensor:
-    """The specification: fp32, ranks ascending, one rounding."""
-    total = xs[0].float()
-    for x in xs[1:]:
-        total = total + x.float()
-    return total.to(xs[0].dtype)
 
 
 def work(rank: int) -> dict[Any, Any]:
@@ -110,6 +104,22 @@ def test_the_sum_is_the_one_in_rank_order_on_every_rank(size: int):
             expected = in_order([partial(r, rows, dtype) for r in range(size)])
             for results in world(size):
                 assert same(results["all_reduce", dtype, rows], expected), (dtype, rows)
+
+
+@SIZES
+def test_fused_operators_are_their_simulators_bit_for_bit(size: int):
+    op, sharded = fused.all_reduce_add_rms_norm, fused.all_reduce_add_rms_norm_sharded
+    for dtype in DTYPES:
+        for rows in ROWS:
+            xs, (residual, weight) = [partial(r, rows, dtype) for r in range(size)], common(rows, dtype)
+            for offset, cast_first in NORMS:
+                args = (xs, residual, weight, 1e-5, offset, cast_first)
+                expected = op.simulators[RANKS_LANES](*args)
+                for rank, results in enumerate(world(size)):
+                    assert same(results["fused", dtype, rows, cast_first], expected), (dtype, rows)
+                    normed, shard = sharded.simulators[RANKS_LANES](*args, rank)
+                    assert same(results["sharded", dtype, rows, cast_first][0], normed), (dtype, rows)
+                    assert same(results["padding", dtype, rows, cast_first], shard), (dtype, rows)
 
 
 def test_the_order_can_be_seen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -92,3 +93,18 @@ def can_run(isa: str) -> bool:
     except build.BuildError:
         return False
     return True
+
+
+def test_the_page_of_orders_is_current(tmp_path: Path) -> None:
+    script = HERE.parents[1] / ".ci" / "orders.py"
+    spec = importlib.util.spec_from_file_location("orders_page", script)
+    assert spec is not None
+    assert spec.loader is not None
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    assert writer.main(["--check"]) == 0, "run python .ci/orders.py"
+    copy = tmp_path / "orders.md"
+    assert writer.main([], copy) == 0
+    assert all(f"`{name}`" in copy.read_text() for name in operators())
+    copy.write_text(copy.read_text().replace("k ascending", "k descending"))
+    assert writer.main(["--check"], copy) == 1
