@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm42c.codegen import simulate
 
-SPLIT = 256
+SPLIT = 256  # absolute positions that are reduced together; splits are folded in ascending order
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from llm42c.codegen.operator import operator
 from llm42c.codegen.order import GPU_SPLITS, SPLITS
 from llm42c.codegen.simulate_attention import Heads, attend
 
-SPLIT = 256  # absolute positions that are reduced together; splits are folded in ascending order
-
 
 def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Put the keys and values of ``T`` tokens into their slots.

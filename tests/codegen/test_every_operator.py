@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm42c.codegen import simulate
+from llm42c.codegen import simulate, simulate_attention
 from llm42c.codegen.examples import DTYPES, Numbers, for_kernel, for_specification
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.ops import registry
@@ -63,8 +63,8 @@ def test_kernels_are_the_simulator_bit_for_bit(name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(LONG))
 def test_kernels_are_the_simulator_bit_for_bit_over_many_positions(name: str, dtype: torch.dtype) -> None:
-    for example in examples(name, dtype):
-        same(name, example)
+    """The last example, with what was written to; ``test_orders.py`` has digests of all of them."""
+    same(name, examples(name, dtype)[-1])
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -110,6 +110,19 @@ def test_another_order_shows_on_the_examples() -> None:
     mean = simulate.div(simulate.lane_squares(x), x.shape[-1]) + simulate.fp32(eps)
     assert torch.equal(normed, x * simulate.div(1.0, simulate.sqrt(mean)) * factor)
     assert not torch.equal(normed, x * (1 / mean.double().sqrt()).float() * factor)
+
+
+def test_other_exponentials_and_other_splits_show_on_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x,) = examples("row_softmax", torch.float32)[0]
+    shifted = x - x.amax(-1, keepdim=True)
+    e = shifted.double().exp().float()  # correctly rounded
+    assert not torch.equal(torch.ops.llm42.row_softmax(x), simulate.div(e, simulate.lane_sum(e)))
+
+    decode = examples("paged_attention", torch.float32)[1]
+    found = torch.ops.llm42.paged_attention(*for_kernel(decode))
+    assert torch.equal(found, simulated(OPERATORS["paged_attention"], decode)[0][0])
+    monkeypatch.setattr(simulate_attention, "SPLIT", 128)
+    assert not torch.equal(found, simulated(OPERATORS["paged_attention"], decode)[0][0])
 
 
 def test_a_sum_in_fp64_is_no_fused_multiply_add() -> None:

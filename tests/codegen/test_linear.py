@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llm42c.codegen import simulate
 from llm42c.codegen.ops import linear, registry
 
 registry.load()
@@ -41,27 +41,9 @@ def cancelling(m: int, k: int, n: int, dtype: torch.dtype, seed: int = 0) -> tup
     return 16 * x, 16 * weight, bias / 4096
 
 
-def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """fp32 fused multiply-add: exact product in fp64, sum rounded to odd, then rounded to fp32.
-
-    Rounding to odd first makes the double rounding harmless (Boldo and Melquiond, IEEE TC 57(4), 2008).
-    """
-    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)  # TwoSum: exact
-    inexact_even = (error != 0) & (total.view(np.int64) & 1 == 0)
-    odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-    return np.where(inexact_even, odd, total).astype(np.float32)
-
-
-def chain(x: Tensor, weight: Tensor, order: range | None = None) -> Tensor:
+def chain(x: Tensor, weight: Tensor) -> Tensor:
     """The specification: acc = fma(x[k], w[k], acc), k ascending. → fp32 [m, n]"""
-    a, b = x.float().numpy(), weight.float().numpy()
-    acc = np.zeros((a.shape[0], b.shape[0]), np.float32)
-    for k in order or range(a.shape[1]):
-        acc = fma(a[:, k, None], b[None, :, k], acc)
-    return torch.from_numpy(acc)
+    return simulate.chain(x[:, None], weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

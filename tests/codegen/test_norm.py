@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from llm42c.codegen.ops import norm, registry
+from llm42c.codegen.order import LANES
 
 registry.load()
 ops = torch.ops.llm42
@@ -29,41 +29,31 @@ def rounding(dtype: torch.dtype) -> float:
     return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
 
 
-def lane_sum(values: Tensor) -> Tensor:
-    """The order of the specification on fp32 [m, n] → [m]: 16 lanes ascending, then the tree."""
-    m, n = values.shape
-    padded = torch.zeros(m, (n + 15) // 16 * 16)
-    padded[:, :n] = values
-    acc = torch.zeros(m, 16)
-    for part in padded.split(16, dim=1):
-        acc = acc + part
-    for step in (8, 4, 2, 1):
-        acc = acc[:, :step] + acc[:, step : 2 * step]
-    return acc[:, 0]
-
-
-def square_root(x: Tensor) -> Tensor:
-    """Correctly rounded, which ``torch.sqrt`` is not on every CPU."""
-    return torch.from_numpy(np.sqrt(x.numpy()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 16, 50, 576])
 def test_rms_norm_is_the_specification_bit_for_bit(n: int, dtype: torch.dtype) -> None:
-    # Squares of bf16 are exact in fp32, so fused multiply-adds are multiplications and additions.
-    x, weight, _ = (t.to(dtype) for t in rows(20, n, torch.bfloat16))
-    x = x * torch.exp2(torch.arange(n) % 13 - 6).to(dtype)  # so that their sums are not exact as well
-    wide = x.float()
-    scale = 1 / square_root(lane_sum(wide * wide) / n + 1e-5)
-    normed = wide * scale[:, None]
-    assert torch.equal(ops.rms_norm(x, weight, 1e-5, 0.0, True), normed.to(dtype) * weight)
-    assert torch.equal(ops.rms_norm(x, None, 1e-5, 0.0, True), normed.to(dtype))
-    offset = (normed * (1 + weight.float())).to(dtype)
-    assert torch.equal(ops.rms_norm(x, weight, 1e-5, 1.0, False), offset)
-    assert torch.equal(ops.rms_norm(x, weight.float(), 1e-5, 1.0, False), offset)
+    x, weight, _ = rows(20, n, dtype)
+    x = x * torch.exp2(torch.arange(n) % 13 - 6).to(dtype)
+    simulated = norm.rms_norm.simulators[LANES]
+    for args in (
+        (x, weight, 1e-5, 0.0, True),
+        (x, None, 1e-5, 0.0, True),
+        (x, weight, 1e-5, 1.0, False),
+        (x, weight.float(), 1e-5, 1.0, False),
+    ):
+        assert torch.equal(ops.rms_norm(*args), simulated(*args))
     if n == 576 and dtype == torch.float32:
-        backwards = 1 / square_root(lane_sum((wide * wide).flip(1)) / n + 1e-5)
-        assert not torch.equal(wide * backwards[:, None], normed)  # the order matters here
+        backwards = simulated(x.flip(1), None, 1e-5, 0.0, True).flip(1)
+        assert not torch.equal(backwards, simulated(x, None, 1e-5, 0.0, True))  # the order matters here
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 16, 50, 576])
+def test_layer_norm_is_the_specification_bit_for_bit(n: int, dtype: torch.dtype) -> None:
+    x, weight, bias = rows(20, n, dtype)
+    simulated = norm.layer_norm.simulators[LANES]
+    for parameters in ((weight, bias), (weight, None), (None, bias), (weight.float(), bias.float())):
+        assert torch.equal(ops.layer_norm(x + 3, *parameters, 1e-5), simulated(x + 3, *parameters, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
