@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import order_bits
@@ -14,6 +19,7 @@ from llm42c.codegen import simulate, simulate_attention
 from llm42c.codegen.examples import DTYPES, Numbers, for_kernel, for_specification
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.ops import registry
+from llm42c.codegen.order import RUNNING
 
 registry.load()
 OPERATORS = order_bits.computing(registry.operators())
@@ -65,6 +71,21 @@ def test_kernels_are_the_simulator_bit_for_bit(name: str, dtype: torch.dtype) ->
 def test_kernels_are_the_simulator_bit_for_bit_over_many_positions(name: str, dtype: torch.dtype) -> None:
     """The last example, with what was written to; ``test_orders.py`` has digests of all of them."""
     same(name, examples(name, dtype)[-1])
+
+
+def test_kernels_of_gpus_are_the_simulator_where_their_order_has_one() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(Path(__file__).with_name("interpreted_orders.py"))]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[bool]] = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"rotary", "running_product", "running_sum"}
+    assert all(same == [True, True] for same in found.values())
+    # Guard: a chain from the other end has other bits on these numbers.
+    x, dim = examples("running_sum", torch.float32)[0]
+    simulator = OPERATORS["running_sum"].simulators[RUNNING]
+    assert not torch.equal(simulator(x.flip(dim), dim).select(dim, -1), simulator(x, dim).select(dim, -1))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
