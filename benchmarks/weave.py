@@ -39,10 +39,10 @@ from torch import Tensor
 
 from llm42c.codegen import target as targets
 from llm42c.codegen.target import Target, Value
-from llm42c.passes.weave_cost import Rates
-from llm42c.passes.weave_plan import Decision, Planner
-from llm42c.simulated_link import Link, WallClock, simulated
-from llm42c.weave import When, WovenProgram, compute_rates, measured, weaving_backend
+from llm42c.passes.weave.cost import Rates
+from llm42c.passes.weave.schedule import Decision, Planner
+from llm42c.weave.captured import When, WovenProgram, compute_rates, measured, weaving_backend
+from llm42c.weave.simulated_link import Link, WallClock, simulated
 
 GROUP = "weave-benchmark"
 SHARES = (0.2, 0.3, 0.4)

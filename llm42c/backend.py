@@ -22,7 +22,7 @@ from llm42c.passes.kinds import Kind, kind, plain_name
 from llm42c.recompiles import require_room
 
 if TYPE_CHECKING:
-    from llm42c.weave_runner import Style
+    from llm42c.weave.runner import Style
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def llm42(
         plain = inductor.compile_free if free else inductor.compile_fixed
         if opts.token_weave == "off":
             return in_steps(plain(gm, example_inputs), device_of_inputs(example_inputs))
-        from llm42c.weave_option import weave_or_leave  # sympy and networkx, for those who ask
+        from llm42c.weave.option import weave_or_leave  # sympy and networkx, for those who ask
 
         style: Style = "free" if free else "plain"
         grad = needs_grad(example_inputs)

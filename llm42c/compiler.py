@@ -34,7 +34,7 @@ from llm42c.tensor_parallel import divide
 from llm42c.weights import WeightStore
 
 if TYPE_CHECKING:
-    from llm42c.weave_option import PackedWeaving
+    from llm42c.weave.option import PackedWeaving
 
 Form = Literal["pinned", "stock"]
 _FLAT_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table", "logits_indices")
@@ -186,7 +186,7 @@ class ModelCompiler:
         )
 
     def _weaving(self, gm: fx.GraphModule, whole: PiecewiseProgram) -> PackedWeaving:
-        from llm42c.weave_option import weave_packed  # sympy and networkx, for those who ask
+        from llm42c.weave.option import weave_packed  # sympy and networkx, for those who ask
 
         with self.ranks.watch("the weaving plan"):
             return weave_packed(gm, self.token_weave, whole)

@@ -28,7 +28,7 @@ from llm42c.passes import graph as g
 from llm42c.passes.base import Report
 
 if TYPE_CHECKING:
-    from llm42c.weave_option import Weaving
+    from llm42c.weave.option import Weaving
 
 
 def text(graph: fx.Graph) -> str:

@@ -31,7 +31,7 @@ from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
 
 if TYPE_CHECKING:
     from llm42c.compiler import ModelCompiler
-    from llm42c.weave_option import PackedWeaving, Weaving
+    from llm42c.weave.option import PackedWeaving, Weaving
 
 _FOREIGN = "of these neither ours nor exact: "
 
@@ -211,7 +211,7 @@ def _planned(
     target: Target | None,
     tell: Callable[[Weaving], None],
 ) -> Callable[..., Any]:
-    from llm42c.weave_option import weave_or_leave
+    from llm42c.weave.option import weave_or_leave
 
     grad = backend.needs_grad(inputs)
     return weave_or_leave(gm, inputs, options, "eager", _as_it_is, grad=grad, target=target, tell=tell)

@@ -10,9 +10,9 @@ from torch import nn
 
 from llm42c.codegen.target import Target, Value
 from llm42c.ranks import Ranks
-from llm42c.simulated_link import Link, VirtualClock, simulated
 from llm42c.tensor_parallel import Division, divide
-from llm42c.weave import measured
+from llm42c.weave.captured import measured
+from llm42c.weave.simulated_link import Link, VirtualClock, simulated
 
 _GROUP = "imagined ranks"
 

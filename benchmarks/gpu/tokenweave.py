@@ -35,8 +35,8 @@ from common import Results, gpu_or_dry, machine, options_of
 from torch import Tensor
 
 from llm42c.codegen.target import Target, Value
-from llm42c.passes.weave_text import describe_plan
-from llm42c.weave import When, WovenProgram, measured, weaving_backend
+from llm42c.passes.weave.text import describe_plan
+from llm42c.weave.captured import When, WovenProgram, measured, weaving_backend
 
 EPS = 1e-5
 ASSUMED = {"link_latency": (1.5e-5, "s"), "link_bandwidth": (450e9, "B/s")}  # of one GPU's imagined link

@@ -21,16 +21,16 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm42c.codegen.ops import registry
-from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
 from llm42c.passes import pipeline
 from llm42c.passes.base import Context, Report
-from llm42c.passes.token_rules import UnsplittableError
-from llm42c.passes.token_split import split_tokens
-from llm42c.passes.token_weave import in_order, sequential_order
-from llm42c.passes.weave_cost import Rates
-from llm42c.passes.weave_plan import Planner, pieces_of_split
-from llm42c.simulated_link import Link, VirtualClock, simulated
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.cost import Rates
+from llm42c.passes.weave.program import in_order, sequential_order
+from llm42c.passes.weave.rules import UnsplittableError
+from llm42c.passes.weave.schedule import Planner, pieces_of_split
+from llm42c.passes.weave.split import split_tokens
+from llm42c.weave.simulated_link import Link, VirtualClock, simulated
 
 TOKENS, CUT = 32, 16  # multiples of a vector, so that eager exp and tanh round every row in the same way
 RATES = Rates(flops=1e9, bandwidth=1e10, latency=1e-6, link=1e7, call=0.0, units=1, tile_m=1, tile_n=1)

@@ -11,11 +11,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "passes"))
 import weave_graphs as wg
 
-from llm42c.passes.token_split import split_tokens
-from llm42c.passes.token_weave import sequential_order
-from llm42c.passes.weave_plan import Planner
-from llm42c.simulated_link import Link, VirtualClock, WallClock
-from llm42c.weave_runner import SameThread, build_program
+from llm42c.passes.weave.program import sequential_order
+from llm42c.passes.weave.schedule import Planner
+from llm42c.passes.weave.split import split_tokens
+from llm42c.weave.runner import SameThread, build_program
+from llm42c.weave.simulated_link import Link, VirtualClock, WallClock
 
 SECONDS_A_TOKEN = 1e-3
 

@@ -16,18 +16,18 @@ import tp_families
 from torch import fx
 
 from llm42c.capture import CapturedGraph, capture_packed
-from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, Context, Report
-from llm42c.passes.token_split import Split, split_tokens
-from llm42c.passes.weave_cost import Rates
-from llm42c.passes.weave_plan import Planner
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.cost import Rates
+from llm42c.passes.weave.schedule import Planner
+from llm42c.passes.weave.split import Split, split_tokens
 from llm42c.ranks import Ranks
-from llm42c.simulated_link import Link, VirtualClock, simulated
 from llm42c.tensor_parallel import divide
-from llm42c.weave import WovenProgram
-from llm42c.weave_runner import ThreadLane
+from llm42c.weave.captured import WovenProgram
+from llm42c.weave.runner import ThreadLane
+from llm42c.weave.simulated_link import Link, VirtualClock, simulated
 from llm42c.weights import WeightStore
 
 GROUP = "families"

@@ -28,7 +28,7 @@ def _packed(rank: int) -> dict[str, Any]:
     from llm42c.passes.base import PACKED, Context
     from llm42c.ranks import Ranks
     from llm42c.tensor_parallel import divide
-    from llm42c.weave import compile_woven
+    from llm42c.weave.captured import compile_woven
     from llm42c.weights import WeightStore
 
     size = dist.get_world_size()
@@ -57,7 +57,7 @@ def _functional(rank: int) -> dict[str, Any]:
     """What Hugging Face's own division compiles to: collectives that torch runs asynchronously."""
     from torch import nn
 
-    from llm42c.weave import WovenProgram, weaving_backend
+    from llm42c.weave.captured import WovenProgram, weaving_backend
 
     torch.manual_seed(rank)
     weights = nn.ParameterList([nn.Parameter(torch.randn(16, 16) / 4) for _ in range(4)])
@@ -81,8 +81,8 @@ def _functional(rank: int) -> dict[str, Any]:
 def _unlike(rank: int, gm: Any, program: Any) -> list[str]:
     """What ranks say that see another link, another graph or another plan than rank 0."""
     from llm42c.codegen.target import Target, Value
-    from llm42c.passes.token_rules import UnsplittableError
-    from llm42c.weave import plan, require_equal
+    from llm42c.passes.weave.rules import UnsplittableError
+    from llm42c.weave.captured import plan, require_equal
 
     names = ("fp32_flops", "memory_bandwidth", "link_latency", "link_bandwidth")
     values = {n: Value(1e9 if rank else 2e9, "test") for n in names}

@@ -15,10 +15,10 @@ sys.path.append(str(Path(__file__).parents[1] / "passes"))
 import weave_graphs as wg
 
 import llm42c
-from llm42c import weave_option
 from llm42c.codegen.target import Target, Value
 from llm42c.errors import OptionsError, UnsupportedModelError
 from llm42c.options import Options
+from llm42c.weave import option as weave_option
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_batches_of_any_size_with_a_mask_each(tmp_path: Path, made: list[Any]):
 def test_auto_leaves_a_graph_alone_that_cannot_be_divided(caplog: pytest.LogCaptureFixture):
     """No collective at all: the graph never leaves the ordinary way."""
     layer = nn.Linear(8, 8)
-    with caplog.at_level("INFO", logger="llm42c.weave_option"):
+    with caplog.at_level("INFO", logger="llm42c.weave.option"):
         compiled(layer, token_weave="auto")(torch.randn(3, 8))
     assert "not divided among ranks" in caplog.text
 

@@ -13,10 +13,10 @@ sys.path.append(str(Path(__file__).parents[1] / "passes"))
 import weave_graphs as wg
 
 from llm42c.codegen.target import Target, Value
-from llm42c.passes.token_split import split_tokens
-from llm42c.passes.weave_plan import Planner
-from llm42c.weave import WovenProgram, compile_woven, require_equal, weaving_backend
-from llm42c.weave_runner import SameThread, ThreadLane
+from llm42c.passes.weave.schedule import Planner
+from llm42c.passes.weave.split import split_tokens
+from llm42c.weave.captured import WovenProgram, compile_woven, require_equal, weaving_backend
+from llm42c.weave.runner import SameThread, ThreadLane
 
 BOUND = 400 * torch.finfo(torch.float32).eps  # as in tests/passes/test_token_split.py
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.integrations import moe  # noqa: F401  (defines transformers::grouped_mm_fallback)
 
 from llm42c.codegen.ops import registry
-from llm42c.passes.token_rules import UnsplittableError
-from llm42c.passes.token_split import split_tokens
+from llm42c.passes.weave.rules import UnsplittableError
+from llm42c.passes.weave.split import split_tokens
 
 registry.load()
 EXPERTS, CHOSEN = 4, 2

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 import weave_graphs as wg
 from torch import Tensor
 
-from llm42c.passes.token_attention import is_attention
-from llm42c.passes.token_rules import UnsplittableError
-from llm42c.passes.token_split import split_tokens
+from llm42c.passes.weave.attention import is_attention
+from llm42c.passes.weave.rules import UnsplittableError
+from llm42c.passes.weave.split import split_tokens
 
 W = torch.randn(wg.HIDDEN, wg.HIDDEN, generator=torch.Generator().manual_seed(0)) / 6
 

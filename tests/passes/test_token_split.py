@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm42c.passes import graph as g
-from llm42c.passes.token_attention import cut_batch, is_causal_mask
-from llm42c.passes.token_rules import UnsplittableError
-from llm42c.passes.token_split import HALF, split_tokens
-from llm42c.passes.weave_plan import Planner, dag_of, pieces_of_split
+from llm42c.passes.weave.attention import cut_batch, is_causal_mask
+from llm42c.passes.weave.rules import UnsplittableError
+from llm42c.passes.weave.schedule import Planner, dag_of, pieces_of_split
+from llm42c.passes.weave.split import HALF, split_tokens
 
 # A product of K terms in another order differs by at most K eps per unit of sum |a||b|; the model's rows are
 # normed in front of each product, so a few hundred eps bound what two layers do.

@@ -12,12 +12,12 @@ import pytest
 import weave_graphs as wg
 
 from llm42c.codegen.target import Target, TargetError, Value, from_table
-from llm42c.passes import weave_plan
-from llm42c.passes.token_split import split_tokens
-from llm42c.passes.token_weave import SEGMENT, START, WAIT, in_order, sequential_order, token_weave, turns
-from llm42c.passes.weave_cost import N, Rates
-from llm42c.passes.weave_plan import MARGIN, Planner, critical_path, dag_of, pieces_of_split, schedule
-from llm42c.passes.weave_text import describe_plan, to_dot, to_mermaid
+from llm42c.passes.weave import schedule as weave_plan
+from llm42c.passes.weave.cost import N, Rates
+from llm42c.passes.weave.program import SEGMENT, START, WAIT, in_order, sequential_order, token_weave, turns
+from llm42c.passes.weave.schedule import MARGIN, Planner, critical_path, dag_of, pieces_of_split, schedule
+from llm42c.passes.weave.split import split_tokens
+from llm42c.passes.weave.text import describe_plan, to_dot, to_mermaid
 
 
 @pytest.fixture(scope="module")

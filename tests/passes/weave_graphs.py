@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from llm42c.passes import graph as g
-from llm42c.passes.token_split import Split
-from llm42c.passes.weave_cost import Rates
-from llm42c.simulated_link import Link, VirtualClock, simulated
+from llm42c.passes.weave.cost import Rates
+from llm42c.passes.weave.split import Split
+from llm42c.weave.simulated_link import Link, VirtualClock, simulated
 
 GROUP = "weave-test"
 HIDDEN, HEADS = 32, 4

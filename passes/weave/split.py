@@ -1,6 +1,6 @@
 """Write a graph for two halves of its tokens.
 
-``split_tokens`` finds, operator by operator (``token_rules.py``, ``token_attention.py``), which dimension of
+``split_tokens`` finds, operator by operator (``rules.py``, ``attention.py``), which dimension of
 each value counts tokens, and writes every call on such values twice: once for the first ``tokens_0`` tokens,
 an input of the new graph, and once for the rest. Weights, and whatever else does not depend on tokens, are
 shared. Values in front of the first product with a weight (positions, masks, embeddings) are computed once
@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
 from llm42c.passes.sizes import NO_SYMBOLS, SYMBOLS, concretise
-from llm42c.passes.token_attention import Emit, attention_rule, is_attention
-from llm42c.passes.token_experts import Sorted, inverse_of, is_inverse
-from llm42c.passes.token_rules import (
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.attention import Emit, attention_rule, is_attention
+from llm42c.passes.weave.experts import Sorted, inverse_of, is_inverse
+from llm42c.passes.weave.rules import (
     SLACK,
     Call,
     Rows,

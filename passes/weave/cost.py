@@ -27,11 +27,11 @@ from torch import Tensor, fx
 
 from llm42c.codegen.ops.registry import our_operator
 from llm42c.codegen.target import Target
-from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
-from llm42c.passes.token_attention import bound, is_attention
-from llm42c.passes.token_rules import is_heavy, operator_name
-from llm42c.passes.token_split import HALF_SIZES
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.attention import bound, is_attention
+from llm42c.passes.weave.rules import is_heavy, operator_name
+from llm42c.passes.weave.split import HALF_SIZES
 
 N = sympy.Symbol("n", positive=True, integer=True)
 _LEAST = min(HALF_SIZES)  # sizes from here on count tokens

@@ -28,9 +28,9 @@ import networkx as nx  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
 from torch import fx
 
-from llm42c.passes import communication as comm
-from llm42c.passes.token_split import ALL_TOKENS, HALF, HALF_SIZES, Split
-from llm42c.passes.weave_cost import BEFORE, N, Rates, call_cost, transfer_cost
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.cost import BEFORE, N, Rates, call_cost, transfer_cost
+from llm42c.passes.weave.split import ALL_TOKENS, HALF, HALF_SIZES, Split
 
 MARGIN = 0.05  # predicted gain below which a graph is not woven
 WHOLE = -1  # in place of the number of a half

@@ -24,14 +24,14 @@ from torch import fx
 from llm42c import inductor
 from llm42c.codegen.target import MEASURED, Target, Value
 from llm42c.errors import RanksDifferError
-from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
 from llm42c.passes.sizes import SYMBOLS
-from llm42c.passes.token_rules import UnsplittableError
-from llm42c.passes.token_split import Split, split_tokens
-from llm42c.passes.weave_cost import Rates
-from llm42c.passes.weave_plan import Decision, Planner
-from llm42c.weave_runner import Lane, SegmentCompiler, Style, build_program, lane_for
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.cost import Rates
+from llm42c.passes.weave.rules import UnsplittableError
+from llm42c.passes.weave.schedule import Decision, Planner
+from llm42c.passes.weave.split import Split, split_tokens
+from llm42c.weave.runner import Lane, SegmentCompiler, Style, build_program, lane_for
 
 When = Literal["auto", "always", "off"]
 _log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def plan(
 ) -> Planner:
     """Divide ``gm`` and agree with the other ranks of ``group`` on when to weave it.
 
-    ``fixed``: see :func:`~llm42c.passes.token_split.split_tokens`. ``target`` must have the rates that
+    ``fixed``: see :func:`~llm42c.passes.weave.split.split_tokens`. ``target`` must have the rates that
     :func:`measured` gives; without one they are measured here. All ranks
     of ``group`` must call this together. Raises UnsplittableError, on every rank, where the graph cannot be
     divided, TargetError where a rate is missing, RanksDifferError where graphs or plans differ.

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import sympy  # type: ignore[import-untyped]
 
-from llm42c.passes import communication as comm
-from llm42c.passes.token_split import Split
-from llm42c.passes.weave_cost import Rates, rounded
-from llm42c.passes.weave_plan import COMPUTE, MARGIN, WHOLE, Decision, Pieces, Planner, critical_path
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.cost import Rates, rounded
+from llm42c.passes.weave.schedule import COMPUTE, MARGIN, WHOLE, Decision, Pieces, Planner, critical_path
+from llm42c.passes.weave.split import Split
 
 _TOKENS = (1, 2, 16, 64, 256, 1024, 4096)
 _WIDTH = 100  # columns of the drawn schedule

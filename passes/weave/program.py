@@ -1,9 +1,9 @@
 """Weave the two halves of a graph's tokens, so that one computes while the other's collective is on its way.
 
-The halves (``token_split.py``) run as two coroutines: each computes up to its next collective, starts it and
+The halves (``split.py``) run as two coroutines: each computes up to its next collective, starts it and
 gives way; it goes on when the collective is done and the other half has given way. In which order they take
 turns, how many tokens the first half gets, and whether it is worth while at all, follows from the number of
-tokens alone (``weave_plan.py``).
+tokens alone (``schedule.py``).
 
 Before and after (one decoder layer; A: norm, attention, output projection; M: norm, MLP; ⇢ starts, ⇠ waits;
 h: [T, H], h0: [T0, H], h1: [T - T0, H])::
@@ -33,9 +33,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from llm42c.passes import communication as comm
-from llm42c.passes.token_split import Split, copied
-from llm42c.passes.weave_plan import Decision, Pieces, pieces_of_split
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.schedule import Decision, Pieces, pieces_of_split
+from llm42c.passes.weave.split import Split, copied
 
 SEGMENT, START, WAIT = "segment", "start", "wait"
 

@@ -2,7 +2,7 @@
 
 A value of a graph is either *whole* (None: the same for both halves of the tokens), or its rows along one
 dimension belong to tokens (:class:`Rows`), or it is what a rank keeps of such rows (:class:`Shard`), or such
-rows sorted by expert (:class:`~llm42c.passes.token_experts.Sorted`). A rule
+rows sorted by expert (:class:`~llm42c.passes.weave.experts.Sorted`). A rule
 says, for one call, in which state it needs its arguments and in which state its result is then; it raises
 :class:`UnsplittableError` where a row of the result would need other rows of an argument. Nothing is assumed
 of an operator that has no rule.
@@ -26,7 +26,7 @@ from llm42c.codegen.operator import Tokens
 from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
-from llm42c.passes.token_experts import Sorted, SortedRowsError, sorted_rule
+from llm42c.passes.weave.experts import Sorted, SortedRowsError, sorted_rule
 
 SLACK = 1 << 20  # what sizes add to a multiple of the number of tokens
 

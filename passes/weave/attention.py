@@ -34,7 +34,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c.passes import graph as g
-from llm42c.passes.token_rules import Call, Rows, State, UnsplittableError, operator_name
+from llm42c.passes.weave.rules import Call, Rows, State, UnsplittableError, operator_name
 
 _PAGED = frozenset({"llm42::paged_attention", "llm42::pod_attention"})
 _DENSE = "llm42::dense_attention"

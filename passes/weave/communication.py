@@ -15,7 +15,7 @@ from torch import fx
 from llm42c.codegen.operator import Traffic
 from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
-from llm42c.passes.token_rules import operator_name
+from llm42c.passes.weave.rules import operator_name
 
 _ALL_REDUCE = "_c10d_functional::all_reduce"
 _FUNCTIONAL = frozenset({_ALL_REDUCE, "_c10d_functional::all_gather_into_tensor"})

@@ -23,13 +23,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from llm42c import inductor
 from llm42c.clusters import Cluster, outline
-from llm42c.passes import communication as comm
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
 from llm42c.passes.sizes import SYMBOLS
-from llm42c.passes.token_split import ALL_TOKENS, HALF_SIZES
-from llm42c.passes.token_weave import SEGMENT, START, turns
-from llm42c.passes.weave_plan import Pieces
+from llm42c.passes.weave import communication as comm
+from llm42c.passes.weave.program import SEGMENT, START, turns
+from llm42c.passes.weave.schedule import Pieces
+from llm42c.passes.weave.split import ALL_TOKENS, HALF_SIZES
 from llm42c.piecewise import compile_cluster, compile_piecewise
 from llm42c.straightline import Step, emit
 

@@ -1,0 +1,1 @@
+"""Token weaving of compiled graphs: what is asked for, what is divided and chosen, and what runs it."""
