@@ -38,9 +38,9 @@ def work(rank: int, folder: str) -> dict[str, Any]:
 def without_inductor(model: Any, ids: Tensor) -> dict[str, Any]:
     """The graph that the backend makes of the model, its calls as they stand: woven, then not."""
     from llm42c import backend
-    from llm42c.weave import option as weave_option
     from llm42c.dump import Dump
     from llm42c.options import Options
+    from llm42c.weave import option as weave_option
 
     options, made = Options.parse({"token_weave": "always"}), []
     build = weave_option.compile_woven
