@@ -72,7 +72,7 @@ def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Option
         residual_shards=options.residual_shards,
         decode_workers=target.decode_workers(),
     )
-    report = pipeline.run(gm, context, dump.graph)
+    report = pipeline.run(gm, context, dump.graph, options.passes)
     report.notes += inductor.notes()
     dump.report(report)
     if options.residual_shards:

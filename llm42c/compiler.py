@@ -8,6 +8,7 @@ come from one capture, and pinned forms share one copy of the packed weights.
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from llm42c import inductor, versions
+from llm42c.added_passes import find_passes
 from llm42c.backend import require_shards
 from llm42c.capture import CapturedGraph, KVSpec, capture_packed, new_kv_cache
 from llm42c.codegen import targets
@@ -26,7 +28,7 @@ from llm42c.errors import ConfigError
 from llm42c.options import Options, TokenWeave
 from llm42c.packed import KVCache, PackedInputs
 from llm42c.passes import pipeline
-from llm42c.passes.base import PACKED, STOCK, Context, PositionInput, Report
+from llm42c.passes.base import PACKED, STOCK, Context, Pass, PositionInput, Report
 from llm42c.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.ranks import ALONE, Ranks
 from llm42c.support import context_limit, unsupported
@@ -106,9 +108,10 @@ class ModelCompiler:
 
     ``keep_originals=True`` leaves the model's own parameters in memory beside the packed ones.
     ``token_weave`` and ``residual_shards`` are those of :class:`~llm42c.options.Options`, for the pinned form
-    of a divided model; they change no bit. With
-    ``ranks`` the model is divided in place; ``digest`` is that of the whole weights, and ranks whose weights
-    or graphs are not the same are named in a RanksDifferError. It computes where the model lies. Raises
+    of a divided model; they change no bit. ``passes`` are its passes, which run on the kinds of graph that
+    each names; what they do is in the graph's digest. With ``ranks`` the model is divided in place;
+    ``digest`` is that of the whole weights, and ranks whose weights or graphs are not the same are named in a
+    RanksDifferError. It computes where the model lies. Raises OptionsError (``passes``),
     UnsupportedModelError, DeviceError, WeightsError (NaN or infinity) or BuildError (no C++ compiler).
     """
 
@@ -121,8 +124,10 @@ class ModelCompiler:
         ranks: Ranks = ALONE,
         token_weave: TokenWeave = "off",
         residual_shards: bool = False,
+        passes: Sequence[str | Pass] = (),
     ) -> None:
         versions.notice()
+        self.passes = find_passes(passes)
         self.token_weave: TokenWeave = token_weave
         self.residual_shards = residual_shards
         self.model = model
@@ -197,7 +202,8 @@ class ModelCompiler:
         """Of the graph without residual shards, which divide the same arithmetic and change no bit."""
         if self.residual_shards and target == PACKED:
             gm = _copy(self.captured.gm)
-            pipeline.run(gm, replace(self._context(target, positions), residual_shards=False))
+            context = replace(self._context(target, positions), residual_shards=False)
+            pipeline.run(gm, context, added=self.passes)
             self.weights.materialise(gm)
         return computation_of(gm, self.captured.weights, bool(program.clusters), self.device)
 
@@ -210,7 +216,7 @@ class ModelCompiler:
         positions = PositionInput(self._placeholder("positions"), limit)
         target = PACKED if form == "pinned" else STOCK
         dump = Dump.for_options(Options(), target)
-        report = pipeline.run(gm, self._context(target, positions), dump.graph)
+        report = pipeline.run(gm, self._context(target, positions), dump.graph, self.passes)
         report.notes += inductor.notes() if target == PACKED else []
         dump.report(report)
         if self.residual_shards and form == "pinned":

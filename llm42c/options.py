@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from llm42c.added_passes import find_passes
 from llm42c.errors import OptionsError
+from llm42c.passes.base import Pass
 
 Reductions = Literal["fixed", "free"]
 TokenWeave = Literal["off", "auto", "always"]
@@ -30,6 +32,8 @@ class Options:
         ``token_weave`` decides; by default rank 0 measures them.
     dump: directory for graphs before and after each pass and for the generated kernels; the
         environment variable ``LLM42_DUMP`` gives the default.
+    passes: passes of other packages that run too, each a ``llm42c.passes.base.Pass``, its place as
+        ``"package.module:name"``, or an entry point of the group ``llm42c.passes`` (docs/compile.md).
     """
 
     reductions: Reductions = "fixed"
@@ -38,31 +42,39 @@ class Options:
     residual_shards: bool = False
     target: str | None = None
     dump: str | None = None
+    passes: tuple[Pass, ...] = ()
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
         """Check ``options`` as given by a user.
 
         Raises OptionsError for an unknown key (naming the nearest known one), for a value of the wrong
-        type, for options that exclude each other, and for a ``mode``: modes are Inductor's.
+        type, for options that exclude each other, for a name in ``passes`` that leads to none, and for a
+        ``mode``: modes are Inductor's.
         """
         if mode not in (None, "default"):
             raise OptionsError(
                 f"backend 'llm42' has no mode {mode!r}; use options=, for example "
                 'options={"reductions": "fixed"}'
             )
+        given = dict(options or {})
         hints = get_type_hints(cls)
         known = [f.name for f in fields(cls)]
-        for key, value in (options or {}).items():
+        for key, value in given.items():
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 raise OptionsError(
                     f"unknown option {key!r}; did you mean {near[0]!r}? (known: {', '.join(known)})"
                 )
-            _check(key, value, hints[key])
-        parsed = cls(**(options or {}))
+            if key == "passes":
+                given[key] = find_passes(value)
+            else:
+                _check(key, value, hints[key])
+        parsed = cls(**given)
         if parsed.residual_shards and parsed.reductions == "free":
             raise OptionsError("residual_shards needs reductions='fixed': it divides llm42 operators")
+        if parsed.passes and parsed.reductions == "free":
+            raise OptionsError("passes need reductions='fixed': 'free' leaves the model to Inductor as it is")
         return parsed
 
 

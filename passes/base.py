@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import fx
 
+from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.ops.registry import operators
 from llm42c.passes.graph import where
 
@@ -59,9 +64,13 @@ class Event:
 
 @dataclass
 class PassReport:
-    """Matches and misses of one pass, with its time in seconds."""
+    """Matches and misses of one pass, and its time in seconds.
+
+    ``added`` tells where a pass comes from that is not in the list.
+    """
 
     name: str
+    added: str = ""
     matches: list[Event] = field(default_factory=list)
     misses: list[Event] = field(default_factory=list)
     seconds: float = 0.0
@@ -84,11 +93,43 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Pass:
-    """A named rewrite of a graph in place. ``targets`` are the kinds of graph it runs on."""
+    """A named rewrite of a graph in place.
+
+    ``apply`` is a function, or a ``functools.partial`` of one that gives it options. ``targets`` are the
+    kinds of graph it runs on. ``before`` is where a pass that is not in the list stands: in front of the
+    first pass of that name.
+    """
 
     name: str
     apply: Callable[[fx.Graph, Context, PassReport], None]
     targets: frozenset[str] = frozenset({PLAIN, PACKED})
+    before: str = "check"
+
+    def function(self) -> tuple[Callable[..., None], list[object]]:
+        """``apply`` without its options, and these."""
+        function: Callable[..., None] = self.apply
+        options: list[object] = []
+        while isinstance(function, functools.partial):
+            options += [function.args, function.keywords]
+            function = function.func
+        return inspect.unwrap(function), options
+
+    @property
+    def uuid(self) -> str:
+        """Digest of the file that the function stands in, of its options and its place.
+
+        Comments and layout do not count; nor do other files that it imports. Raises OSError where the
+        function has no file, TypeError where an option is no plain value (None, bool, number, text, and
+        lists, tuples and mappings of these).
+        """
+        function, options = self.function()
+        place = [self.name, function.__qualname__, sorted(self.targets), self.before]
+        return digest_of([Path(inspect.getfile(function))], json.dumps([place, options], sort_keys=True))
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from and where it stands, for a report."""
+        return f"{self.function()[0].__module__}, before {self.before}, uuid {self.uuid}"
 
 
 @dataclass
@@ -121,6 +162,7 @@ class Report:
             lines.append(
                 f"{p.name:<24}{len(p.matches):>8}{len(p.misses):>8}{calls:>14}{p.seconds * 1e3:>9.1f}"
             )
+            lines += [f"    added: {p.added}"] if p.added else []
             lines += [f"    not {count}×: {reason}" for reason, count in p.reasons().items()]
         if self.unplaced:
             lines.append("no known order of reduction:")

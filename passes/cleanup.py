@@ -70,8 +70,12 @@ def erase_dead_code(graph: fx.Graph) -> int:
 def dead_code(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Case 1 as a pass."""
     for node in graph.nodes:
-        if not node.users and is_pure(node):
+        if node.users or node.op not in ("call_function", "call_method"):
+            continue
+        if is_pure(node):
             report.match(node)
+        else:
+            report.miss(node, "nobody reads its result, but the call may have another effect")
     erase_dead_code(graph)
 
 
@@ -98,7 +102,8 @@ def _shareable(node: fx.Node) -> bool:
 
 def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Case 2. A graph that writes to tensors anywhere but in an operator of ours is left alone."""
-    if any(g.mutated_arguments(n) and not _is_ours(n) for n in graph.nodes):
+    if writes := [n for n in graph.nodes if g.mutated_arguments(n) and not _is_ours(n)]:
+        report.miss(writes[0], "in a graph that writes to tensors no call is shared")
         return
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -108,7 +113,11 @@ def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> 
             first = seen.setdefault(_key(node), node)
         except TypeError:
             continue
-        if first is not node and not _both_returned(first, node):
+        if first is node:
+            continue
+        if _both_returned(first, node):
+            report.miss(node, "equal to an earlier call, but the graph returns both")
+        else:
             report.match(node)
             node.replace_all_uses_with(first)
             graph.erase_node(node)

@@ -26,7 +26,7 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
-from llm42c.passes.kinds import plain_name
+from llm42c.passes.kinds import Kind, kind, plain_name
 
 
 def _pair(before: fx.Node, number: fx.Node) -> fx.Node:
@@ -89,6 +89,12 @@ def _is_complex(node: object) -> bool:
     return t is not None and t.dtype == torch.complex64
 
 
+def _is_arithmetic(node: fx.Node) -> bool:
+    """A call that computes with complex numbers, not only views or copies them."""
+    moves = kind(node) in (Kind.VIEW, Kind.MOVE, Kind.SIZE)
+    return not moves and any(map(_is_complex, (node, *node.all_input_nodes)))
+
+
 def complex_numbers(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite products and polar coordinates; then drop views that cancel."""
     effects = g.Effects(graph)
@@ -103,7 +109,11 @@ def complex_numbers(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         elif name == "view_as_real" and plain_name(inner := node.args[0]) == "view_as_complex":
             new = inner.args[0]
             if not effects.unchanged([new], new, node):
+                report.miss(node, "the real numbers are overwritten before they are read again")
                 continue
+        elif name and _is_arithmetic(node):
+            report.miss(node, f"{name} of complex numbers is not written in real ones")
+            continue
         else:
             continue
         report.match(node)

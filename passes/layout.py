@@ -104,7 +104,9 @@ def layout(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
             continue
         if _depth(node, root) > 1 and any(g.storage_of(u) != key for u in node.users):
             direct = _express(node, root, known)
-            if direct is not None:
+            if direct is None:
+                report.miss(node, "a size or stride of the view is neither a number nor an input")
+            else:
                 report.match(node)
                 node.replace_all_uses_with(direct)
                 graph.erase_node(node)

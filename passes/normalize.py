@@ -268,6 +268,9 @@ def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
                 g.refresh(users)
         if same is not None or node.target is not before:
             report.match(node)
+    for node in graph.nodes:
+        if g.mutated_arguments(node) and not _is_ours(node):
+            report.miss(node, "a write that stays: to an input, or under a view that is read after it")
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -1,9 +1,12 @@
-"""The ordered list of rewrites. Read it top to bottom: this is what happens to a graph."""
+"""The ordered list of rewrites. Read it top to bottom: this is what happens to a graph.
+
+Passes of other packages are given to :func:`run`; each says in front of which pass of the list it stands.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -45,6 +48,7 @@ _PACKED = frozenset({PACKED})
 _ALL = frozenset({PLAIN, PACKED, STOCK})
 
 PASSES: tuple[Pass, ...] = (
+    # One spelling for one meaning.
     Pass("collectives", collectives),
     Pass("normalize", normalize, _ALL),
     Pass("dead_code", dead_code, _ALL),
@@ -53,45 +57,65 @@ PASSES: tuple[Pass, ...] = (
     Pass("addends", addends, _PLAIN),
     Pass("einsum", einsum, _PLAIN),
     Pass("conv1d", conv1d, _PLAIN),
+    # Attention, whose products and softmax are nobody else's.
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
     Pass("attention_eager", attention_eager, _PLAIN),
     Pass("pod_attention", pod_attention),
     Pass("position_table", position_table, _PACKED),
+    # Norms, and what they take along.
     Pass("layer_norm", layer_norm),
     Pass("rms_norm", rms_norm),
     Pass("add_rms_norm", add_rms_norm),
     Pass("allreduce_rmsnorm", allreduce_rmsnorm),
     Pass("residual_shards", residual_shards),
+    # Products with a weight.
     Pass("linear_silu_mul", linear_silu_mul),
     Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),
     Pass("grouped_mm", grouped_mm, _PLAIN),
+    # Every other call whose order could be seen.
     Pass("index_add", index_add),
     Pass("topk", topk),
     Pass("solve_triangular", solve_triangular, _PLAIN),
     Pass("matmul", matmul),
     Pass("reductions", reductions),
+    # Fewer calls, the same bits.
     Pass("linear_add", linear_add, _PACKED),
     Pass("rotary", rotary, _PACKED),
     Pass("layout", layout, _PACKED),
     Pass("common_subexpressions", common_subexpressions, _PACKED),
     Pass("merge_rotary", merge_rotary, _PACKED),
     Pass("layout", layout, _PACKED),
+    # What has no known order is named.
     Pass("check", check),
 )
 
 Observer = Callable[[str, fx.Graph], None]
 
 
-def passes_for(target: str) -> list[Pass]:
-    return [p for p in PASSES if target in p.targets]
+def passes_for(target: str, added: Sequence[Pass] = ()) -> list[Pass]:
+    """The passes that run on that kind of graph, in order; each of ``added`` in front of what it names.
+
+    Several in front of one pass keep their order. Raises ValueError where one names no pass of the list.
+    """
+    steps, waiting = [], list(added)
+    for step in PASSES:
+        steps += [p for p in waiting if p.before == step.name]
+        waiting = [p for p in waiting if p.before != step.name]
+        steps.append(step)
+    if waiting:
+        raise ValueError(f"the pass {waiting[0].name} stands before {waiting[0].before}, which is no pass")
+    return [p for p in steps if target in p.targets]
 
 
-def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Report:
-    """Run the pipeline on ``gm`` in place.
+def run(
+    gm: fx.GraphModule, ctx: Context, observe: Observer | None = None, added: Sequence[Pass] = ()
+) -> Report:
+    """Run the pipeline on ``gm`` in place, with passes ``added`` by others.
 
     ``observe(name, graph)`` is called with ``"00_input"`` before the first pass and with
-    ``"NN_<pass>"`` after each pass that changed something.
+    ``"NN_<pass>"`` after each pass that changed something. What an added pass leaves is looked at before
+    anybody else reads it; IllegalRewriteError says what is wrong with it.
     """
     report = Report()
     graph = gm.graph
@@ -99,10 +123,13 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
         report.notes.append(f"sizes stay symbolic: {why}")
     if observe is not None:
         observe("00_input", graph)
-    for number, step in enumerate(passes_for(ctx.target), start=1):
+    for number, step in enumerate(passes_for(ctx.target, added), start=1):
         entry = PassReport(step.name, nodes_before=len(graph.nodes))
         start = time.perf_counter()
-        step.apply(graph, ctx, entry)
+        if step in added:
+            _guarded(step, graph, ctx, entry)
+        else:
+            step.apply(graph, ctx, entry)
         erase_dead_code(graph)
         entry.seconds = time.perf_counter() - start
         entry.nodes_after = len(graph.nodes)
@@ -115,3 +142,20 @@ def run(gm: fx.GraphModule, ctx: Context, observe: Observer | None = None) -> Re
     graph.lint()
     gm.recompile()
     return report
+
+
+def _guarded(step: Pass, graph: fx.Graph, ctx: Context, entry: PassReport) -> None:
+    """An added pass: its errors and faults bear its name."""
+    entry.added = step.origin
+    before = set(graph.nodes)
+    try:
+        step.apply(graph, ctx, entry)
+        graph.lint()
+    except Exception as error:
+        error.add_note(f"in the pass {step.name} of {step.function()[0].__module__}")
+        raise
+    for node in graph.nodes:
+        if node not in before and node.op.startswith("call") and g.value(node) is None:
+            raise g.IllegalRewriteError(
+                f"the pass {step.name} made {node.format_node()} without a value; use graph.insert"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llm42c.device import parse_device
 from llm42c.errors import ConfigError
 from llm42c.options import TokenWeave
 from llm42c.packed import PackedModel
+from llm42c.passes.base import Pass
 from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import engine_contract
@@ -71,6 +73,7 @@ def build_engine(
     ranks: Ranks = ALONE,
     token_weave: TokenWeave = "off",
     residual_shards: bool = False,
+    passes: Sequence[str | Pass] = (),
     **config: Any,
 ) -> BuiltEngine:
     """Compile ``model`` (a Hugging Face decoder, or MODEL as the command line takes it) into an engine.
@@ -78,9 +81,11 @@ def build_engine(
     ``fast`` is the form that decodes: ``"pinned"`` has the verifier's own kernels and is certified;
     ``"stock"`` is unpinned Inductor and MKL, whose tokens are verified and may roll back. ``ranks`` run the
     model together, and the engine; ``token_weave`` and ``residual_shards`` say what becomes of their
-    all-reduces, and change no bit; see docs/tensor_parallel.md. ``device`` is where the model goes before
+    all-reduces, and change no bit; see docs/tensor_parallel.md. ``passes`` of other packages run too, as
+    docs/compile.md says; they are part of the contract's graph. ``device`` is where the model goes before
     it is compiled ("cpu" or "cuda"); by default it stays where it lies. Further keywords are fields
-    of EngineConfig. Raises ConfigError for an unknown one, naming the nearest, and DeviceError.
+    of EngineConfig. Raises ConfigError for an unknown one, naming the nearest, OptionsError for passes, and
+    DeviceError.
     """
     place = None if device is None else parse_device(device)
     if isinstance(model, (str, Path)):
@@ -103,6 +108,7 @@ def build_engine(
             ranks=ranks,
             token_weave=token_weave,
             residual_shards=residual_shards,
+            passes=passes,
         )
     try:
         compiler.compile(fast, release=True)

@@ -18,7 +18,7 @@ from llm42c.support import require_supported
 
 # Of a decorated class: the class as it was; of its instances: set while they are ordinary models.
 _BASE, _OFF = "_llm42_base", "_llm42_off"
-_OPTIONS = ("fast", "keep_weights", "persist_certificates", *(f.name for f in fields(EngineConfig)))
+_OPTIONS = ("fast", "keep_weights", "passes", "persist_certificates", *(f.name for f in fields(EngineConfig)))
 
 
 class Deterministic:
@@ -31,8 +31,9 @@ class Deterministic:
     prompt and its parameters, `seed=` included: not of the other rows, the padding, `torch.manual_seed` or
     what was generated before.
 
-    Options are the fields of EngineConfig, `fast` ("pinned" or "stock"), and `keep_weights`: by default the
-    model's weights live packed in the engine and return into the model when it is used otherwise.
+    Options are the fields of EngineConfig, `fast` ("pinned" or "stock"), `passes` (of other packages:
+    docs/compile.md), and `keep_weights`: by default the model's weights live packed in the engine and return
+    into the model when it is used otherwise.
 
     Raises OptionsError for an unknown option, UnsupportedModelError for a model that cannot be served.
     """

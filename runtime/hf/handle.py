@@ -187,11 +187,11 @@ class Handle:
     def _build(self) -> None:
         require_supported(self.model)
         options = dict(self.options)
-        keep = options.pop("keep_weights", False)
+        keep, passes = options.pop("keep_weights", False), options.pop("passes", ())
         # A bad value is refused before the capture.
         EngineConfig(**{n: value for n, value in options.items() if n in _CONFIG})
         with _own_modes(self.model):
-            compiler = ModelCompiler(self.model, keep_originals=keep)
+            compiler = ModelCompiler(self.model, keep_originals=keep, passes=passes)
             if "kv_cache_bytes" not in options and "num_pages" not in options:
                 options["kv_cache_bytes"] = self._kv_budget(compiler.captured.kv_spec)
             self._built = build_engine(self.model, compiler=compiler, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers as hf
 from torch import fx
 
+import llm42c
 from llm42c import computation, inductor
 from llm42c.codegen.cpu import target as cpu
 from llm42c.codegen.ops.registry import operators
@@ -149,6 +151,24 @@ def test_a_constant_in_a_pass(compiled: Callable[[], str], monkeypatch: pytest.M
     changed = tuple(Pass(p.name, worse, p.targets) if p.name == "rms_norm" else p for p in pipeline.PASSES)
     monkeypatch.setattr(pipeline, "PASSES", changed)
     assert compiled() != before
+
+
+def _other_eps(graph: fx.Graph, ctx: Any, report: Any, *, factor: float) -> None:
+    for norm in [n for n in graph.nodes if n.target is torch.ops.llm42.rms_norm.default]:
+        norm.args = (*norm.args[:2], norm.args[2] * factor, *norm.args[3:])
+
+
+def test_a_pass_of_another_package(known: Contract) -> None:
+    """Its effect is part of the contract, its name is not."""
+    same, other = (
+        [Pass("other_eps", functools.partial(_other_eps, factor=factor), before="add_rms_norm")]
+        for factor in (1.0, 2.0)
+    )
+    changed = contract_of(passes=other)
+    assert [line.split(":")[0] for line in known.diff(changed)] == ["graph"]
+    assert contract_of(passes=same) == known
+    model = llm42c.deterministic(llama(), passes=other, **LIMITS)
+    assert model.llm42.contract.graph == changed.graph
 
 
 @pytest.mark.parametrize("change", ["verify_tokens", "verify_seqs", "verify_rows", "page_size"])
