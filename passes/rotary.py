@@ -138,12 +138,17 @@ def merge_rotary(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     position = g.order(graph)
     for a, b in itertools.pairwise(calls):
         (xa, *ta), (xb, *tb) = a.args, b.args
-        if ta != tb or not (_follows(g.fake(xa), g.fake(xb)) and xa.args[0] is xb.args[0]):
+        if ta != tb or g.arg(xa) is None or g.arg(xa) is not g.arg(xb):
             continue
-        if g.bakes_layout(a) or g.bakes_layout(b):
-            report.miss(b, "the rotated heads are read with fixed strides")
-            continue
-        if xa.target is not torch.as_strided or any(position[t] > position[a] for t in tb):
+        reason = None
+        if not _follows(g.fake(xa), g.fake(xb)):
+            reason = "its heads do not stand behind the others of their tensor"
+        elif g.bakes_layout(a) or g.bakes_layout(b):
+            reason = "the rotated heads are read with fixed strides"
+        elif xa.target is not torch.as_strided or any(position[t] > position[a] for t in tb):
+            reason = "the heads are no plain view, or their table is computed later"
+        if reason is not None:
+            report.miss(b, reason)
             continue
         size, stride = list(xa.args[1]), xa.args[2]
         na, nb = size[1], xb.args[1][1]
