@@ -13,6 +13,8 @@ import tp_families
 import transformers as hf
 from torch import Tensor, fx
 
+from llm42c.passes.weave import communication as comm
+
 sys.path.append(str(Path(__file__).parents[1] / "codegen"))
 import rank_world
 
@@ -61,7 +63,9 @@ def without_inductor(model: Any, ids: Tensor) -> dict[str, Any]:
     made[0].when = "off"
     plain = run(ids, use_cache=False).logits
     planner, calls = made[0].planner, made[0].calls
-    found = {"plan": planner.hash, "calls": calls, "split": planner.split.collectives}
+    split = planner.split
+    collectives = sum(comm.is_collective(n) for n in split.original.graph.nodes)
+    found = {"plan": planner.hash, "calls": calls, "split": split.collectives, "collectives": collectives}
     return {"woven": woven, "plain": plain, **found}
 
 
@@ -75,7 +79,7 @@ def test_rows_depend_neither_on_their_batch_nor_on_weaving(tmp_path: Path):
         assert torch.equal(out["woven"], out["plain"])
         assert out["plan"] == results[0]["plan"]  # though each rank holds other rows of the embedding
         assert out["calls"] == {"woven": 1, "whole": 1}
-        assert out["split"] == 4
+        assert out["split"] == out["collectives"] >= 3
         # Some 300 operations of fp32 a logit, on values about 1.
         assert float((out["eager"] - out["together"]).abs().max()) < 1e-4
         assert float(out["eager"].abs().max()) > 0.01
