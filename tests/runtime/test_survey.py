@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm42c.errors import ConfigError, UnsupportedModelError
-from llm42c.runtime.survey import cells, page, pool, results
+from llm42c.runtime.survey import cells, page, pool, results, tiny
 from llm42c.runtime.survey.classes import Decoder, decoders
 from llm42c.runtime.survey.mixing import mixing
 from llm42c.runtime.survey.pool import Surveyed
