@@ -60,8 +60,11 @@ def _named(name: str) -> Any:
 
 def _entry_point(name: str) -> importlib.metadata.EntryPoint:
     offered = importlib.metadata.entry_points(group=GROUP)
-    if name in offered.names:
-        return offered[name]
+    if found := sorted({one.value: one for one in offered if one.name == name}.items()):
+        if len(found) > 1:
+            places = ", ".join(place for place, _ in found)
+            raise OptionsError(f"several packages offer a pass {name!r}: say which of {places}")
+        return found[0][1]
     near = difflib.get_close_matches(name, offered.names, n=1)
     raise OptionsError(
         f"no installed package offers a pass {name!r}"

@@ -162,6 +162,16 @@ def test_bad_names_are_one_line(far: Path, passes: Any, reason: str) -> None:
         ModelCompiler(tiny.model("llama"), passes=passes)
 
 
+def test_a_name_of_two_packages_is_nobody_s(far: Path) -> None:
+    (far / "farther-0.1.dist-info").mkdir()
+    (far / "farther-0.1.dist-info" / "METADATA").write_text("Name: farther\nVersion: 0.1\n")
+    offer = "[llm42c.passes]\nlarger_eps = farther:LARGER_EPS\n"
+    (far / "farther-0.1.dist-info" / "entry_points.txt").write_text(offer)
+    with pytest.raises(OptionsError, match="say which of far_pass:LARGER_EPS, farther:LARGER_EPS"):
+        find_passes(["larger_eps"])
+    assert find_passes(["far_pass:LARGER_EPS"])[0].name == "larger_eps"
+
+
 def nothing(graph: fx.Graph, ctx: Context, report: PassReport, **options: Any) -> None:
     """A pass that finds nothing."""
 
