@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -32,6 +32,7 @@ from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
     from llm42c.compiler import CompiledModel
+    from llm42c.passes.base import Pass
     from llm42c.runtime.engine import Engine
 
 
@@ -47,6 +48,12 @@ def explain(
             "--pipeline",
             help="engine: the graph that generate runs; compile: what torch.compile(backend='llm42') makes. "
             "Default: engine, and compile with the options below.",
+        ),
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass", metavar="NAME", help="A pass of another package that runs too; may be repeated."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of compile's example prompt.")] = 8,
@@ -80,12 +87,13 @@ def explain(
     if pipeline == "engine":
         if weaves or draw:
             raise ConfigError("--pipeline engine takes none of the options of token weaving: leave them out")
-        _explain_engine(model, dtype)
+        _explain_engine(model, dtype, passes or ())
         return
     options: dict[str, Any] = {
         "token_weave": choice("--token-weave", token_weave, get_args(TokenWeave)),
         "residual_shards": residual_shards,
         "target": None if target is None else str(target),
+        "passes": _found(passes or ()),
     }
     with progress_bars() as report:
         report("loading", 0, 0)
@@ -112,8 +120,17 @@ def explain(
         found.draw(draw)
 
 
-def _explain_engine(model: str, dtype: str | None) -> None:
-    wanted = parse_dtype(dtype)
+def _found(passes: Sequence[str]) -> Sequence[Pass]:
+    """Looked up before a model is loaded."""
+    if not passes:
+        return ()
+    from llm42c.added_passes import find_passes
+
+    return find_passes(passes)
+
+
+def _explain_engine(model: str, dtype: str | None, passes: Sequence[str]) -> None:
+    wanted, added = parse_dtype(dtype), _found(passes)
     with progress_bars() as report:
         report("loading", 0, 0)
         from llm42c import models
@@ -124,7 +141,7 @@ def _explain_engine(model: str, dtype: str | None) -> None:
         from llm42c.compiler import ModelCompiler
         from llm42c.explanation import explain_engine
 
-        compiler = ModelCompiler(loaded, strict=False, ranks=ranks.world())
+        compiler = ModelCompiler(loaded, strict=False, ranks=ranks.world(), passes=added)
         compiler.compile(release=True)
         found = explain_engine(compiler)
     print(found)

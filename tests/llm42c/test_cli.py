@@ -135,6 +135,22 @@ def test_explain_is_about_the_graph_that_generate_runs(
     assert "dense_attention" not in printed
 
 
+@pytest.mark.parametrize("pipeline", ["engine", "compile"])
+def test_explain_with_a_pass_of_another_package(
+    pipeline: str, model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "idle_pass.py").write_text(
+        "from llm42c.passes.base import Pass\n"
+        "def idle(graph, ctx, report):\n    report.miss(next(iter(graph.nodes)), 'it is idle')\n"
+        "IDLE = Pass('idle', idle)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["explain", model, "--pipeline", pipeline, "--pass", "idle_pass:IDLE"]) == 0
+    printed = capsys.readouterr().out
+    assert "added: idle_pass, before check, uuid" in printed
+    assert "not 1×: it is idle" in printed
+
+
 def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
     assert cli.main(["version"]) == 0
     assert "torch" in capsys.readouterr().out
@@ -187,6 +203,7 @@ def test_version_and_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
         (["bench", "startup", "./nowhere"], "no model at './nowhere'"),
         (["explain", "MODEL", "--pipeline", "both"], "--pipeline must be one of engine, compile"),
         (["explain", "MODEL", "--pipeline", "engine", "--ranks", "2"], "leave them out"),
+        (["explain", "MODEL", "--pass", "nobody:P"], "'nobody:P' of option 'passes' cannot be loaded"),
         (["explain", "no-such-model"], "no folder of that name is here, nothing in Hugging Face's cache"),
     ],
 )
