@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from llm42c.added_passes import find_passes
 from llm42c.errors import OptionsError
-from llm42c.passes.base import Pass
+
+if TYPE_CHECKING:
+    from llm42c.passes.base import Pass
 
 Reductions = Literal["fixed", "free"]
 TokenWeave = Literal["off", "auto", "always"]
@@ -58,7 +59,7 @@ class Options:
                 'options={"reductions": "fixed"}'
             )
         given = dict(options or {})
-        hints = get_type_hints(cls)
+        hints = get_type_hints(cls, localns={"Pass": object})  # passes are looked up instead
         known = [f.name for f in fields(cls)]
         for key, value in given.items():
             if key not in known:
@@ -67,6 +68,8 @@ class Options:
                     f"unknown option {key!r}; did you mean {near[0]!r}? (known: {', '.join(known)})"
                 )
             if key == "passes":
+                from llm42c.added_passes import find_passes  # imports torch; --help imports this module
+
                 given[key] = find_passes(value)
             else:
                 _check(key, value, hints[key])
