@@ -1,12 +1,13 @@
-"""A short demo of SmolLM2 in a process of its own: ``python isa_demo.py``, with LLM42_ISA as it should be.
+"""A short demo of SmolLM2 in a process of its own, with LLM42_ISA as it should be: `isa_demo.py 1 2`.
 
-Prints, for one thread and for two: the contract, and the digests of tokens and log-probabilities of requests
+Prints, for each number of threads: the contract, and the digests of tokens and log-probabilities of requests
 alone and together.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def main() -> None:
     model, tokenizer = models.load_model("smollm2")
     jobs = make_jobs([(text, tokenizer.encode(text)) for text in PROMPTS], TOKENS)
     compiler, found = ModelCompiler(model), []
-    for threads in (1, 2):
+    for threads in map(int, sys.argv[1:]):
         torch.set_num_threads(threads)
         built = build_engine(model, tokenizer, compiler=compiler, persist_certificates=False, num_pages=64)
         runs = [

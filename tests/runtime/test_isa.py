@@ -1,4 +1,4 @@
-"""One contract and one answer on every instruction set, with one thread and with two, on the real model."""
+"""One contract and one answer on every instruction set, with one thread or two, on the real model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llm42c.codegen.cpu import build
 TORCH = {"avx512": "avx512", "avx2": "avx2", "portable": "default"}
 
 
-def _runs(isa: str) -> list[dict[str, object]]:
+def _runs(isa: str, threads: tuple[int, ...]) -> list[dict[str, object]]:
     env = os.environ | {"LLM42_ISA": isa, "ATEN_CPU_CAPABILITY": TORCH[isa]}
-    script = Path(__file__).parent / "isa_demo.py"
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(Path(__file__).parent / "isa_demo.py"), *map(str, threads)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -30,8 +30,9 @@ def _runs(isa: str) -> list[dict[str, object]]:
 def test_machines_that_are_not_alike_share_a_contract_and_its_bits() -> None:
     flags = set(build.cpu_features().split())
     isas = [isa for isa in TORCH if build.NEEDS.get(isa, set()) <= flags]
-    found = [run for isa in isas for run in _runs(isa)]
-    assert len(found) == 2 * len(isas) >= 2
+    threads = {isa: (2,) if isa == "portable" and len(isas) > 1 else (1, 2) for isa in isas}  # it is slow
+    found = [run for isa in isas for run in _runs(isa, threads[isa])]
+    assert len(found) == sum(map(len, threads.values())) >= 2
     assert all(run == found[0] for run in found)
     for name in ("tokens", "logprobs"):
         alone, together = found[0][name]  # type: ignore[misc]
