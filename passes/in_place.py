@@ -110,9 +110,11 @@ def filled_by_parts(graph: fx.Graph) -> None:
             continue
         parts = {user: _part(user, node) for user in node.users}
         filled = sorted((p for p in parts.values() if p is not None), key=lambda p: p[0])
+        if len(filled) < 2:
+            continue
         ends = [0, *(end for _, end, _ in filled)]
         tiled = [begin for begin, _, _ in filled] == ends[:-1] and g.same(g.fake(node).shape[-1], ends[-1])
-        if len(filled) < 2 or not tiled:
+        if not tiled:
             continue
         last = max(copy for _, _, copy in filled)
         if any(part is None and user < last for user, part in parts.items()):

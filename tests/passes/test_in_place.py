@@ -101,6 +101,13 @@ def chosen_rows(x: Tensor) -> Tensor:
     return y * 2
 
 
+def a_scalar(x: Tensor) -> Tensor:
+    total = x.new_zeros(())
+    y = x.new_empty(())
+    y.copy_(x[0, 0])
+    return x * (total + y)
+
+
 def inputs() -> Tensor:
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
