@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm42c"
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-# What is a link in llm42c/, and the folder at the top of the tree that holds its files.
-LINKS = {"passes": "passes", "codegen": "codegen", "runtime": "runtime", "prompts": "examples/prompts"}
-FOLDERS = {"llm42c": Path("llm42c"), **{folder: Path("llm42c", link) for link, folder in LINKS.items()}}
+# Each is a folder at the top of the tree, and a link to it in llm42c/.
+LINKS = ("passes", "codegen", "runtime")
+FOLDERS = {"llm42c": Path("llm42c"), **{link: Path("llm42c", link) for link in LINKS}}
 
 
 def _python(code: str, *arguments: str, **environment: str) -> str:
@@ -39,8 +39,8 @@ def _files(folder: str, *suffixes: str) -> set[Path]:
 
 
 def test_each_link_is_a_top_level_folder() -> None:
-    for package, folder in LINKS.items():
-        link = PACKAGE / package
+    for folder in LINKS:
+        link = PACKAGE / folder
         assert not Path(os.readlink(link)).is_absolute(), f"{link} holds only on this machine"
         assert link.resolve() == (ROOT / folder).resolve(), f"{link} is not {folder}/"
     linked = {path.name for path in PACKAGE.iterdir() if path.is_symlink()}

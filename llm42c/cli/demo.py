@@ -30,8 +30,8 @@ from llm42c.errors import ConfigError
 from llm42c.prompts import load_prompts
 
 if TYPE_CHECKING:
-    from llm42c.runtime.control import Control
-    from llm42c.runtime.demo import DemoResult, Job
+    from llm42c.runtime.demo.control import Control
+    from llm42c.runtime.demo.job import DemoResult, Job
 
 QUICK_PROMPTS, QUICK_TOKENS = 6, 48
 
@@ -73,7 +73,7 @@ def demo(
         control_tokens = min(control_tokens, tokens)
     with progress_bars() as report:
         built = open_engine(model, report, device=device, fast=fast, verify=verify, token_weave=token_weave)
-        from llm42c.runtime import demo as job
+        from llm42c.runtime.demo import job
 
         named = [(p.name, p.token_ids(built.tokenizer)) for p in texts]
         jobs = job.make_jobs(named, tokens)
@@ -95,7 +95,7 @@ def _control(
     import torch
 
     from llm42c import models
-    from llm42c.runtime.control import run_control
+    from llm42c.runtime.demo.control import run_control
 
     report("control", 0, 2 * len(named))
     plain, _ = models.load_model(model, torch.float32)

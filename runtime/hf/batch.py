@@ -12,8 +12,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from llm42c.errors import RequestError
 from llm42c.runtime.hf import arguments as args
 from llm42c.runtime.hf.generate import Call, make_rows, prepare
-from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.rows import Row, Run
+from llm42c.runtime.pump import Pump
 
 # Of Hugging Face's own generate_batch; they tune its engine, not the result.
 _IGNORED = ("continuous_batching_config", "persistent_manager", "warmup")

@@ -17,8 +17,8 @@ from llm42c.runtime.hf import arguments as args
 from llm42c.runtime.hf import stopping as stops
 from llm42c.runtime.hf.output import DeterministicOutput
 from llm42c.runtime.hf.processors import Recorder, RowProcessor, split
-from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.rows import Row, Run
+from llm42c.runtime.pump import Pump
 from llm42c.runtime.sampling import SamplingParams
 
 

@@ -25,9 +25,9 @@ from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.hf import batch, generate, streaming
 from llm42c.runtime.hf.fingerprint import Fingerprint
-from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.streaming import StreamedToken
 from llm42c.runtime.loader import BuiltEngine, build_engine
+from llm42c.runtime.pump import Pump
 from llm42c.runtime.stats import Stats
 from llm42c.support import context_limit, require_supported
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llm42c.errors import RequestError
 from llm42c.runtime.hf.processors import Recorder, RowProcessor, committed_scores
-from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.stopping import Stopping
 from llm42c.runtime.outputs import RequestOutput
+from llm42c.runtime.pump import Pump
 from llm42c.runtime.sampling import SamplingParams
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from llm42c.errors import RequestError
 from llm42c.runtime.hf import arguments as args
 from llm42c.runtime.hf.generate import Call, make_rows
-from llm42c.runtime.hf.pump import Pump
 from llm42c.runtime.hf.rows import Run
+from llm42c.runtime.pump import Pump
 
 
 class StreamedToken(NamedTuple):

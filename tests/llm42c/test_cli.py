@@ -89,10 +89,10 @@ def test_demo_agrees_and_writes_json(model: str, tmp_path: Path, capsys: pytest.
 def test_demo_fails_where_bits_differ(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm42c.runtime import demo
+    from llm42c.runtime.demo import job
 
     (tmp_path / "a.txt").write_text("w5 w6 w7")
-    monkeypatch.setattr(demo, "differing", lambda jobs, a, b: [job.name for job in jobs])
+    monkeypatch.setattr(job, "differing", lambda jobs, a, b: [each.name for each in jobs])
     command = ["demo", model, "--prompts", str(tmp_path), "-n", "2", "--control", "off"]
     assert cli.main(command) == exits.FAILED
     assert "BITS DIFFER" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import torch
 
 from llm42c import models
 from llm42c.compiler import ModelCompiler
-from llm42c.runtime.demo import make_jobs, run_alone, run_together
+from llm42c.runtime.demo.job import make_jobs, run_alone, run_together
 from llm42c.runtime.loader import build_engine
 
 PROMPTS = ("The capital of France is", "def add(a, b):\n", "Once upon a time there was a", "1, 2, 3,")

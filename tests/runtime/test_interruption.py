@@ -17,7 +17,7 @@ from toy import VOCAB, FlipModel, NoisyModel, ToyModel, make_engine, small_confi
 from llm42c.errors import IntegrityError
 from llm42c.runtime import engine as engine_module
 from llm42c.runtime.engine import Engine
-from llm42c.runtime.hf.pump import Pump
+from llm42c.runtime.pump import Pump
 from llm42c.runtime.sampling import SamplingParams
 
 HOME = str(Path(engine_module.__file__).parent)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import toy
 
-from llm42c.runtime import demo
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.demo import job
 from llm42c.runtime.engine import Engine
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toy
 
 CONFIG = EngineConfig(
     max_num_seqs=16,
@@ -57,26 +61,26 @@ class Biased(toy.ToyModel):
 
 
 @pytest.fixture(scope="module")
-def jobs() -> list[demo.Job]:
+def jobs() -> list[job.Job]:
     rng = np.random.default_rng(5)
     lengths = [1, 2, 3, 5, 8, 9, 13, 16, 21, 31, 40, 70]
-    return demo.make_jobs([(f"p{n}", rng.integers(8, toy.VOCAB, n).tolist()) for n in lengths], 24)
+    return job.make_jobs([(f"p{n}", rng.integers(8, toy.VOCAB, n).tolist()) for n in lengths], 24)
 
 
 def _quiet(name: str, done: int, total: int) -> None:
     pass
 
 
-def test_jobs_are_half_greedy_half_seeded(jobs: list[demo.Job]) -> None:
+def test_jobs_are_half_greedy_half_seeded(jobs: list[job.Job]) -> None:
     greedy = [job for job in jobs if job.params.temperature == 0]
     assert len(greedy) == len(jobs) // 2
     assert all(job.params.seed is not None for job in jobs if job not in greedy)
     assert len({job.params.seed for job in jobs}) == 1 + len(jobs) // 2
 
 
-def test_runs_agree_on_a_fast_path_that_errs(jobs: list[demo.Job]) -> None:
+def test_runs_agree_on_a_fast_path_that_errs(jobs: list[job.Job]) -> None:
     seen: list[tuple[str, int, int]] = []
-    result = demo.run_demo(Built(), jobs, lambda *news: seen.append(news))  # type: ignore[arg-type]
+    result = job.run_demo(Built(), jobs, lambda *news: seen.append(news))  # type: ignore[arg-type]
     assert result.agree
     assert [run.name for run in result.runs] == ["alone", "together", "pressure"]
     assert len({run.tokens_digest for run in result.runs}) == 1
@@ -92,10 +96,10 @@ def test_runs_agree_on_a_fast_path_that_errs(jobs: list[demo.Job]) -> None:
 
 
 def test_under_pressure_the_fast_path_becomes_certified(
-    jobs: list[demo.Job], monkeypatch: pytest.MonkeyPatch
+    jobs: list[job.Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def share() -> float:
-        pressure = demo.run_demo(Built(fast=toy.ToyModel), jobs, _quiet).runs[2]  # type: ignore[arg-type]
+        pressure = job.run_demo(Built(fast=toy.ToyModel), jobs, _quiet).runs[2]  # type: ignore[arg-type]
         assert pressure.stats["preemptions"] > 5
         return float(pressure.stats["certified_share"])
 
@@ -105,23 +109,23 @@ def test_under_pressure_the_fast_path_becomes_certified(
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
-def test_one_other_bit_in_any_run_is_noticed(jobs: list[demo.Job], broken: int) -> None:
+def test_one_other_bit_in_any_run_is_noticed(jobs: list[job.Job], broken: int) -> None:
     built = Built(broken=frozenset({broken}))
-    result = demo.run_demo(built, jobs, _quiet)  # type: ignore[arg-type]
+    result = job.run_demo(built, jobs, _quiet)  # type: ignore[arg-type]
     assert not result.agree
     assert sum(bool(run.differ) for run in result.runs) == (2 if broken == 0 else 1)
 
 
-def test_a_sign_of_zero_is_a_difference(jobs: list[demo.Job]) -> None:
-    plus, minus = demo.Answer((3,), (0.0,)), demo.Answer((3,), (-0.0,))
-    assert demo.differing(jobs[:1], [plus], [plus]) == []
-    assert demo.differing(jobs[:1], [plus], [minus]) == [jobs[0].name]
-    assert demo.differing(jobs[:1], [plus], [demo.Answer((4,), (0.0,))]) == [jobs[0].name]
+def test_a_sign_of_zero_is_a_difference(jobs: list[job.Job]) -> None:
+    plus, minus = job.Answer((3,), (0.0,)), job.Answer((3,), (-0.0,))
+    assert job.differing(jobs[:1], [plus], [plus]) == []
+    assert job.differing(jobs[:1], [plus], [minus]) == [jobs[0].name]
+    assert job.differing(jobs[:1], [plus], [job.Answer((4,), (0.0,))]) == [jobs[0].name]
 
 
-def test_the_result_is_data(jobs: list[demo.Job]) -> None:
+def test_the_result_is_data(jobs: list[job.Job]) -> None:
     built = Built(fast=toy.ToyModel)
-    data = json.loads(json.dumps(demo.run_demo(built, jobs[:4], _quiet).as_dict()))  # type: ignore[arg-type]
+    data = json.loads(json.dumps(job.run_demo(built, jobs[:4], _quiet).as_dict()))  # type: ignore[arg-type]
     assert data["agree"] is True
     assert data["shapes"]["certified"] > 0
     assert {run["run"]: run["differ"] for run in data["runs"]} == {
@@ -131,7 +135,7 @@ def test_the_result_is_data(jobs: list[demo.Job]) -> None:
     }
 
 
-def test_scarce_pages_hold_the_largest_request(jobs: list[demo.Job]) -> None:
+def test_scarce_pages_hold_the_largest_request(jobs: list[job.Job]) -> None:
     built: Any = Built()
-    assert demo.scarce_pages(built, jobs[-1:]) == -(-(70 + 24) // CONFIG.page_size)
-    assert demo.scarce_pages(built, jobs) < sum(-(-(len(j.prompt) + 24) // 4) for j in jobs) // 3
+    assert job.scarce_pages(built, jobs[-1:]) == -(-(70 + 24) // CONFIG.page_size)
+    assert job.scarce_pages(built, jobs) < sum(-(-(len(j.prompt) + 24) // 4) for j in jobs) // 3

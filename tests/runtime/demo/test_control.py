@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from llm42c.runtime import control
+from llm42c.runtime.demo import control
 
 JOBS = [("a", [5, 6, 7]), ("b", [9]), ("c", list(range(3, 20)))]
 

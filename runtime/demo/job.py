@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm42c.runtime.control import Control
+from llm42c.runtime.demo.control import Control
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.loader import BuiltEngine
 from llm42c.runtime.probe import LEAST_PAGES
