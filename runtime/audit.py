@@ -18,6 +18,7 @@ from torch import Tensor
 from llm42c.errors import IntegrityError
 from llm42c.packed import KVCache
 from llm42c.ranks import ALONE, Ranks
+from llm42c.runtime.accept import VERIFIER, prove, row_problem
 from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
 from llm42c.runtime.certificates import Certificates, named
 from llm42c.runtime.config import EngineConfig
@@ -26,7 +27,6 @@ from llm42c.runtime.request import Request, State
 from llm42c.runtime.sampling import Sampled
 from llm42c.runtime.scheduler import Scheduler, VerifyPlan
 from llm42c.runtime.stats import Stats
-from llm42c.runtime.verifier import VERIFIER, prove, row_problem
 
 _log = logging.getLogger(__name__)
 

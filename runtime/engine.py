@@ -18,7 +18,7 @@ from torch import Tensor
 from llm42c.errors import ConfigError, IntegrityError, RequestError
 from llm42c.packed import PackedModel
 from llm42c.ranks import ALONE, Ranks
-from llm42c.runtime import verifier as verification
+from llm42c.runtime.accept import VERIFIER, Verdict, accept, row_problem
 from llm42c.runtime.audit import Auditor
 from llm42c.runtime.block_pool import BlockPool, kv_digest
 from llm42c.runtime.certificates import Certificates
@@ -364,21 +364,13 @@ class Engine:
         stats.seconds_sample += time.perf_counter() - middle
         stats.fast_steps += 1
         row = tokens = 0
-        origin = self.certificates.origin_id(plan.shape) if plan.commits else 0
+        origin = self.certificates.origin_id(plan.shape) if plan.commits else VERIFIER
         for chunk in plan.chunks:
             request = chunk.request
             if not request.deterministic:
-                request.num_computed = chunk.end
-                if chunk.num_rows:
-                    stats.ordinary_tokens += 1
-                    self._commit_fast(request, sampled, row, origin)
+                stats.ordinary_tokens += self._accept(chunk, sampled, row, origin).committed
             elif plan.commits and not request.pending:
-                self._auditor.wrote(chunk, origin)
-                request.num_computed = chunk.end
-                self._scheduler.share(request)
-                if chunk.num_rows:
-                    stats.certified_tokens += 1
-                    self._commit_fast(request, sampled, row, origin)
+                stats.certified_tokens += self._accept(chunk, sampled, row, origin).committed
             else:
                 self._propose(request, sampled, row, plan.commits)
             row += chunk.num_rows
@@ -386,16 +378,8 @@ class Engine:
         stats.fast_tokens += tokens
         stats.fast_padding += plan.num_tokens - tokens
 
-    def _commit_fast(self, request: Request, sampled: Sampled, row: int, origin: int) -> None:
-        problem = verification.row_problem(sampled, row)
-        if problem is not None:
-            request.fail(problem)
-        else:
-            request.commit(sampled.tokens[row], sampled.logprobs[row], sampled.tops.get(row), origin)
-        self._touch(request)
-
     def _propose(self, request: Request, sampled: Sampled, row: int, certified: bool) -> None:
-        if verification.row_problem(sampled, row) is not None:
+        if row_problem(sampled, row) is not None:
             request.blocked = True  # perhaps only because an earlier proposal is wrong: the verifier decides
         else:
             self._stats.speculated_tokens += 1
@@ -423,18 +407,19 @@ class Engine:
             self._auditor.after(replay, sampled, first[id(replay.chunk)])
         for chunk in chunks:
             if not chunk.audit and chunk.request.state is State.RUNNING:
-                self._accept(chunk, sampled, first[id(chunk)])
+                verdict = self._accept(chunk, sampled, first[id(chunk)], VERIFIER)
+                stats.verified_tokens += verdict.committed
+                stats.rollbacks += verdict.rolled_back
+                stats.recomputed_tokens += verdict.dropped
 
-    def _accept(self, chunk: Chunk, sampled: Sampled, first: int) -> None:
-        request, stats = chunk.request, self._stats
-        verdict = verification.accept(chunk, sampled, first)
-        self._auditor.wrote(chunk, verification.VERIFIER)
-        self._scheduler.share(request)
-        stats.verified_tokens += verdict.committed
-        stats.rollbacks += verdict.rolled_back
-        stats.recomputed_tokens += verdict.dropped
+    def _accept(self, chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
+        verdict = accept(chunk, sampled, first, origin)
+        if chunk.request.deterministic:
+            self._auditor.wrote(chunk, origin)
+            self._scheduler.share(chunk.request)
         if verdict.committed or verdict.finished:
-            self._touch(request)
+            self._touch(chunk.request)
+        return verdict
 
     def _touch(self, request: Request) -> None:
         """The request has news; if it ended, it leaves."""

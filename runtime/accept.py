@@ -1,9 +1,10 @@
-"""What the verifier graph's answer means for a request: commit, roll back, or doubt a certificate.
+"""What a committing graph's answer means for a request: commit, or roll back. There is no other way for a
+request to get a token.
 
 Following LLM-42 (arXiv 2601.17768, section 4): the window [last committed, pending…] is replayed at the fixed
 shape; the matching prefix is committed together with the verifier's own next token, so each replay makes
-progress. Unlike there, a chunk of a prompt, a window and a recomputation are one thing: canonical positions
-continued from `num_computed`.
+progress. Unlike there, a chunk of a prompt, a window, a recomputation and a certified shape's step are one
+thing: canonical positions continued from `num_computed`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NO_TOKEN = "no token can be chosen: the logits hold NaN, or none of them is fini
 
 @dataclass(slots=True)
 class Verdict:
-    """What one chunk of a verifier step led to."""
+    """What one chunk of a step led to."""
 
     committed: int = 0
     rolled_back: bool = False
@@ -27,15 +28,16 @@ class Verdict:
     finished: bool = False
 
 
-def accept(chunk: Chunk, sampled: Sampled, first: int) -> Verdict:
-    """Apply rows `first`, `first + 1`, … of `sampled` to the chunk's request.
+def accept(chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
+    """Apply rows `first`, `first + 1`, … of `sampled`, which `origin` computed, to the chunk's request.
 
     Row j predicts the token after position `chunk.first_row + j`. It counts only while every earlier row
     agreed with the proposal there; the first that does not is committed in the proposal's place, wherever in
-    the window it is.
+    the window it is. Only the verifier proves what it commits.
     """
     request, verdict = chunk.request, Verdict()
     pending = request.pending
+    keep = len(pending)  # where what stays proposed begins
     for j in range(chunk.num_rows):
         row = first + j
         problem = row_problem(sampled, row)
@@ -45,21 +47,19 @@ def accept(chunk: Chunk, sampled: Sampled, first: int) -> Verdict:
             break
         token = sampled.tokens[row]
         verdict.committed += 1
-        verdict.finished = request.commit(token, sampled.logprobs[row], sampled.tops.get(row), VERIFIER)
+        verdict.finished = request.commit(token, sampled.logprobs[row], sampled.tops.get(row), origin)
         agreed = j < len(pending) and token == pending[j]
         if verdict.finished or not agreed:
             verdict.rolled_back = j < len(pending) and not agreed
             break
     else:
         # Every row agreed, so proposals beyond the chunk are still possible.
-        request.keep_pending(verdict.committed)
-        request.num_computed = chunk.end
-        prove(chunk, verdict.committed)
-        return verdict
-    verdict.dropped = max(0, len(pending) - verdict.committed + (1 if verdict.rolled_back else 0))
-    request.drop_pending()
+        keep = verdict.committed
+    verdict.dropped = max(0, keep - verdict.committed + verdict.rolled_back)
+    request.keep_pending(keep)
     request.num_computed = min(chunk.end, len(request.tokens) - 1)
-    prove(chunk, verdict.committed)
+    if origin == VERIFIER and request.deterministic:
+        prove(chunk, verdict.committed)
     return verdict
 
 

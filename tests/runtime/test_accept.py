@@ -6,19 +6,19 @@ import itertools
 
 import pytest
 
+from llm42c.runtime.accept import VERIFIER, accept
 from llm42c.runtime.packing import Span
 from llm42c.runtime.request import Request
 from llm42c.runtime.sampling import Sampled, SamplingParams
-from llm42c.runtime.verifier import accept
 
 PROMPT = [1, 2, 3]
 EOS = 9
 
 
-def make(pending: list[int], max_tokens: int = 50) -> Request:
+def make(pending: list[int], max_tokens: int = 50, deterministic: bool = True) -> Request:
     request = Request(
         *("id", 0, PROMPT, SamplingParams(max_tokens=max_tokens)),
-        deterministic=True,
+        deterministic=deterministic,
         stream=True,
         seed=0,
         max_tokens=max_tokens,
@@ -43,7 +43,7 @@ def test_commits_the_agreeing_prefix_and_one_more(count: int, rows: int) -> None
         request = make(pending)
         newest = len(PROMPT) - 1
         chunk = Span(request, newest, newest + rows, newest)
-        verdict = accept(chunk, answer(list(answers)), 2)
+        verdict = accept(chunk, answer(list(answers)), 2, VERIFIER)
         agreeing = len(list(itertools.takewhile(lambda x: x[0] == x[1], zip(answers, pending, strict=False))))
         expected = list(answers[: min(rows, agreeing + 1)])
         assert request.outputs == expected
@@ -63,7 +63,7 @@ def test_commits_the_agreeing_prefix_and_one_more(count: int, rows: int) -> None
 def test_a_prompt_chunk_commits_nothing() -> None:
     request = make([])
     request.num_computed = 0
-    verdict = accept(Span(request, 0, 2, 2), answer([]), 2)
+    verdict = accept(Span(request, 0, 2, 2), answer([]), 2, VERIFIER)
     assert (verdict.committed, verdict.rolled_back) == (0, False)
     assert request.num_computed == 2
     assert request.outputs == []
@@ -72,14 +72,14 @@ def test_a_prompt_chunk_commits_nothing() -> None:
 def test_the_end_of_the_request_ends_the_window() -> None:
     request = make([4, EOS])
     assert request.spec_done
-    verdict = accept(Span(request, 2, 4, 2), answer([4, EOS]), 2)
+    verdict = accept(Span(request, 2, 4, 2), answer([4, EOS]), 2, VERIFIER)
     assert verdict.finished
     assert not verdict.rolled_back
     assert request.outputs == [4, EOS]
     assert (request.finish_reason, request.stop_reason) == ("stop", EOS)
 
     early = make([4, 4, 4])
-    verdict = accept(Span(early, 2, 6, 2), answer([4, EOS, 4, 4]), 2)
+    verdict = accept(Span(early, 2, 6, 2), answer([4, EOS, 4, 4]), 2, VERIFIER)
     assert verdict.finished
     assert verdict.rolled_back
     assert early.outputs == [4, EOS]
@@ -88,7 +88,7 @@ def test_the_end_of_the_request_ends_the_window() -> None:
 def test_rows_beyond_max_tokens_do_not_count() -> None:
     request = make([4, 4], max_tokens=2)
     assert request.spec_done
-    verdict = accept(Span(request, 2, 5, 2), answer([4, 4, 4]), 2)
+    verdict = accept(Span(request, 2, 5, 2), answer([4, 4, 4]), 2, VERIFIER)
     assert request.outputs == [4, 4]
     assert request.finish_reason == "length"
     assert verdict.dropped == 0
@@ -99,13 +99,13 @@ def test_a_row_without_a_token_counts_only_if_it_is_reached(at: int) -> None:
     answers = [4, 4, 4]
     answers[at] = -1
     request = make([4, 4])
-    verdict = accept(Span(request, 2, 5, 2), answer(answers), 2)
+    verdict = accept(Span(request, 2, 5, 2), answer(answers), 2, VERIFIER)
     assert verdict.finished
     assert request.finish_reason == "error"
     assert request.outputs == [4] * at
 
     request = make([5, 5])  # the first row disagrees: later rows mean nothing
-    verdict = accept(Span(request, 2, 5, 2), answer([4, -1, -1], {3: "boom"}), 2)
+    verdict = accept(Span(request, 2, 5, 2), answer([4, -1, -1], {3: "boom"}), 2, VERIFIER)
     assert request.finish_reason is None
     assert request.outputs == [4]
 
@@ -113,6 +113,27 @@ def test_a_row_without_a_token_counts_only_if_it_is_reached(at: int) -> None:
 def test_what_follows_unproved_ground_is_not_proved() -> None:
     request = make([4, 4])
     request.proved = 1
-    accept(Span(request, 2, 5, 2), answer([4, 4, 4]), 2)
+    accept(Span(request, 2, 5, 2), answer([4, 4, 4]), 2, VERIFIER)
     assert request.outputs == [4, 4, 4]
     assert (request.proved, request.proved_outputs) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("origin", "deterministic", "proved"), [(VERIFIER, True, 1), (5, True, 0), (VERIFIER, False, 0)]
+)
+def test_only_the_verifier_proves_and_only_what_is_deterministic(
+    origin: int, deterministic: bool, proved: int
+) -> None:
+    request = make([], deterministic=deterministic)
+    verdict = accept(Span(request, 2, 3, 2), answer([4]), 2, origin)
+    assert (verdict.committed, verdict.rolled_back, verdict.dropped) == (1, False, 0)
+    assert (request.outputs, request.origins, request.num_computed) == ([4], [origin], 3)
+    assert (request.proved - 2, request.proved_outputs) == (proved, proved)
+
+
+def test_the_verifier_s_token_frees_a_request_whose_proposal_was_blocked() -> None:
+    request = make([])
+    request.blocked = request.drain = True
+    accept(Span(request, 2, 3, 2), answer([4]), 2, VERIFIER)
+    assert not request.blocked
+    assert not request.drain
