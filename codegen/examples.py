@@ -53,10 +53,8 @@ class Packed:
 
 
 def for_specification(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for an operator's reference and simulators, which take natural panels."""
-    from llm42c.codegen.ops.linear import linear_pack
-
-    return tuple(linear_pack.reference(a.weight) if isinstance(a, Packed) else _own(a) for a in example)
+    """The arguments for an operator's reference and simulators, which take the weight for a packed one."""
+    return tuple(_own(a.weight if isinstance(a, Packed) else a) for a in example)
 
 
 def for_kernel(example: tuple[Any, ...]) -> tuple[Any, ...]:

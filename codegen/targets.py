@@ -18,6 +18,7 @@ import torch
 
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.order import Order
+from llm42c.codegen.packing import Packing
 
 
 class TargetUnavailableError(RuntimeError):
@@ -28,12 +29,13 @@ class Target:
     """Who computes the operators on the devices of one type, and what the bits hang on there.
 
     ``name`` stands in orders (``orders={"cpu": …}``) and contracts; ``device_type`` is torch's name of the
-    devices; ``dispatch_key`` is torch's key of their implementations.
+    devices; ``dispatch_key`` is torch's key of their implementations; ``packing`` is its layout of weights.
     """
 
     name: str
     device_type: str
     dispatch_key: str
+    packing = Packing()
 
     def require(self, device: torch.device) -> None:
         """Raises TargetUnavailableError unless the operators can run on ``device``."""

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from llm42c.codegen.cpu import build
+from llm42c.codegen.cpu.packing import Panels
 from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.target import local_decode_workers
@@ -21,6 +22,7 @@ class CpuTarget(Target):
     name = "cpu"
     device_type = "cpu"
     dispatch_key = "CPU"
+    packing = Panels()
 
     def prepare(self) -> None:
         """Compile the kernels. Raises as :meth:`load`."""

@@ -13,45 +13,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from llm42c.codegen import simulate
+from llm42c.codegen import simulate, targets
 from llm42c.codegen.examples import OUT, ROWS, WIDTH, Numbers, Packed
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.ops.activation import silu_mul
 from llm42c.codegen.order import CHAIN, COPY, TILES
 
-PANEL = 48
-"""Columns of a packed panel (``gemm_lanes.h``)."""
-
-
-def _panels(n: int) -> int:
-    return (n + PANEL - 1) // PANEL
-
 
 @operator(orders={"cpu": COPY, "cuda": COPY})
 def linear_pack(weight: Tensor) -> Tensor:
-    """weight: [N, K] (any strides) → packed: [ceil(N / PANEL), K, PANEL] of the same dtype.
+    """weight: [N, K] (any strides) → the same numbers as the target's products read them.
 
-    The order inside a panel belongs to the compiled library: a packed weight is for this process, not for a
-    file. Here the columns stand in natural order; a library may order them differently within 16.
+    The layout is the target's (``codegen/packing.py``). For references and simulators, which know none, the
+    packed weight is the weight.
     """
-    n, k = weight.shape
-    padded = weight.new_zeros(_panels(n) * PANEL, k)
-    padded[:n] = weight
-    return padded.view(_panels(n), PANEL, k).transpose(1, 2).contiguous()
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 @linear_pack.fake
 def _linear_pack_fake(weight: Tensor) -> Tensor:
-    n, k = weight.shape
-    return weight.new_empty(_panels(n), k, PANEL)
+    return targets.of(weight.device).packing.linear_pack(weight)
 
 
 @operator(orders={"cpu": COPY, "cuda": COPY})
 def linear_unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    """The exact inverse: packed → [N, K]; here of the natural order of columns."""
-    return packed.transpose(1, 2).reshape(-1, k)[:n].contiguous()
+    """The exact inverse: packed of [N, K] → [N, K]."""
+    return packed.clone()
 
 
 @linear_unpack.fake
@@ -74,9 +64,9 @@ def _packed_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x: [..., K], packed of [N, K], bias: [N], one dtype (fp32, bf16, fp16) → [..., N].
 
-    In fp64, not rounded to ``x.dtype``, of a weight that the reference of ``linear_pack`` packed.
+    In fp64, not rounded to ``x.dtype``, of the weight itself.
     """
-    return linear_dense.reference(x, linear_unpack.reference(packed, n, x.shape[-1]), bias)
+    return linear_dense.reference(x, packed, bias)
 
 
 @linear.fake
@@ -86,7 +76,7 @@ def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tens
 
 @linear.simulator(CHAIN)
 def _linear_simulated(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    return simulate.linear(x, linear_unpack.reference(packed, n, x.shape[-1]), bias)
+    return simulate.linear(x, packed, bias)
 
 
 def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:

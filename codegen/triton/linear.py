@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen.operator import implements
-from llm42c.codegen.ops.linear import PANEL
 from llm42c.codegen.target import Target
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.devices import target_of
 from llm42c.codegen.triton.fold import fold
+from llm42c.codegen.triton.packing import PANEL
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import DTYPES
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One kernel. ``packed``: panels of ``linear_pack``; else rows of an ordinary [N, K] weight."""
+    """One kernel. ``packed``: panels of ``columns``; else rows of an ordinary [N, K] weight."""
 
     dtype: str
     packed: bool
@@ -51,21 +51,19 @@ def buckets(target: Target) -> tuple[int, ...]:
 def spec_for(target: Target, rows: int, dtype: str, packed: bool, bias: bool) -> LinearSpec:
     """The tile for a number of rows: the only thing that depends on it."""
     if dtype == "float32":  # plain multiply-adds: one tile
-        return LinearSpec(dtype, packed, bias, 16, 64, 32, 4, 2)
+        return LinearSpec(dtype, packed, bias, 16, PANEL, 32, 4, 2)
     chosen = next((b for b in buckets(target) if rows <= b), buckets(target)[-1])
     warps = 8 if chosen == 128 else 4
-    return LinearSpec(dtype, packed, bias, chosen, 64, 64, warps, 2 if target.kind == "hip" else 3)
+    return LinearSpec(dtype, packed, bias, chosen, PANEL, 64, warps, 2 if target.kind == "hip" else 3)
 
 
 @functools.cache
 def emit(spec: LinearSpec) -> str:
     """The file of one specialisation; its kernel is ``linear``."""
-    layout = "[N / PANEL, K, PANEL]" if spec.packed else "[N, K]"
+    layout = "[N / COLUMNS, K, COLUMNS]" if spec.packed else "[N, K]"
     doc = f"y = x w^T + bias. x: [M, K], y: [M, N]; w: {layout}. Program (columns, rows)."
     body = fold("linear", "linear", {"PACKED": spec.packed}, doc=doc)
     constants = {"ROWS": spec.rows, "COLUMNS": spec.columns, "STEP": spec.step, "HAS_BIAS": spec.bias}
-    if spec.packed:
-        constants["PANEL"] = PANEL
     return module(
         "Matrix product with one order over k", f"{DTYPES[spec.dtype]}, M {spec.rows}", constants, body
     )
@@ -112,19 +110,3 @@ def linear_silu_mul(x: Tensor, packed: Tensor, n: int) -> Tensor:
 def linear_add(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor, n: int) -> Tensor:
     """``llm42::linear_add``: the product rounded to x.dtype, then added."""
     return residual + linear(x, packed, bias, n)
-
-
-@implements("linear_pack", "cuda")
-def linear_pack(weight: Tensor) -> Tensor:
-    """``llm42::linear_pack``: panels with columns in natural order."""
-    n, k = weight.shape
-    panels = -(-n // PANEL)
-    padded = weight.new_zeros(panels * PANEL, k)
-    padded[:n] = weight
-    return padded.view(panels, PANEL, k).transpose(1, 2).contiguous()
-
-
-@implements("linear_unpack", "cuda")
-def linear_unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    """``llm42::linear_unpack``."""
-    return packed.transpose(1, 2).reshape(-1, k)[:n].contiguous()

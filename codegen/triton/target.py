@@ -17,6 +17,7 @@ from llm42c.codegen import target as devices
 from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.targets import Target, TargetUnavailableError
+from llm42c.codegen.triton.packing import Panels
 
 _HERE = Path(__file__).parent
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -28,6 +29,7 @@ class GpuTarget(Target):
     name = "cuda"
     device_type = "cuda"  # ROCm too
     dispatch_key = "CUDA"
+    packing = Panels()
     has_steps = True
 
     def require(self, device: torch.device) -> None:

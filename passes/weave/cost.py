@@ -115,7 +115,7 @@ def _product(node: fx.Node, out: Tensor, tokens: int, rates: Rates) -> sympy.Exp
     tiles = sympy.ceiling(N * _number(rows) / rates.tile_m) * math.ceil(columns / rates.tile_n)
     waves = sympy.ceiling(tiles / rates.units) if rates.units > 1 else tiles
     tile = 2.0 * rates.tile_m * rates.tile_n * k / (rates.flops / rates.units)
-    weight = 0.0 if tokens_in(b, tokens) else float(k * columns * b.element_size())
+    weight = 0.0 if tokens_in(b, tokens) else float(b.numel() * b.element_size())
     activations = rows * (k + columns) * out.element_size()
     reading = (weight + activations * N) / rates.bandwidth
     return sympy.Max(waves * tile, reading) if rates.units > 1 else waves * tile + reading

@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from llm42c.codegen.ops import paged_attention as paged
 from llm42c.codegen.ops import registry
 from llm42c.codegen.ops.sample import gumbel, keep_mask
-from llm42c.codegen.triton import attention, dense_attention, linear, norm, rotary, sample, silu_mul
+from llm42c.codegen.triton import attention, dense_attention, linear, norm, packing, rotary, sample, silu_mul
 from llm42c.codegen.triton.cost import Choice
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 
@@ -152,10 +152,10 @@ def run_operators() -> dict[str, Any]:
     x, w, b = randn(3, 70), randn(50, 70), randn(50)
     expected = ops["linear_dense"].reference(x, w, b)
     limit = 72 * eps * (x.abs().double() @ w.abs().double().T + b.abs().double())
-    packed = linear.linear_pack(w)
+    packed = packing.linear_pack(w)
     for name, got in (("dense", linear.linear_dense(x, w, b)), ("packed", linear.linear(x, packed, b, 50))):
         ratios[f"linear_{name}"] = float(((got.double() - expected).abs() / limit).max())
-    ratios["unpack"] = 0.0 if torch.equal(linear.linear_unpack(packed, 50, 70), w) else 2.0
+    ratios["unpack"] = 0.0 if torch.equal(packing.linear_unpack(packed, 50, 70), w) else 2.0
     ratios["linear_alone"] = (
         0.0 if torch.equal(linear.linear_dense(x[1:2], w, b)[0], linear.linear_dense(x, w, b)[1]) else 2.0
     )

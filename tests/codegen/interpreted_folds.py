@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen.ops.linear import PANEL
-from llm42c.codegen.triton import fold, kernel, linear, norm, reduce, running
+from llm42c.codegen.triton import fold, kernel, linear, norm, packing, reduce, running
 from llm42c.codegen.triton.spec import power_of_two
 
 
@@ -68,16 +67,16 @@ def norms() -> dict[str, Any]:
 def linears() -> dict[str, Any]:
     """Packed and plain weights, with and without bias: the layouts have one result."""
     g, pairs = torch.Generator().manual_seed(0), Pairs()
-    m, n, k = 3, 50, 24
+    m, n, k = 3, 100, 24
     x, weight, bias = (torch.randn(*shape, generator=g) for shape in ((m, k), (n, k), (n,)))
     for packed, biased in itertools.product((False, True), repeat=2):
-        spec = linear.LinearSpec("float32", packed, biased, 16, 16, 16, 4, 2)
-        tile = {"ROWS": 16, "COLUMNS": 16, "STEP": 16}
-        whole = unfolded("linear", "linear", {**tile, "HAS_BIAS": biased, "PACKED": packed, "PANEL": PANEL})
-        held = linear.linear_pack(weight) if packed else weight
+        spec = linear.LinearSpec("float32", packed, biased, 16, packing.PANEL, 16, 4, 2)
+        tile = {"ROWS": 16, "COLUMNS": packing.PANEL, "STEP": 16}
+        whole = unfolded("linear", "linear", {**tile, "HAS_BIAS": biased, "PACKED": packed})
+        held = packing.linear_pack(weight) if packed else weight
 
         def run(fn: Any, out: list[Tensor], held: Tensor = held) -> None:
-            fn[(-(-n // 16), 1)](x, held, bias, *out, m, n, k, k, n)
+            fn[(-(-n // packing.PANEL), 1)](x, held, bias, *out, m, n, k, k, n)
 
         pairs.add(kernel.load("linear", linear.emit(spec)), whole, 1, torch.empty(m, n), run)
     return pairs.found()

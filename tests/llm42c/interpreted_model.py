@@ -17,7 +17,7 @@ import transformers as hf
 from torch import Tensor
 
 from llm42c.codegen.ops.registry import implemented
-from llm42c.codegen.triton import attention, linear
+from llm42c.codegen.triton import attention, packing
 from llm42c.compiler import CompiledModel, ModelCompiler
 from llm42c.packed import PackedInputs
 
@@ -58,7 +58,7 @@ def on_triton(model: CompiledModel, called: set[str]) -> Callable[..., Any]:
             if name in PACKED:  # the CPU packs in another order
                 columns = args[PACKED[name]] * (2 if name == "linear_silu_mul" else 1)
                 plain = torch.ops.llm42.linear_unpack(args[1], columns, args[0].shape[-1])
-                args = (args[0], linear.linear_pack(plain), *args[2:])
+                args = (args[0], packing.linear_pack(plain), *args[2:])
             return launch(*args)
 
         return call

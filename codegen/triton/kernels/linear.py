@@ -7,14 +7,13 @@ ROWS = tl.constexpr(64)
 COLUMNS = tl.constexpr(64)
 STEP = tl.constexpr(64)
 HAS_BIAS = tl.constexpr(False)
-PACKED = tl.constexpr(True)  # panels of `linear_pack`; else rows of an ordinary [N, K] weight
-PANEL = tl.constexpr(48)
+PACKED = tl.constexpr(True)  # panels of COLUMNS; else rows of an ordinary [N, K] weight
 
 
 # `m` follows the batch: it must not select another binary. The rest belongs to the weight.
 @triton.jit(do_not_specialize=["m"])
 def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
-    """y = x w^T + bias. x: [M, K], y: [M, N]; w: [N / PANEL, K, PANEL] or [N, K]. Program (columns, rows)."""
+    """y = x w^T + bias. x: [M, K], y: [M, N]; w: [N / COLUMNS, K, COLUMNS] or [N, K]. Program (columns, rows)."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < m
@@ -25,11 +24,10 @@ def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
     for start in tl.range(0, k, STEP):
         held = start + step < k
         x = tl.load(x_at + start, mask=there[:, None] & held[None, :], other=0.0)  # [M, K]
-        if PACKED:  # sixteen columns of a panel are adjacent in memory
-            panel = (column // PANEL).to(tl.int64)
-            in_panel = tl.max_contiguous(tl.multiple_of(column % PANEL, 16), 16)
-            w_at = w_ptr + (panel * k)[None, :] * PANEL + (start + step)[:, None] * PANEL + in_panel[None, :]
-            w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]
+        if PACKED:  # this program's panel
+            panel = w_ptr + tl.program_id(0).to(tl.int64) * k * COLUMNS
+            w_at = panel + (start + step)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            w = tl.load(w_at, mask=held[:, None], other=0.0)  # [K, N]
         else:
             w_at = w_ptr + column.to(tl.int64)[None, :] * k + (start + step)[:, None]
             w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]

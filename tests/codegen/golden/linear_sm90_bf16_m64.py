@@ -10,12 +10,11 @@ ROWS = tl.constexpr(64)
 COLUMNS = tl.constexpr(64)
 STEP = tl.constexpr(64)
 HAS_BIAS = tl.constexpr(False)
-PANEL = tl.constexpr(48)
 
 
 @triton.jit(do_not_specialize=["m"])
 def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
-    """y = x w^T + bias. x: [M, K], y: [M, N]; w: [N / PANEL, K, PANEL]. Program (columns, rows)."""
+    """y = x w^T + bias. x: [M, K], y: [M, N]; w: [N / COLUMNS, K, COLUMNS]. Program (columns, rows)."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < m
@@ -26,10 +25,9 @@ def linear(x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, x_stride, y_stride):
     for start in tl.range(0, k, STEP):
         held = start + step < k
         x = tl.load(x_at + start, mask=there[:, None] & held[None, :], other=0.0)  # [M, K]
-        panel = (column // PANEL).to(tl.int64)
-        in_panel = tl.max_contiguous(tl.multiple_of(column % PANEL, 16), 16)
-        w_at = w_ptr + (panel * k)[None, :] * PANEL + (start + step)[:, None] * PANEL + in_panel[None, :]
-        w = tl.load(w_at, mask=held[:, None] & wanted[None, :], other=0.0)  # [K, N]
+        panel = w_ptr + tl.program_id(0).to(tl.int64) * k * COLUMNS
+        w_at = panel + (start + step)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        w = tl.load(w_at, mask=held[:, None], other=0.0)  # [K, N]
         acc = tl.dot(x, w, acc, input_precision="ieee")
     if HAS_BIAS:
         acc = acc + tl.load(bias_ptr + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
