@@ -150,7 +150,7 @@ def _exp_reduced(x: Tensor, n: Tensor) -> Tensor:
 
 
 def exp(x: Tensor) -> Tensor:
-    """``exp`` of ``vec.h``: for every x, with gradual underflow."""
+    """``exp`` of ``vec/math.h``: for every x, with gradual underflow."""
     x = torch.where(x < -104.0, -104.0, x)
     x = torch.where(x > 89.0, 89.0, x)
     n = torch.round(x * _LOG2_E)
@@ -159,7 +159,7 @@ def exp(x: Tensor) -> Tensor:
 
 
 def exp_nonpositive(x: Tensor) -> Tensor:
-    """``exp_nonpositive`` of ``vec.h``: for x <= 0, exactly 0 below -126.5 ln 2."""
+    """``exp_nonpositive`` of ``vec/math.h``: for x <= 0, exactly 0 below -126.5 ln 2."""
     x = torch.where(x < -88.0, -88.0, x)
     magic = fp32(12582912.0 + 127.0)  # 1.5 · 2^23 + 127: the sum is rounded to an integer
     n = fma(x, _LOG2_E, magic) - magic
@@ -180,7 +180,7 @@ def _log_reduced(f: Tensor, e: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """``log`` of ``vec.h``: -inf at 0, NaN below, denormals included."""
+    """``log`` of ``vec/math.h``: -inf at 0, NaN below, denormals included."""
     tiny = x < torch.finfo(torch.float32).tiny
     m, e = _split_exponent(torch.where(tiny, x * 8388608.0, x))
     y = _log_reduced(m - 1.0, e - torch.where(tiny, 23.0, 0.0))
@@ -189,14 +189,14 @@ def log(x: Tensor) -> Tensor:
 
 
 def neg_log1m(u: Tensor) -> Tensor:
-    """``neg_log1m`` of ``vec.h``: -log(1 - u) for u in (0, 1)."""
+    """``neg_log1m`` of ``vec/math.h``: -log(1 - u) for u in (0, 1)."""
     m, e = _split_exponent(1.0 - u)
     small = u < fp32(0.29)
     return 0.0 - _log_reduced(torch.where(small, 0.0 - u, m - 1.0), torch.where(small, 0.0, e))
 
 
 def tanh(x: Tensor) -> Tensor:
-    """``tanh`` of ``vec.h``."""
+    """``tanh`` of ``vec/math.h``."""
     square = x * x
     small = x * fma(_horner(square, _TANH), square, 1.0)
     a = x.abs()

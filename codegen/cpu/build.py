@@ -92,7 +92,7 @@ def sources() -> list[Path]:
 
 def all_sources() -> list[Path]:
     """Everything that is compiled, headers included."""
-    return sorted([*sources(), *SOURCE_DIR.glob("*.h"), *SOURCE_DIR.glob("kernels/*.h")])
+    return sorted([*sources(), *SOURCE_DIR.rglob("*.h")])
 
 
 def _torch_paths() -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from llm42c.codegen.cpu import build
 
 FUNCTIONS = ("exp", "exp_nonpositive", "log", "neg_log1m", "tanh")
 SOURCE = """
-#include "vec.h"
+#include "vec/math.h"
 using namespace llm42;
 template <class F>
 static void map(const float* in, float* out, long n, F f) {
@@ -34,19 +35,20 @@ EXPORT void sums(const float* in, float* out, long n) {
   for (long i = 0; i < n; i++) out[i] = i % 2 ? hmax(V16::load(in + 16 * i)) : hsum(V16::load(in + 16 * i));
 }
 EXPORT void to_bf16(const float* in, uint16_t* out, long n) {
-  for (long i = 0; i < n; i += 16) V16::load(in + i).store_bf16(out + i);
+  for (long i = 0; i < n; i += 16) V16::load(in + i).store((bf16*)out + i);
 }
 EXPORT void to_f16(const float* in, uint16_t* out, long n) {
-  for (long i = 0; i < n; i += 16) V16::load(in + i).store_f16(out + i);
+  for (long i = 0; i < n; i += 16) V16::load(in + i).store((f16*)out + i);
 }
 EXPORT void from_bf16(const uint16_t* in, float* out, long n) {
-  for (long i = 0; i < n; i += 16) V16::load_bf16(in + i).store(out + i);
+  for (long i = 0; i < n; i += 16) V16::load((const bf16*)in + i).store(out + i);
 }
 EXPORT void from_bf16_pairs(const uint16_t* in, float* out, long n) {
-  for (long i = 0; i < n; i += 16) restore_bf16_pairs(V16::load_bf16_pairs(in + i)).store(out + i);
+  const auto load = [&](long i) { return V16::load_bf16_pairs((const bf16*)in + i); };
+  for (long i = 0; i < n; i += 16) restore_bf16_pairs(load(i)).store(out + i);
 }
 EXPORT void from_f16(const uint16_t* in, float* out, long n) {
-  for (long i = 0; i < n; i += 16) V16::load_f16(in + i).store(out + i);
+  for (long i = 0; i < n; i += 16) V16::load((const f16*)in + i).store(out + i);
 }
 EXPORT void from_u32(const uint32_t* in, float* out, long n) {
   for (long i = 0; i < n; i += 16) from_uint32(in + i).store(out + i);
@@ -215,6 +217,17 @@ def test_horizontal_sum_has_one_tree(libraries: dict[str, ctypes.CDLL]) -> None:
     for i in range(16):
         left_to_right += rows[:, i]
     assert (left_to_right != tree[:, 0]).mean() > 0.3  # the order does show in the bits
+
+
+def test_instruction_sets_show_in_one_header() -> None:
+    """Kernels are written once, on the types of ``vec.h``."""
+    ladder = re.compile(r"__AVX|_mm\d+_|__m\d|LLM42_GENERIC_VEC")
+    found = {
+        path.relative_to(build.SOURCE_DIR).parts[0]
+        for path in build.all_sources()
+        if ladder.search(path.read_text())
+    }
+    assert found == {"vec.h", "vec"}
 
 
 def test_avx512_form_compiles(tmp_path: Path) -> None:

@@ -16,16 +16,12 @@ inline constexpr int kSplit = 256;
 inline constexpr int kUnit = 16;
 inline constexpr int kUnits = kSplit / kUnit;
 inline constexpr int kMicroRows = 6;
-#if !defined(LLM42_GENERIC_VEC) && defined(__AVX512F__) && defined(__AVX512BW__)
-inline constexpr int kAccumulators = 12;  // of type V16
-#else
-inline constexpr int kAccumulators = 6;
-#endif
+inline constexpr int kAccumulators = 12 * kLanes / 16;  // of type V16
 
 // Lanes in the order that is cheapest to load; restore_lanes() puts them right.
 template <class T>
 inline V16 load_lanes(const T* p) {
-  if constexpr (std::is_same_v<T, bf16>) return V16::load_bf16_pairs(&p->bits);
+  if constexpr (std::is_same_v<T, bf16>) return V16::load_bf16_pairs(p);
   return load(p);
 }
 template <class T>

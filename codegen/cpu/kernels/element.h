@@ -1,6 +1,6 @@
 // What kernels over tensors of fp32, bf16 or fp16 share: choosing the type, ends of rows, rounding, SiLU.
 #pragma once
-#include "vec.h"
+#include "vec/math.h"
 
 namespace llm42 {
 

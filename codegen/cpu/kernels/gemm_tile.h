@@ -31,7 +31,7 @@ inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, 
 #pragma GCC unroll 8
   for (int r = 0; r < kR; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < kN; v++) acc[r][v] = resume ? vload(c + r * kPanel + (kV0 + v) * kLanes) : vzero();
+    for (int v = 0; v < kN; v++) acc[r][v] = resume ? Vec::load(c + r * kPanel + (kV0 + v) * kLanes) : Vec::zero();
   // Not unrolled: the body has enough chains, and longer bodies make compilers spill accumulators.
 #pragma GCC unroll 1
   for (int64_t k = 0; k < kc; k++) {
@@ -42,11 +42,11 @@ inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, 
     Vec a[kR];
     if constexpr (kR < kN) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kR; r++) a[r] = vset1(x[r * lda + k]);
+      for (int r = 0; r < kR; r++) a[r] = Vec::set1(x[r * lda + k]);
       [&]<int... V>(std::integer_sequence<int, V...>) {
         const auto column = [&](int v, Vec b) {
 #pragma GCC unroll 8
-          for (int r = 0; r < kR; r++) acc[r][v] = vfma(a[r], b, acc[r][v]);
+          for (int r = 0; r < kR; r++) acc[r][v] = fma(a[r], b, acc[r][v]);
         };
         (column(V, decode<kV0 + V>(row)), ...);
       }(std::make_integer_sequence<int, kN>{});
@@ -57,16 +57,16 @@ inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, 
       }(std::make_integer_sequence<int, kN>{});
 #pragma GCC unroll 8
       for (int r = 0; r < kR; r++) {
-        const Vec a = vset1(x[r * lda + k]);
+        const Vec a = Vec::set1(x[r * lda + k]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kN; v++) acc[r][v] = vfma(a, b[v], acc[r][v]);
+        for (int v = 0; v < kN; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kR; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < kN; v++) vstore(c + r * kPanel + (kV0 + v) * kLanes, acc[r][v]);
+    for (int v = 0; v < kN; v++) acc[r][v].store(c + r * kPanel + (kV0 + v) * kLanes);
 }
 
 // `rows` <= kRows rows times the whole panel.

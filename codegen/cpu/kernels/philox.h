@@ -2,57 +2,30 @@
 #pragma once
 #include <algorithm>
 
-#include "vec.h"
+#include "vec/math.h"
 
 namespace llm42 {
-
-#if !defined(LLM42_GENERIC_VEC) && defined(__AVX2__)
-inline constexpr int kCounters = 8;  // counters computed at once, one in each 32-bit lane
-using Words = __m256i;
-inline Words words(uint32_t x) { return _mm256_set1_epi32(int(x)); }
-inline Words ascending(uint32_t x) {
-  return _mm256_add_epi32(words(x), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-inline Words xor3(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-inline void multiply(Words a, Words b, Words& high, Words& low) {
-  const Words even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-}
-inline void store_words(Words a, uint32_t* p) { _mm256_storeu_si256((__m256i*)p, a); }
-#else
-inline constexpr int kCounters = 1;
-using Words = uint32_t;
-inline Words words(uint32_t x) { return x; }
-inline Words ascending(uint32_t x) { return x; }
-inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
-inline void multiply(Words a, Words b, Words& high, Words& low) {
-  const uint64_t product = uint64_t(a) * b;
-  high = uint32_t(product >> 32), low = uint32_t(product);
-}
-inline void store_words(Words a, uint32_t* p) { *p = a; }
-#endif
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for 16 counters
 // (first + lane, 0, low half of high, high half of high) under one 64-bit key; word[i][lane] is output
 // word i of that counter.
 inline void philox16(uint64_t key, uint32_t first, uint64_t high, uint32_t (*word)[16]) {
-  for (int lane = 0; lane < 16; lane += kCounters) {
-    Words c0 = ascending(first + uint32_t(lane)), c1 = words(0);
-    Words c2 = words(uint32_t(high)), c3 = words(uint32_t(high >> 32));
+  for (int lane = 0; lane < 16; lane += 8) {
+    W8 c0 = W8::ascending(first + uint32_t(lane)), c1 = W8::set1(0);
+    W8 c2 = W8::set1(uint32_t(high)), c3 = W8::set1(uint32_t(high >> 32));
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
     for (int round = 0; round < 10; round++) {
-      Words a_high, a_low, b_high, b_low;
-      multiply(c0, words(0xD2511F53u), a_high, a_low);
-      multiply(c2, words(0xCD9E8D57u), b_high, b_low);
-      c0 = xor3(b_high, c1, words(k0)), c1 = b_low;
-      c2 = xor3(a_high, c3, words(k1)), c3 = a_low;
+      W8 a_high, a_low, b_high, b_low;
+      multiply(c0, W8::set1(0xD2511F53u), a_high, a_low);
+      multiply(c2, W8::set1(0xCD9E8D57u), b_high, b_low);
+      c0 = b_high ^ c1 ^ W8::set1(k0), c1 = b_low;
+      c2 = a_high ^ c3 ^ W8::set1(k1), c3 = a_low;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    store_words(c0, word[0] + lane);
-    store_words(c1, word[1] + lane);
-    store_words(c2, word[2] + lane);
-    store_words(c3, word[3] + lane);
+    c0.store(word[0] + lane);
+    c1.store(word[1] + lane);
+    c2.store(word[2] + lane);
+    c3.store(word[3] + lane);
   }
 }
 
