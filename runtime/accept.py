@@ -36,7 +36,7 @@ def accept(chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
     the window it is. Only the verifier proves what it commits.
     """
     request, verdict = chunk.request, Verdict()
-    pending = request.pending
+    pending = request.proposal.tokens
     keep = len(pending)  # where what stays proposed begins
     for j in range(chunk.num_rows):
         row = first + j
@@ -56,8 +56,8 @@ def accept(chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
         # Every row agreed, so proposals beyond the chunk are still possible.
         keep = verdict.committed
     verdict.dropped = max(0, keep - verdict.committed + verdict.rolled_back)
-    request.keep_pending(keep)
-    request.num_computed = min(chunk.end, len(request.tokens) - 1)
+    request.keep_proposal(keep)
+    request.lease.num_computed = min(chunk.end, len(request.history.tokens) - 1)
     if origin == VERIFIER and request.deterministic:
         prove(chunk, verdict.committed)
     return verdict
@@ -72,10 +72,10 @@ def row_problem(sampled: Sampled, row: int) -> str | None:
 
 def prove(chunk: Chunk, outputs: int) -> None:
     """Canonical so far by the verifier's own hand: leading positions and outputs, without a gap."""
-    request = chunk.request
-    if chunk.start > request.proved:
+    request, lease, history = chunk.request, chunk.request.lease, chunk.request.history
+    if chunk.start > lease.proved:
         return
-    request.proved = max(request.proved, min(chunk.end, request.num_computed))
+    lease.proved = max(lease.proved, min(chunk.end, lease.num_computed))
     first_output = chunk.first_row - (request.prompt_len - 1)
-    if outputs and first_output <= request.proved_outputs:
-        request.proved_outputs = max(request.proved_outputs, first_output + outputs)
+    if outputs and first_output <= history.proved:
+        history.proved = max(history.proved, first_output + outputs)

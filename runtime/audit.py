@@ -23,7 +23,7 @@ from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
 from llm42c.runtime.certificates import Certificates, named
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Chunk, Span, slots_of
-from llm42c.runtime.request import Request, State
+from llm42c.runtime.request import Lease, Request, State
 from llm42c.runtime.sampling import Sampled
 from llm42c.runtime.scheduler import Scheduler, VerifyPlan
 from llm42c.runtime.stats import Stats
@@ -66,20 +66,20 @@ class Auditor:
 
     def wrote(self, chunk: Chunk, origin: int) -> None:
         """Remember which shape wrote a chunk's positions; certified ones earn audits."""
-        size, request = self._config.page_size, chunk.request
+        size, lease = self._config.page_size, chunk.request.lease
         if chunk.num_tokens == 1:
-            self._pool.origin[request.pages[chunk.start // size], chunk.start % size] = origin
+            self._pool.origin[lease.pages[chunk.start // size], chunk.start % size] = origin
         else:
             positions = np.arange(chunk.start, chunk.end)
-            self._pool.origin[request.block_row[positions // size], positions % size] = origin
+            self._pool.origin[lease.block_row[positions // size], positions % size] = origin
         if origin == VERIFIER:
-            self._confirm_pages(request)
+            self._confirm_pages(lease)
         else:
             self._credit += self._config.audit_fraction * chunk.num_tokens
 
     def finished(self, request: Request) -> None:
         """The request left while some of its outputs rest on certificates alone."""
-        if request.deterministic and request.proved_outputs < request.num_outputs:
+        if request.deterministic and request.history.proved < request.num_outputs:
             self._certified_finishes.append(request.id)
 
     def extend(self, plan: VerifyPlan | None) -> VerifyPlan | None:
@@ -89,15 +89,16 @@ class Auditor:
             return plan
         plan = plan or VerifyPlan(self._config)
         candidates = [
-            r for r in self._scheduler.running if r.deterministic and r.num_computed and r not in plan
+            r for r in self._scheduler.running if r.deterministic and r.lease.num_computed and r not in plan
         ]
         # Without anything that rests on a certificate, the verifier's own constancy is what is audited.
-        candidates = [r for r in candidates if r.proved < r.num_computed] or candidates
+        candidates = [r for r in candidates if r.lease.proved < r.lease.num_computed] or candidates
         if candidates and not plan.full:
             request = candidates[self._rng.integers(len(candidates))]
-            start = int(self._rng.integers(request.num_computed))
+            computed = request.lease.num_computed
+            start = int(self._rng.integers(computed))
             first_row = max(start, request.prompt_len - 1)
-            end = min(request.num_computed, start + plan.tokens_left, first_row + plan.rows_left)
+            end = min(computed, start + plan.tokens_left, first_row + plan.rows_left)
             if end > start:
                 plan.add(Span(request, start, end, min(first_row, end), audit=True))
                 self._credit = min(self._credit - due, due)
@@ -121,7 +122,7 @@ class Auditor:
         found = self._first_difference(replay, sampled, first)
         if found is None:
             prove(chunk, chunk.num_rows)
-            self._confirm_pages(chunk.request)
+            self._confirm_pages(chunk.request.lease)
             return
         position, origins = found
         shapes = {s for s in map(self._certificates.shape_of, origins) if s is not None}
@@ -142,6 +143,7 @@ class Auditor:
     def _first_difference(self, replay: Replay, sampled: Sampled, first: int) -> tuple[int, set[int]] | None:
         """Position of the first KV entry or output that differs, and the origins that may have caused it."""
         chunk, request, size = replay.chunk, replay.chunk.request, self._config.page_size
+        history = request.history
         same = self._ranks.agree(kv_rows_equal(replay.before, read_kv(self._cache, replay.slots, size)))
         differing = torch.nonzero(~same)
         found: tuple[int, set[int]] | None = None
@@ -153,22 +155,23 @@ class Auditor:
             if found is not None and found[0] <= position:
                 break
             output = position - (request.prompt_len - 1)
-            committed = request.tokens[position + 1], request.logprobs[output]
+            committed = history.tokens[position + 1], history.logprobs[output]
             replayed = sampled.tokens[first + j], sampled.logprobs[first + j]
             if row_problem(sampled, first + j) or replayed != committed:
                 # Outputs survive a preemption, so the KV before the window may be newer than this one, and
                 # wrong.
-                context = self._origins(request, min(request.proved, chunk.start), chunk.start)
-                return position, {request.origins[output], *context}
+                context = self._origins(request, min(request.lease.proved, chunk.start), chunk.start)
+                return position, {history.origins[output], *context}
         return found
 
     def _origins(self, request: Request, start: int, end: int) -> list[int]:
         positions, size = np.arange(start, end), self._config.page_size
-        found: list[int] = self._pool.origin[request.block_row[positions // size], positions % size].tolist()
+        pages = request.lease.block_row[positions // size]
+        found: list[int] = self._pool.origin[pages, positions % size].tolist()
         return found
 
-    def _confirm_pages(self, request: Request) -> None:
-        for page in request.pages[: request.proved // self._config.page_size]:
+    def _confirm_pages(self, lease: Lease) -> None:
+        for page in lease.pages[: lease.proved // self._config.page_size]:
             self._pool.proved[page] = 1
 
     def take_back(self) -> None:
@@ -179,9 +182,8 @@ class Auditor:
         self._certificates.learned.clear()
         self._pool.drop_unproved()
         for request in (*self._scheduler.running, *self._scheduler.waiting):
-            if request.deterministic and (
-                request.proved_outputs < request.num_outputs or request.proved < request.num_computed
-            ):
+            lease, unproved = request.lease, request.history.proved < request.num_outputs
+            if request.deterministic and (unproved or lease.proved < lease.num_computed):
                 self._stats.rollbacks += 1
                 request.take_back_unproved()
                 if request.state is State.RUNNING:

@@ -30,7 +30,7 @@ from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
 from llm42c.runtime.processors import Decode, TextState
-from llm42c.runtime.request import Request, State
+from llm42c.runtime.request import Proposal, Request, State
 from llm42c.runtime.sampling import (
     MAX_SEED,
     RowSampler,
@@ -290,7 +290,9 @@ class Engine:
         if request_id not in self._requests:
             raise RequestError(f"no request {shown(request_id)} is running")
         request = self._requests[request_id]
-        count = request.num_computed if num_positions is None else min(num_positions, request.num_computed)
+        count = request.lease.num_computed
+        if num_positions is not None:
+            count = min(num_positions, count)
         return kv_digest(self._cache, self._slots(request, 0, count), self.config.page_size)
 
     # -- one step --------------------------------------------------------------------------------------------
@@ -369,7 +371,7 @@ class Engine:
             request = chunk.request
             if not request.deterministic:
                 stats.ordinary_tokens += self._accept(chunk, sampled, row, origin).committed
-            elif plan.commits and not request.pending:
+            elif plan.commits and not request.proposal.tokens:
                 stats.certified_tokens += self._accept(chunk, sampled, row, origin).committed
             else:
                 self._propose(request, sampled, row, plan.commits)
@@ -379,12 +381,13 @@ class Engine:
         stats.fast_padding += plan.num_tokens - tokens
 
     def _propose(self, request: Request, sampled: Sampled, row: int, certified: bool) -> None:
+        request.proposal.drain = certified
         if row_problem(sampled, row) is not None:
-            request.blocked = True  # perhaps only because an earlier proposal is wrong: the verifier decides
+            # Perhaps only because an earlier proposal is wrong: the verifier decides.
+            request.proposal.blocked = True
         else:
             self._stats.speculated_tokens += 1
             request.propose(sampled.tokens[row])
-        request.drain = certified
 
     def _run_verifier(self, chunks: list[Chunk]) -> None:
         stats, config = self._stats, self.config
@@ -427,7 +430,7 @@ class Engine:
         if request.finish_reason is None:
             return
         self._scheduler.remove(request)
-        request.drop_pending()
+        request.proposal = Proposal()
         request.close_text(self._decode)
         if request.finish_reason == "error":
             self._stats.failed += 1
@@ -441,38 +444,38 @@ class Engine:
             finished = request.finish_reason is not None
             if finished:
                 del self._requests[request.id]
-            elif not request.stream or request.delivered >= request.num_outputs:
+            elif not request.stream or request.delivery.outputs >= request.num_outputs:
                 continue
             outputs.append(self._output(request, finished))
         self._touched.clear()
         return outputs
 
     def _output(self, request: Request, finished: bool) -> RequestOutput:
-        done = request.delivered
+        history, delivery = request.history, request.delivery
+        done, tops = delivery.outputs, request.params.logprobs is not None
         output = RequestOutput(
             request.id,
-            request.tokens[request.prompt_len + done :],
-            request.logprobs[done:],
-            request.top_logprobs[done:] if request.params.logprobs is not None else None,
+            history.tokens[request.prompt_len + done :],
+            history.logprobs[done:],
+            history.tops[done:] if tops else None,
         )
-        request.delivered = max(done, request.num_outputs)
+        delivery.outputs = max(done, request.num_outputs)
         if finished:
-            output.new_text = request.final_text[request.text_sent :]
-        elif request.text is not None:
-            shown = request.text.safe_length()
-            output.new_text = request.text.text[request.text_sent : shown]
-            request.text_sent = max(request.text_sent, shown)
-        if finished:
+            output.new_text = delivery.text[delivery.characters :]
             output.finished = True
             output.finish_reason = request.finish_reason
             output.stop_reason = request.stop_reason
             output.limit = request.limited_by if request.finish_reason == "length" else None
             output.error = request.error
-            output.prompt_token_ids = request.tokens[: request.prompt_len]
+            output.prompt_token_ids = history.tokens[: request.prompt_len]
             output.token_ids = request.outputs
-            output.logprobs = request.logprobs
-            output.top_logprobs = request.top_logprobs if request.params.logprobs is not None else None
-            output.text = request.final_text
+            output.logprobs = history.logprobs
+            output.top_logprobs = history.tops if tops else None
+            output.text = delivery.text
+        elif history.text is not None:
+            shown = history.text.safe_length()
+            output.new_text = history.text.text[delivery.characters : shown]
+            delivery.characters = max(delivery.characters, shown)
         return output
 
     def _slots(self, request: Request, start: int, end: int) -> Tensor:

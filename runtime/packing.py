@@ -10,16 +10,13 @@ import numpy as np
 import torch
 
 from llm42c.packed import PackedInputs
-from llm42c.runtime.request import Request
+from llm42c.runtime.request import Lease, Request
 
 
 class Packable(Protocol):
     """What the packer needs of a request; a probe's synthetic sequences have it too."""
 
-    tokens: list[int]
-    pending: list[int]
-    pages: list[int]
-    block_row: np.ndarray  # [max_pages] int32
+    lease: Lease
 
     def token_slice(self, start: int, end: int) -> list[int]: ...
 
@@ -29,7 +26,7 @@ R = TypeVar("R", bound=Packable)
 
 @dataclass(slots=True)
 class Span(Generic[R]):
-    """Positions [start, end) of one request's committed + pending tokens; logits from `first_row` on."""
+    """Positions [start, end) of one request's committed + proposed tokens; logits from `first_row` on."""
 
     request: R
     start: int
@@ -73,15 +70,12 @@ class Packer:
             request, start, end = chunk.request, chunk.start, chunk.end
             self._cu[s] = at
             self._kv_lens[s] = end
-            pages = request.pages
             used = (end + size - 1) // size
-            self._table[s, :used] = request.block_row[:used]
+            self._table[s, :used] = request.lease.block_row[:used]
             if end - start == 1:
-                tokens = request.tokens
-                over = start - len(tokens)
-                self._ids[at] = tokens[start] if over < 0 else request.pending[over]
+                (self._ids[at],) = request.token_slice(start, end)
                 self._positions[at] = start
-                self._slots[at] = pages[start // size] * size + start % size
+                self._slots[at] = request.lease.pages[start // size] * size + start % size
             else:
                 span = slice(at, at + end - start)
                 positions = np.arange(start, end)
@@ -118,4 +112,5 @@ class Packer:
 
 def slots_of(request: Packable, positions: np.ndarray, page_size: int) -> np.ndarray:
     """Cache slots [N] int64 of `positions` [N]."""
-    return request.block_row[positions // page_size].astype(np.int64) * page_size + positions % page_size
+    pages = request.lease.block_row[positions // page_size].astype(np.int64)
+    return pages * page_size + positions % page_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import BlockPool, as_bits, kv_rows_equal, read_kv
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Packer, Span, slots_of
+from llm42c.runtime.request import Lease
 
 # One beyond a KV split of 256 positions, one of a few pages, one of few tokens.
 LENGTHS = (320, 150, 45)
@@ -36,17 +37,11 @@ class Piece:
     """A reference sequence, or a private continuation of one, in the form that the packer takes."""
 
     tokens: list[int]
-    block_row: np.ndarray  # [max_pages] int32
     source: int  # index of the reference sequence
-    pages: list[int] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
+    lease: Lease
 
     def token_slice(self, start: int, end: int) -> list[int]:
         return self.tokens[start:end]
-
-    def use(self, pages: Sequence[int]) -> None:
-        self.pages = [int(p) for p in pages]
-        self.block_row[: len(pages)] = pages
 
 
 class Probe:
@@ -237,11 +232,9 @@ class Reference:
         first = 0
         for i, length in enumerate(sizes):
             tokens = rng.integers(0, vocab_size, length).tolist()
-            piece = Piece(tokens, np.zeros(max_pages, dtype=np.int32), i)
             count = -(-length // config.page_size)
-            piece.use(pages[first : first + count])
+            self._pieces.append(Piece(tokens, i, Lease.of(max_pages, pages[first : first + count])))
             first += count
-            self._pieces.append(piece)
         self._place = {page: i for i, page in enumerate(pages)}
         self._rows: list[list[bytes]] = [[] for _ in self._pieces]  # digest of the logits at each position
         self._packer = Packer(
@@ -319,15 +312,15 @@ class Reference:
         spans: list[Span[Piece]] = []
         for cut in composition:
             source = self._pieces[cut.source]
-            piece = Piece(source.tokens, np.zeros(self._max_pages, dtype=np.int32), cut.source)
             shared, used = cut.start // size, -(-cut.end // size)
             own, physical = physical[: used - shared], physical[used - shared :]
             target.append(own)
-            origin.append(np.array(source.pages[shared:used], dtype=np.int64))
-            piece.use([*(moved[self._place[p]] for p in source.pages[:shared]), *own])
+            origin.append(np.array(source.lease.pages[shared:used], dtype=np.int64))
+            whole = [*(moved[self._place[p]] for p in source.lease.pages[:shared]), *own]
+            piece = Piece(source.tokens, cut.source, Lease.of(self._max_pages, whole))
             positions = np.arange(cut.start, used * size)
             stale.append(slots_of(piece, positions, size))
-            foreign.append(source.block_row[positions // size] * size + (positions + 1) % size)
+            foreign.append(source.lease.block_row[positions // size] * size + (positions + 1) % size)
             spans.append(Span(piece, cut.start, cut.end, cut.end - cut.rows))
         _copy_pages(self._cache, _joined(target), _joined(origin))
         _copy_slots(self._cache, _joined(stale), _joined(foreign), size)

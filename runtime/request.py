@@ -1,13 +1,15 @@
-"""One request: the only mutable object that the scheduler, the packer and the verifier share.
+"""One request: the only mutable object that the scheduler, the packer and `accept` share.
 
-`tokens` (prompt + committed outputs) is the truth. `pending` holds proposals of a speculative bucket;
-everything that depends on it is a copy and is thrown away with it. KV positions below `num_computed` are
-valid, and canonical when the request is deterministic.
+It is divided by who writes it. The history is the truth, and grows by `accept` alone. A proposal is what a
+speculative shape guesses; what is derived from it lies in it and is thrown away with it. KV positions below
+the lease's `num_computed` are valid, and canonical when the request is deterministic.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +23,62 @@ class State(enum.Enum):
     WAITING = "waiting"  # holds no pages; may have committed outputs from before a preemption
     RUNNING = "running"
     FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class History:
+    """The prompt and the committed outputs. `accept` writes it; a revocation takes outputs back."""
+
+    tokens: list[int]
+    text: TextState | None  # None: nobody looks at the text before the end
+    logprobs: list[float] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)  # which shape chose each output, as in BlockPool.origin
+    tops: list[TopLogprobs] = field(default_factory=list)
+    proved: int = 0  # leading outputs that the verifier graph itself chose or audited
+    page_keys: list[bytes] = field(default_factory=list)  # of leading full pages; they follow from `tokens`
+
+
+@dataclass(slots=True)
+class Proposal:
+    """Speculative outputs. The fast step writes it; `accept`, or a preemption, throws it away."""
+
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False  # they reach an end of the request
+    text: TextState | None = None
+    blocked: bool = False  # one could not be computed; only the verifier may decide why
+    drain: bool = False  # a certified bucket made the last one: verify now, then commit directly
+
+
+@dataclass(slots=True)
+class Lease:
+    """Pages for keys and values. The scheduler grants and ends it; `accept` says how far they are filled."""
+
+    block_row: np.ndarray  # [max_pages] int32
+    pages: list[int] = field(default_factory=list)
+    shared: int = 0  # leading pages that the prefix cache has been offered
+    num_computed: int = 0
+    proved: int = 0  # leading KV positions that the verifier graph itself wrote or audited
+
+    @classmethod
+    def of(cls, max_pages: int, pages: Iterable[int] = ()) -> Lease:
+        lease = cls(np.zeros(max_pages, dtype=np.int32))
+        for page in pages:
+            lease.append(int(page))
+        return lease
+
+    def append(self, page: int) -> None:
+        self.block_row[len(self.pages)] = page
+        self.pages.append(page)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What the user has been given. The engine writes it, and a revocation what it must give again."""
+
+    outputs: int = 0
+    characters: int = 0
+    promised: dict[int, tuple[int, float]] = field(default_factory=dict)  # delivered, and then taken back
+    text: str = ""  # of the whole request, once it has ended
 
 
 class Request:
@@ -46,139 +104,118 @@ class Request:
         self.deterministic = deterministic
         self.stream = stream
         self.seed = seed
-        self.max_tokens = max_tokens
         self.limited_by = limited_by
         self.prompt_len = len(prompt)
         self.limit = len(prompt) + max_tokens
-        self.eos_ids = frozenset() if params.ignore_eos else eos_ids
-        self.stop_ids = self.eos_ids | frozenset(params.stop_token_ids)
+        self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.processed = params.processes_logits
         self.seen, self.emitted = RowCounts(0), RowCounts(len(prompt))  # for penalties
 
-        self.tokens = list(prompt)
-        self.logprobs: list[float] = []
-        self.origins: list[
-            int
-        ] = []  # which shape chose each output: 0 = verifier, else as in BlockPool.origin
-        self.top_logprobs: list[TopLogprobs] = []
-        self.text = text  # None: nobody looks at the text before the end
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
 
-        self.pending: list[int] = []
-        self.spec_done = False  # the proposals reach an end of the request
-        self.spec_text: TextState | None = None
-        self.blocked = False  # a proposal could not be computed; only the verifier may decide why
-        self.drain = False  # a certified bucket made the last proposal: verify now, then commit directly
-
-        self.pages: list[int] = []
-        self.block_row = np.zeros(max_pages, dtype=np.int32)
-        self.page_keys: list[bytes] = []  # of leading full pages; a function of `tokens` alone
-        self.shared_pages = 0  # leading pages that the prefix cache has been offered
-        self.num_computed = 0
-        self.proved = 0  # leading KV positions that the verifier graph itself wrote or audited
-        self.proved_outputs = 0  # leading outputs that the verifier graph itself chose or audited
-
-        self.delivered = 0  # outputs already handed to the user
-        self.text_sent = 0
-        self.final_text = ""
-        self.promised: dict[int, tuple[int, float]] = {}  # delivered outputs that a revocation took back
+        self.history = History(list(prompt), text)
+        self.proposal = Proposal()
+        self.lease = Lease.of(max_pages)
+        self.delivery = Delivery()
 
     # -- reading ---------------------------------------------------------------------------------------------
 
     @property
     def num_outputs(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        return len(self.history.tokens) - self.prompt_len
 
     @property
     def outputs(self) -> list[int]:
-        return self.tokens[self.prompt_len :]
+        return self.history.tokens[self.prompt_len :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed + proposed, prompt included."""
+        return len(self.history.tokens) + len(self.proposal.tokens)
 
     @property
     def prefilling(self) -> bool:
         """Whether positions before the newest committed token still lack KV."""
-        return self.num_computed < len(self.tokens) - 1
+        return self.lease.num_computed < len(self.history.tokens) - 1
 
     def token_slice(self, start: int, end: int) -> list[int]:
-        """Tokens of positions [start, end) of committed + pending."""
-        length = len(self.tokens)
+        """Tokens of positions [start, end) of committed + proposed."""
+        tokens = self.history.tokens
+        length = len(tokens)
         if end <= length:
-            return self.tokens[start:end]
-        return self.tokens[start:] + self.pending[max(0, start - length) : end - length]
+            return tokens[start:end]
+        return tokens[start:] + self.proposal.tokens[max(0, start - length) : end - length]
 
     # -- changing --------------------------------------------------------------------------------------------
 
     def commit(self, token: int, logprob: float, top: TopLogprobs | None, origin: int) -> bool:
         """Append one certain output; returns whether it ends the request (then `finish_reason` is set)."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.origins.append(origin)
+        history = self.history
+        history.tokens.append(token)
+        history.logprobs.append(logprob)
+        history.origins.append(origin)
         if top is not None:
-            self.top_logprobs.append(top)
-        if self.promised:
+            history.tops.append(top)
+        if self.delivery.promised:
             self._keep_promise(token, logprob)
         if self.finish_reason is None:
             try:
-                self.finish_reason, self.stop_reason = self._ending(token, len(self.tokens), self.text)
+                ending = self._ending(token, len(history.tokens), history.text)
+                self.finish_reason, self.stop_reason = ending
             except Exception as error:  # of the user's detokenizer
                 self.fail(f"{type(error).__name__}: {error}")
         return self.finish_reason is not None
 
     def propose(self, token: int) -> None:
         """Append one speculative output; it may be an end of the request, equally speculative."""
-        if not self.pending and self.text is not None and self.text.stops:
-            self.spec_text = self.text.copy()
-        self.pending.append(token)
+        proposal, text = self.proposal, self.history.text
+        if not proposal.tokens and text is not None and text.stops:
+            proposal.text = text.copy()
+        proposal.tokens.append(token)
         try:
-            reason, _ = self._ending(token, len(self.tokens) + len(self.pending), self.spec_text)
-            self.spec_done = reason is not None
+            proposal.ended = self._ending(token, self.num_tokens, proposal.text)[0] is not None
         except Exception:
-            self.blocked = True  # the error counts only if this token is committed
+            proposal.blocked = True  # the error counts only if this token is committed
 
-    def drop_pending(self) -> int:
-        """Throw away every proposal and all that was derived from it; returns how many there were."""
-        count = len(self.pending)
-        self.pending = []
-        self.spec_done = self.blocked = self.drain = False
-        self.spec_text = None
-        return count
-
-    def keep_pending(self, start: int) -> None:
-        """The first `start` proposals were committed; the rest stays speculative."""
-        self.pending = self.pending[start:]
-        if not self.pending:
-            self.drop_pending()
+    def keep_proposal(self, start: int) -> None:
+        """Throw away the first `start` proposals; what was derived from them goes with the last one."""
+        rest = self.proposal.tokens[start:]
+        if rest:
+            self.proposal.tokens = rest
+        else:
+            self.proposal = Proposal()
 
     def take_back_unproved(self) -> None:
         """Drop outputs that only a certificate vouched for; those delivered must come again, bit for bit."""
-        self.drop_pending()
-        keep = self.proved_outputs
-        for i in range(keep, min(self.delivered, self.num_outputs)):
-            self.promised[i] = (self.tokens[self.prompt_len + i], self.logprobs[i])
-        del self.tokens[self.prompt_len + keep :]
-        del self.logprobs[keep:]
-        del self.origins[keep:]
-        del self.top_logprobs[keep:]
-        self.seen.take_back(len(self.tokens))
-        self.emitted.take_back(len(self.tokens))
-        self.page_keys.clear()
-        if self.text is not None:
-            self.text = self.text.restart(self.outputs)
+        self.proposal = Proposal()
+        history, keep = self.history, self.history.proved
+        for i in range(keep, min(self.delivery.outputs, self.num_outputs)):
+            self.delivery.promised[i] = (history.tokens[self.prompt_len + i], history.logprobs[i])
+        del history.tokens[self.prompt_len + keep :]
+        for of_outputs in (history.logprobs, history.origins, history.tops):
+            del of_outputs[keep:]
+        self.seen.take_back(len(history.tokens))
+        self.emitted.take_back(len(history.tokens))
+        history.page_keys.clear()
+        if history.text is not None:
+            history.text = history.text.restart(self.outputs)
 
     def close_text(self, decode: Decode | None) -> None:
-        """The request ended: fill `final_text`, without stop token and (unless wanted) stop string."""
+        """The request ended: fill the delivery's text, without stop token and (unless wanted) stop string."""
+        text = self.history.text
         try:
-            if self.text is not None:
-                self.text.finish(isinstance(self.stop_reason, str), self.params.include_stop)
-                self.final_text = self.text.text
+            if text is not None:
+                text.finish(isinstance(self.stop_reason, str), self.params.include_stop)
+                self.delivery.text = text.text
             elif decode is not None and self.params.detokenize:
                 shown = self.outputs[:-1] if isinstance(self.stop_reason, int) else self.outputs
-                text = decode(shown)
-                if not isinstance(text, str):
-                    raise TypeError(f"the detokenizer returned {type(text).__name__}")
-                self.final_text = text
+                decoded = decode(shown)
+                if not isinstance(decoded, str):
+                    raise TypeError(f"the detokenizer returned {type(decoded).__name__}")
+                self.delivery.text = decoded
         except Exception as error:  # of the user's detokenizer
             self.fail(f"{type(error).__name__}: {error}")
 
@@ -201,7 +238,7 @@ class Request:
         return ("length", None) if length >= self.limit else (None, None)
 
     def _keep_promise(self, token: int, logprob: float) -> None:
-        promised = self.promised.pop(self.num_outputs - 1, None)
+        promised = self.delivery.promised.pop(self.num_outputs - 1, None)
         if promised is not None and promised != (token, logprob):
             self.fail(
                 "a certificate was revoked after output "

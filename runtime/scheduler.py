@@ -16,7 +16,7 @@ from llm42c.runtime.block_pool import BlockPool
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Chunk, Span
-from llm42c.runtime.request import Request, State
+from llm42c.runtime.request import Lease, Proposal, Request, State
 from llm42c.runtime.stats import Stats
 
 _log = logging.getLogger(__name__)
@@ -78,21 +78,21 @@ class Scheduler:
         self._free(request)
         request.state = State.WAITING
         self.add(request)
-        return request.drop_pending()
+        lost = len(request.proposal.tokens)
+        request.proposal = Proposal()
+        return lost
 
     def _free(self, request: Request) -> None:
-        self._pool.release(request.pages)
-        request.pages = []
-        request.shared_pages = 0
-        request.num_computed = request.proved = 0
+        self._pool.release(request.lease.pages)
+        request.lease = Lease(request.lease.block_row)
 
     def _admit(self) -> None:
         while len(self.running) < self._config.max_num_seqs:
             request = next((r for r in self.waiting if self._certificates.may_run(r.deterministic)), None)
             if request is None:
                 return
-            pages = self._match(request)
-            new = self._pages_for(len(request.tokens)) - len(pages)
+            pages, length = self._match(request), len(request.history.tokens)
+            new = self._pages_for(length) - len(pages)
             idle = sum(self._pool.is_idle(p) for p in pages)
             running = len(self.running)
             # A page for each running request, so that an admission does not cause a preemption at once.
@@ -102,22 +102,23 @@ class Scheduler:
             self.waiting.remove(request)
             request.state = State.RUNNING
             bisect.insort(self.running, request, key=_arrival)
+            lease = request.lease
             for i, page in enumerate(pages):
                 self._pool.retain(page)
-                _append_page(request, page)
-                if self._pool.proved[page] and request.proved == i * self._config.page_size:
-                    request.proved += self._config.page_size
-            request.shared_pages = len(pages)
-            request.num_computed = len(pages) * self._config.page_size
+                lease.append(page)
+                if self._pool.proved[page] and lease.proved == i * self._config.page_size:
+                    lease.proved += self._config.page_size
+            lease.shared = len(pages)
+            lease.num_computed = len(pages) * self._config.page_size
             self._stats.prefix_hits += len(pages)
-            self._stats.prefix_hit_tokens += request.num_computed
-            self._grow(request, len(request.tokens))
+            self._stats.prefix_hit_tokens += lease.num_computed
+            self._grow(lease, length)
 
     def _match(self, request: Request) -> list[int]:
         """Pages of the longest cached prefix that leaves the newest token to be computed."""
         pages: list[int] = []
         if self._config.prefix_cache:
-            for i in range((len(request.tokens) - 1) // self._config.page_size):
+            for i in range((len(request.history.tokens) - 1) // self._config.page_size):
                 page = self._pool.lookup(self._key(request, i))
                 if page is None:
                     break
@@ -128,18 +129,19 @@ class Scheduler:
         """Offer the request's full canonical pages to the prefix cache."""
         if not self._config.prefix_cache:
             return
-        size = self._config.page_size
-        while (request.shared_pages + 1) * size <= request.num_computed:
-            i = request.shared_pages
-            self._pool.register(request.pages[i], self._key(request, i), request.proved >= (i + 1) * size)
-            request.shared_pages += 1
+        size, lease = self._config.page_size, request.lease
+        while (lease.shared + 1) * size <= lease.num_computed:
+            i = lease.shared
+            self._pool.register(lease.pages[i], self._key(request, i), lease.proved >= (i + 1) * size)
+            lease.shared += 1
 
     def _key(self, request: Request, i: int) -> bytes:
         """The key of full page `i`, each computed once in a request's life."""
-        size, keys = self._config.page_size, request.page_keys
+        size, keys = self._config.page_size, request.history.page_keys
         while len(keys) <= i:
             start = len(keys) * size
-            keys.append(self._pool.key(keys[-1] if keys else None, request.tokens[start : start + size]))
+            tokens = request.history.tokens[start : start + size]
+            keys.append(self._pool.key(keys[-1] if keys else None, tokens))
         return keys[i]
 
     # -- memory ----------------------------------------------------------------------------------------------
@@ -147,18 +149,18 @@ class Scheduler:
     def _pages_for(self, num_positions: int) -> int:
         return -(-num_positions // self._config.page_size)
 
-    def _grow(self, request: Request, num_positions: int) -> bool:
-        """Give the request pages for `num_positions`; False (and what it has stays) when none is free."""
-        while len(request.pages) < self._pages_for(num_positions):
+    def _grow(self, lease: Lease, num_positions: int) -> bool:
+        """Add pages for `num_positions`; False (and what there is stays) when none is free."""
+        while len(lease.pages) < self._pages_for(num_positions):
             page = self._pool.allocate()
             if page is None:
                 return False
-            _append_page(request, page)
+            lease.append(page)
         return True
 
     def _secure(self, request: Request, num_positions: int) -> bool:
         """Like `_grow`, preempting newer requests; False if the request itself had to go."""
-        while not self._grow(request, num_positions):
+        while not self._grow(request.lease, num_positions):
             victim = self.running[-1]
             self._preempt(victim, request.id)
             if victim is request:
@@ -204,9 +206,9 @@ class Scheduler:
                 continue  # preempted for an older request, a moment ago
             if request.prefilling:
                 prompts.append(request)
-            elif request.spec_done or request.blocked or len(request.pending) >= self._config.pending_limit:
-                continue  # waits for the verifier
-            elif self._secure(request, len(request.tokens) + len(request.pending)):
+            elif _awaits_verifier(request.proposal, self._config.pending_limit):
+                continue
+            elif self._secure(request, request.num_tokens):
                 decodes.append(request)
         return decodes, prompts
 
@@ -239,14 +241,13 @@ class Scheduler:
     def _build(self, decodes: list[Request], prompts: list[Request], bucket: int) -> FastPlan:
         chunks = []
         for request in decodes:
-            end = len(request.tokens) + len(request.pending)
+            end = request.num_tokens
             chunks.append(Span(request, end - 1, end, end - 1))
         room, rows = bucket - len(decodes), len(decodes)
         for request in prompts:
             if room == 0:
                 break
-            length = len(request.tokens)
-            start = request.num_computed
+            length, start = len(request.history.tokens), request.lease.num_computed
             end = min(length, start + room)
             first_row = end - 1 if end == length else end
             chunks.append(Span(request, start, end, first_row))
@@ -263,7 +264,7 @@ class Scheduler:
         prompts = [r for r in self._deferred if r.state is State.RUNNING]
         if not windows and not prompts:
             return None
-        windows.sort(key=lambda r: (not r.spec_done, -len(r.pending)))
+        windows.sort(key=lambda r: (not r.proposal.ended, -len(r.proposal.tokens)))
         plan = VerifyPlan(self._config)
         # Neither kind may starve the other.
         reserved = min(_remaining(prompts), self._config.verify_tokens // 2)
@@ -279,23 +280,23 @@ class Scheduler:
     def _ready(self, request: Request) -> bool:
         if not request.deterministic or request.prefilling:
             return False
-        full = len(request.pending) >= self._config.verify_window
-        return full or request.spec_done or request.blocked or request.drain
+        proposal = request.proposal
+        return proposal.drain or _awaits_verifier(proposal, self._config.verify_window)
 
     def _speculating(self) -> Iterator[Request]:
-        return (r for r in self.running if r.pending)
+        return (r for r in self.running if r.proposal.tokens)
 
     def _continuation(self, request: Request, plan: VerifyPlan, reserved: int = 0) -> Chunk | None:
         """The next canonical positions of a request that fit into the plan."""
-        newest = len(request.tokens) - 1
+        newest, lease = len(request.history.tokens) - 1, request.lease
         # The newest proposal is an input too, for the verifier's own next token, unless it ends the request.
-        total = len(request.tokens) + len(request.pending) - (1 if request.spec_done else 0)
-        self._grow(request, total)
-        total = min(total, len(request.pages) * self._config.page_size)
-        end = min(total, request.num_computed + plan.tokens_left - reserved, newest + plan.rows_left)
-        if end <= request.num_computed:
+        total = request.num_tokens - request.proposal.ended
+        self._grow(lease, total)
+        total = min(total, len(lease.pages) * self._config.page_size)
+        end = min(total, lease.num_computed + plan.tokens_left - reserved, newest + plan.rows_left)
+        if end <= lease.num_computed:
             return None
-        return Span(request, request.num_computed, end, min(newest, end))
+        return Span(request, lease.num_computed, end, min(newest, end))
 
 
 class VerifyPlan:
@@ -331,9 +332,8 @@ def _arrival(request: Request) -> int:
 
 def _remaining(prompts: list[Request]) -> int:
     """Prompt tokens still to be computed."""
-    return sum(len(r.tokens) - r.num_computed for r in prompts)
+    return sum(len(r.history.tokens) - r.lease.num_computed for r in prompts)
 
 
-def _append_page(request: Request, page: int) -> None:
-    request.block_row[len(request.pages)] = page
-    request.pages.append(page)
+def _awaits_verifier(proposal: Proposal, enough: int) -> bool:
+    return proposal.ended or proposal.blocked or len(proposal.tokens) >= enough

@@ -71,7 +71,7 @@ class RowCounts:
         self._certain = 0  # leading counted tokens that were committed
 
     def at(self, request: Request, length: int) -> TokenCounts:
-        """The counts of tokens [start, length) of committed + pending; valid until the next call."""
+        """The counts of tokens [start, length) of committed + proposed; valid until the next call."""
         length = max(length, self._start)
         stable = min(self._certain, length - self._start)
         while len(self._counted) > stable:
@@ -79,7 +79,7 @@ class RowCounts:
         for token in request.token_slice(self._start + stable, length):
             self._counts.add(token)
             self._counted.append(token)
-        self._certain = min(len(request.tokens), length) - self._start
+        self._certain = min(len(request.history.tokens), length) - self._start
         return self._counts
 
     def take_back(self, length: int) -> None:

@@ -80,7 +80,7 @@ def digest(rule: str, sampler: Sampler | None = None) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         numbers = Numbers(dtype)
         chunks: list[Any] = [
-            Span(r, PROMPT - 1, len(r.tokens), PROMPT - 1) for r in requests(rule, Numbers(torch.float32))
+            Span(r, PROMPT - 1, r.num_tokens, PROMPT - 1) for r in requests(rule, Numbers(torch.float32))
         ]
         rows = sum(c.num_rows for c in chunks)
         logits = numbers(rows, SMALL_VOCAB if rule == "processing" else VOCAB, scale=6.0)

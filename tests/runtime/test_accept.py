@@ -26,7 +26,7 @@ def make(pending: list[int], max_tokens: int = 50, deterministic: bool = True) -
         max_pages=8,
         text=None,
     )
-    request.num_computed = request.proved = len(PROMPT) - 1
+    request.lease.num_computed = request.lease.proved = len(PROMPT) - 1
     for token in pending:
         request.propose(token)
     return request
@@ -47,31 +47,31 @@ def test_commits_the_agreeing_prefix_and_one_more(count: int, rows: int) -> None
         agreeing = len(list(itertools.takewhile(lambda x: x[0] == x[1], zip(answers, pending, strict=False))))
         expected = list(answers[: min(rows, agreeing + 1)])
         assert request.outputs == expected
-        assert request.logprobs == [-float(t) for t in expected]
+        assert request.history.logprobs == [-float(t) for t in expected]
         assert verdict.committed == len(expected) >= 1, "no progress"
         mismatch = agreeing < min(rows, count)
         assert verdict.rolled_back == mismatch
         assert verdict.dropped == (count - agreeing if mismatch else 0)
-        assert request.pending == ([] if mismatch else pending[len(expected) :])
-        assert request.num_computed == len(request.tokens) - 1
-        assert request.proved == request.num_computed
-        assert request.proved_outputs == request.num_outputs
-        assert not request.spec_done
-        assert not request.blocked
+        assert request.proposal.tokens == ([] if mismatch else pending[len(expected) :])
+        assert request.lease.num_computed == len(request.history.tokens) - 1
+        assert request.lease.proved == request.lease.num_computed
+        assert request.history.proved == request.num_outputs
+        assert not request.proposal.ended
+        assert not request.proposal.blocked
 
 
 def test_a_prompt_chunk_commits_nothing() -> None:
     request = make([])
-    request.num_computed = 0
+    request.lease.num_computed = 0
     verdict = accept(Span(request, 0, 2, 2), answer([]), 2, VERIFIER)
     assert (verdict.committed, verdict.rolled_back) == (0, False)
-    assert request.num_computed == 2
+    assert request.lease.num_computed == 2
     assert request.outputs == []
 
 
 def test_the_end_of_the_request_ends_the_window() -> None:
     request = make([4, EOS])
-    assert request.spec_done
+    assert request.proposal.ended
     verdict = accept(Span(request, 2, 4, 2), answer([4, EOS]), 2, VERIFIER)
     assert verdict.finished
     assert not verdict.rolled_back
@@ -87,7 +87,7 @@ def test_the_end_of_the_request_ends_the_window() -> None:
 
 def test_rows_beyond_max_tokens_do_not_count() -> None:
     request = make([4, 4], max_tokens=2)
-    assert request.spec_done
+    assert request.proposal.ended
     verdict = accept(Span(request, 2, 5, 2), answer([4, 4, 4]), 2, VERIFIER)
     assert request.outputs == [4, 4]
     assert request.finish_reason == "length"
@@ -112,10 +112,10 @@ def test_a_row_without_a_token_counts_only_if_it_is_reached(at: int) -> None:
 
 def test_what_follows_unproved_ground_is_not_proved() -> None:
     request = make([4, 4])
-    request.proved = 1
+    request.lease.proved = 1
     accept(Span(request, 2, 5, 2), answer([4, 4, 4]), 2, VERIFIER)
     assert request.outputs == [4, 4, 4]
-    assert (request.proved, request.proved_outputs) == (1, 0)
+    assert (request.lease.proved, request.history.proved) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_only_the_verifier_proves_and_only_what_is_deterministic(
     request = make([], deterministic=deterministic)
     verdict = accept(Span(request, 2, 3, 2), answer([4]), 2, origin)
     assert (verdict.committed, verdict.rolled_back, verdict.dropped) == (1, False, 0)
-    assert (request.outputs, request.origins, request.num_computed) == ([4], [origin], 3)
-    assert (request.proved - 2, request.proved_outputs) == (proved, proved)
+    assert (request.outputs, request.history.origins, request.lease.num_computed) == ([4], [origin], 3)
+    assert (request.lease.proved - 2, request.history.proved) == (proved, proved)
 
 
 def test_the_verifier_s_token_frees_a_request_whose_proposal_was_blocked() -> None:
     request = make([])
-    request.blocked = request.drain = True
+    request.proposal.blocked = request.proposal.drain = True
     accept(Span(request, 2, 3, 2), answer([4]), 2, VERIFIER)
-    assert not request.blocked
-    assert not request.drain
+    assert not request.proposal.blocked
+    assert not request.proposal.drain

@@ -52,9 +52,9 @@ def test_hole_01_preemption_keeps_unverified_tokens() -> None:
 
     def watched(request):  # type: ignore[no-untyped-def]
         dropped.append(preempt(request))
-        assert request.pending == []
-        assert request.num_computed == 0
-        assert not request.spec_done
+        assert request.proposal.tokens == []
+        assert request.lease.num_computed == 0
+        assert not request.proposal.ended
         return dropped[-1]
 
     scheduler.preempt = watched  # type: ignore[method-assign]
@@ -78,7 +78,7 @@ def test_hole_02_mismatch_at_the_last_slot_of_a_window_counts() -> None:
         engine.step()
         assert request.num_outputs <= WINDOW + 1
     assert request.outputs == long_greedy(prompt, WINDOW + 1), "the verifier's own token takes the place"
-    assert request.pending == []
+    assert request.proposal.tokens == []
     assert engine.stats().rollbacks == 1
     assert run(engine)[request_id].token_ids == long_greedy(prompt, 20)
     assert engine.stats().rollbacks == 1
@@ -99,7 +99,7 @@ def test_hole_03_speculative_finish_is_forgotten_on_rollback() -> None:
     done = {}
     while engine.has_unfinished():
         done |= {o.request_id: o for o in engine.step() if o.finished}
-        proposals_ended |= engine.stats().rollbacks == 1 and not request.spec_done
+        proposals_ended |= engine.stats().rollbacks == 1 and not request.proposal.ended
     assert proposals_ended
     output = done[request_id]
     assert output.text == text[:16]
@@ -117,7 +117,7 @@ def test_hole_04_more_pending_tokens_than_a_window() -> None:
     most, done = 0, {}
     while engine.has_unfinished():
         done |= {o.request_id: o for o in engine.step() if o.finished}
-        most = max(most, *(len(r.pending) for r in requests))
+        most = max(most, *(len(r.proposal.tokens) for r in requests))
     assert most > WINDOW + 1
     for request_id, prompt in zip(ids, PROMPTS, strict=True):
         assert (done[request_id].token_ids, done[request_id].logprobs) == solo(prompt, params)
@@ -271,7 +271,7 @@ def test_hole_11_one_definition_of_every_operation_means_no_avoidable_mismatch()
             if request_id in engine._requests:
                 request = requests[request_id]
                 digest = engine.kv_digest(request_id)
-                assert digest == expected_digest(request.tokens, request.num_computed)
+                assert digest == expected_digest(request.history.tokens, request.lease.num_computed)
     assert engine.stats().speculated_tokens > 0
     assert engine.stats().rollbacks == 0
     assert engine.stats().recomputed_tokens == 0

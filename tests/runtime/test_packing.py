@@ -6,21 +6,17 @@ from toy import ToyModel
 
 from llm42c.runtime.packing import Packer, Span, slots_of
 from llm42c.runtime.probe import Piece
+from llm42c.runtime.request import Lease
 
 PAGE = 4
 
 
-def piece(tokens: list[int], pages: list[int], pending: list[int] | None = None) -> Piece:
-    found = Piece(tokens, np.zeros(8, dtype=np.int32), 0)
-    found.use(pages)
-    if pending:
-        found.pending = pending
-        found.token_slice = lambda a, b: (tokens + pending)[a:b]  # type: ignore[method-assign]
-    return found
+def piece(tokens: list[int], pages: list[int]) -> Piece:
+    return Piece(tokens, 0, Lease.of(8, pages))
 
 
 def test_arrays_of_a_mixed_batch() -> None:
-    decode = piece([1, 2, 3], [5, 1], pending=[9, 8])
+    decode = piece([1, 2, 3, 9, 8], [5, 1])
     prompt = piece(list(range(20, 27)), [2, 0])
     packer = Packer(12, 3, 6, 8, PAGE)
     inputs = packer.pack([Span(decode, 4, 5, 4), Span(prompt, 2, 7, 5)], 8, 4)

@@ -85,7 +85,7 @@ def test_user_processors_see_copies_and_cannot_undo_min_tokens() -> None:
     asked = request(params, [1, 2], frozenset({15}))
     process_row(asked, row, 2)
     assert calls == [[1, 2], [1, 2]]
-    assert asked.tokens == [1, 2]
+    assert asked.history.tokens == [1, 2]
     assert row[15] == -torch.inf
     assert row[0] == 5.0
 

@@ -152,23 +152,23 @@ class Promise(RuleBasedStateMachine):
                 expected = oracle(prompt, params)
                 count = request.num_outputs
                 assert request.outputs == expected[0][:count]
-                assert request.logprobs == expected[1][:count]
-                if request.pages:
+                assert request.history.logprobs == expected[1][:count]
+                if request.lease.pages:
                     digest = self.engine.kv_digest(request_id)
-                    assert digest == expected_digest(request.tokens, request.num_computed)
+                    assert digest == expected_digest(request.history.tokens, request.lease.num_computed)
             else:
-                assert not request.pending
-                assert not request.page_keys or self.engine.config.prefix_cache
+                assert not request.proposal.tokens
+                assert not request.history.page_keys or self.engine.config.prefix_cache
 
     @invariant()
     def pages_are_accounted_for(self) -> None:
         if not hasattr(self, "engine"):
             return
         pool = self.engine._pool
-        held = Counter(p for r in self.engine._scheduler.running for p in r.pages)
+        held = Counter(p for r in self.engine._scheduler.running for p in r.lease.pages)
         assert all(pool.refs[p] == held[p] for p in range(pool.num_pages))
         assert pool.num_free == pool.num_pages - len(held)
-        assert all(not r.pages for r in self.engine._scheduler.waiting)
+        assert all(not r.lease.pages for r in self.engine._scheduler.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

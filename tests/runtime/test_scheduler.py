@@ -97,11 +97,11 @@ def test_neither_windows_nor_prompts_starve(long_first: bool) -> None:
         ids.append(engine.submit(prompt(200), SamplingParams(max_tokens=4, ignore_eos=True)))
     requests = [engine._requests[i] for i in ids]
     for _ in range(60):
-        before = [(r.num_computed, r.num_outputs) for r in requests]
+        before = [(r.lease.num_computed, r.num_outputs) for r in requests]
         for _ in range(20):  # the long prompt alone takes 17 verifier steps
             engine.step()
         for request, old in zip(requests, before, strict=True):
-            assert request.finish_reason or (request.num_computed, request.num_outputs) > old, "starved"
+            assert request.finish_reason or (request.lease.num_computed, request.num_outputs) > old, "starved"
     assert not engine.has_unfinished()
 
 
@@ -143,7 +143,7 @@ def test_a_request_at_its_pending_limit_waits_for_the_verifier() -> None:
     most = 0
     while engine.has_unfinished():
         engine.step()
-        most = max([most, *(len(r.pending) for r in engine._scheduler.running)])
+        most = max([most, *(len(r.proposal.tokens) for r in engine._scheduler.running)])
     assert most == 5
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm42c.runtime.request import Request
+from llm42c.runtime.request import Proposal, Request
 from llm42c.runtime.sampling import SamplingParams
 from llm42c.runtime.token_counts import RowCounts, TokenCounts
 
@@ -59,17 +59,17 @@ def test_counts_equal_counting_anew(prompt: list[int], actions: list[tuple[str, 
     request = new_request(prompt)
     for action, value in actions:
         if action == "commit":
-            request.drop_pending()
+            request.proposal = Proposal()
             request.commit(value, 0.0, None, 0)
         elif action == "propose":
             request.propose(value)
         elif action == "drop":
-            request.drop_pending()
+            request.proposal = Proposal()
         elif action == "take back":
-            request.proved_outputs = max(0, request.num_outputs - value)
+            request.history.proved = max(0, request.num_outputs - value)
             request.take_back_unproved()
         else:
-            history = request.tokens + request.pending
+            history = request.history.tokens + request.proposal.tokens
             length = max(len(prompt), len(history) - value)
             assert as_counter(request.seen.at(request, length)) == Counter(history[:length])
             assert as_counter(request.emitted.at(request, length)) == Counter(history[len(prompt) : length])
@@ -88,10 +88,10 @@ def test_a_row_costs_what_is_new(length: int, monkeypatch: pytest.MonkeyPatch) -
     request, counts = new_request([1]), RowCounts(0)
     for i in range(length):
         request.propose(i % 7)
-        counts.at(request, len(request.tokens) + len(request.pending))
-        if len(request.pending) == 8:  # a verification keeps seven of eight proposals
-            kept = request.pending[:7]
-            request.drop_pending()
+        counts.at(request, request.num_tokens)
+        if len(request.proposal.tokens) == 8:  # a verification keeps seven of eight proposals
+            kept = request.proposal.tokens[:7]
+            request.proposal = Proposal()
             for token in kept:
                 request.commit(token, 0.0, None, 0)
     assert len(added) <= 5.5 * length, "each proposal anew for each of the window's rows, never the history"
