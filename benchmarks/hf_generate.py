@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import llm42c
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 from llm42c.runtime.bench import machine
 
 CASES: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ _START = """
 import json, sys, time
 start = time.perf_counter()
 import torch, llm42c
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 imported = time.perf_counter()
 model, tokenizer = load_model(sys.argv[1])
 loaded = time.perf_counter()

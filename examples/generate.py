@@ -10,7 +10,7 @@ import argparse
 import torch
 
 import llm42c
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import llm42c
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 
 WAY = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.1, "seed": 5}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import llm42c
-from llm42c import models
+from llm42c.hub import models
 
 
 @llm42c.deterministic(max_num_seqs=4, kv_cache_bytes=64 * 2**20)

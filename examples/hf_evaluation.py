@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import llm42c
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 
 QUESTIONS = {
     "The capital of France is": "Paris",

@@ -13,7 +13,7 @@ import asyncio
 from typing import Any
 
 import llm42c
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 
 WAY = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.0, "top_p": 0.95}
 

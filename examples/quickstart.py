@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from llm42c.models import load_model
+from llm42c.hub.models import load_model
 
 
 def last_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 # Public names and the module that holds each: imported on first use, so that `import llm42c` is cheap
 # and registers nothing.
 _EXPORTS = {
-    "explain": "llm42c.explanation",
+    "explain": "llm42c.inspect.explanation",
     "Options": "llm42c.options",
     "Engine": "llm42c.runtime.engine",
     "EngineConfig": "llm42c.runtime.config",

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from llm42c import inductor, versions
+from llm42c import versions
 from llm42c.codegen import targets
 from llm42c.codegen.ops.registry import operators
+from llm42c.compile import inductor
+from llm42c.compile.dump import Dump
+from llm42c.compile.recompiles import require_room
 from llm42c.device import device_of_inputs, in_steps, load_operators
-from llm42c.dump import Dump
 from llm42c.errors import DeviceError, UnsupportedModelError
 from llm42c.options import Options
 from llm42c.passes import pipeline
 from llm42c.passes.base import PLAIN, Context, Report
 from llm42c.passes.kinds import Kind, kind, plain_name
-from llm42c.recompiles import require_room
 
 if TYPE_CHECKING:
     from llm42c.weave.runner import Style

@@ -68,7 +68,9 @@ class Options:
                     f"unknown option {key!r}; did you mean {near[0]!r}? (known: {', '.join(known)})"
                 )
             if key == "passes":
-                from llm42c.added_passes import find_passes  # imports torch; --help imports this module
+                from llm42c.compile.added_passes import (
+                    find_passes,  # imports torch; --help imports this module
+                )
 
                 given[key] = find_passes(value)
             else:

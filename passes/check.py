@@ -4,7 +4,7 @@ Cases:
 
 1. an llm42 operator: its order is part of its definition
 2. views, copies, exactly rounded pointwise calls, sums of integers, maxima: the order cannot be seen
-3. exp, tanh, ...: fixed by compiling without vector code (see ``llm42c.inductor``)
+3. exp, tanh, ...: fixed by compiling without vector code (see ``llm42c.compile.inductor``)
 4. a sort that keeps equals in their order, and the values of a top-k alone
 5. a packed graph that writes to tensors runs call by call, where 3. does not hold: its exp, tanh, ... are
    unplaced

@@ -1,7 +1,7 @@
 """Packed weights as recipes: a pass says *what* a constant is made of; nobody copies data yet.
 
 A packed constant is a ``get_attr`` node whose recipe lists the parameters to stack. The caller of the
-pipeline materialises it afterwards (``llm42c.weights``), once, and may then free the originals. The
+pipeline materialises it afterwards (``llm42c.compile.weights``), once, and may then free the originals. The
 attribute on the graph's module is a meta tensor until then.
 """
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm42c.capture.packed import KVCache
 from llm42c.errors import IntegrityError
-from llm42c.packed import KVCache
-from llm42c.ranks import ALONE, Ranks
+from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.accept import VERIFIER, prove, row_problem
 from llm42c.runtime.block_pool import BlockPool, kv_rows_equal, read_kv
 from llm42c.runtime.certificates import Certificates, named

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm42c.packed import KVCache
+from llm42c.capture.packed import KVCache
 
 
 class BlockPool:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from llm42c.computation import machine_state
+from llm42c.compile.computation import machine_state
 from llm42c.errors import IntegrityError, RankFailureError, RanksDifferError
-from llm42c.ranks import ALONE, Ranks
+from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.certificate_store import CertificateStore, Shape, Status, Stored, Verifier
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm42c.capture.packed import PackedModel
 from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.ops.registry import orders_of
-from llm42c.computation import Computation
+from llm42c.compile.computation import Computation
 from llm42c.errors import ContractError, ContractMismatchError
-from llm42c.packed import PackedModel
 from llm42c.runtime import processors
 from llm42c.runtime.config import EngineConfig
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm42c.capture.packed import PackedModel
 from llm42c.errors import ConfigError, IntegrityError, RequestError
-from llm42c.packed import PackedModel
-from llm42c.ranks import ALONE, Ranks
+from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.accept import VERIFIER, Verdict, accept, row_problem
 from llm42c.runtime.audit import Auditor
 from llm42c.runtime.block_pool import BlockPool, kv_digest

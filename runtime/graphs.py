@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llm42c.packed import KVCache, PackedInputs, PackedModel
+from llm42c.capture.packed import KVCache, PackedInputs, PackedModel
 from llm42c.runtime.block_pool import as_bits
 from llm42c.runtime.stats import Stats
 
@@ -135,7 +135,7 @@ class _Graph:
 
 
 class GraphedModel:
-    """`model` on one KV cache, as graphs (a :class:`~llm42c.packed.PackedModel`).
+    """`model` on one KV cache, as graphs (a :class:`~llm42c.capture.packed.PackedModel`).
 
     Batches of more than `most_tokens` tokens or `most_rows` rows, and other caches, go to the model as they
     are. Logits are valid until the next `forward`.

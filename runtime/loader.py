@@ -11,15 +11,15 @@ from weakref import WeakSet
 
 from torch import nn
 
-from llm42c import models
+from llm42c.capture.packed import PackedModel
 from llm42c.codegen import cache
-from llm42c.compiler import Form, ModelCompiler
+from llm42c.compile.compiler import Form, ModelCompiler
 from llm42c.device import parse_device
 from llm42c.errors import ConfigError
+from llm42c.hub import models
 from llm42c.options import TokenWeave
-from llm42c.packed import PackedModel
+from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.passes.base import Pass
-from llm42c.ranks import ALONE, Ranks
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import engine_contract
 from llm42c.runtime.engine import Engine

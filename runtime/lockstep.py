@@ -13,12 +13,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from llm42c.packed import KVCache, PackedInputs, PackedModel
-from llm42c.ranks import Ranks
+from llm42c.capture.packed import KVCache, PackedInputs, PackedModel
+from llm42c.parallel.ranks import Ranks
 
 
 class LockstepModel:
-    """`model` on several ranks (a :class:`~llm42c.packed.PackedModel`). Raises RanksDifferError, and
+    """`model` on several ranks (a :class:`~llm42c.capture.packed.PackedModel`). Raises RanksDifferError, and
     RankFailureError where a rank died or did not answer within the process group's timeout."""
 
     def __init__(self, model: PackedModel, ranks: Ranks) -> None:

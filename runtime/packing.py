@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from llm42c.packed import PackedInputs
+from llm42c.capture.packed import PackedInputs
 from llm42c.runtime.request import Lease, Request
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm42c.capture.packed import KVCache, PackedInputs, PackedModel
 from llm42c.errors import ConfigError, RankFailureError, RanksDifferError
-from llm42c.packed import KVCache, PackedInputs, PackedModel
-from llm42c.ranks import ALONE, Ranks
+from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.block_pool import BlockPool, as_bits, kv_rows_equal, read_kv
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Packer, Span, slots_of

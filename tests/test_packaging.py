@@ -130,7 +130,7 @@ def test_import_does_nothing_but_define() -> None:
     code = """
 import os, sys
 before = dict(os.environ)
-import llm42c, llm42c.cli, llm42c.models
+import llm42c, llm42c.cli, llm42c.hub.models
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 from llm42c import Engine, EngineConfig, Options, SamplingParams, deterministic, explain
 import llm42c.backend, llm42c.runtime.loader

@@ -57,7 +57,7 @@ def load(name: str, results: Results) -> Any:
     """A model on the device, in bf16 (fp32 on a dry run)."""
     dtype = torch.float32 if results.dry else torch.bfloat16
     if name not in LLAMAS:
-        from llm42c import models
+        from llm42c.hub import models
 
         return models.load_model(name, dtype)[0].to(results.device)
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -168,8 +168,8 @@ def _contenders(
     token_weave: str,
 ) -> Iterator[list[Contender]]:
     """llm42 at every fraction and mode, then the others; their processes end with the block."""
-    from llm42c import models
     from llm42c.cli.common import parse_dtype
+    from llm42c.hub import models
     from llm42c.runtime.bench.contenders import LIMITS, HfGenerate, Llm42, VllmCpu
 
     with contextlib.ExitStack() as stack:

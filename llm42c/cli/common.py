@@ -33,7 +33,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 def _is_there(context: typer.Context, name: str) -> str:
     """MODEL itself, once it is known to name something: before torch is imported, and at once."""
-    from llm42c import models
+    from llm42c.hub import models
 
     try:
         models.require(name)
@@ -126,11 +126,11 @@ def open_engine(
     wanted = parse_dtype(dtype)
     check_device(device)
     report("loading", 0, 0)
-    from llm42c import models
+    from llm42c.hub import models
 
     loaded, tokenizer = models.load_model(model, wanted)
     report("compiling", 0, 0)
-    from llm42c import ranks
+    from llm42c.parallel import ranks
     from llm42c.runtime.loader import build_engine
 
     place = ranks.world()

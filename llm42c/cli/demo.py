@@ -94,7 +94,7 @@ def _control(
 ) -> Control:
     import torch
 
-    from llm42c import models
+    from llm42c.hub import models
     from llm42c.runtime.demo.control import run_control
 
     report("control", 0, 2 * len(named))

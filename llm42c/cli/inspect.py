@@ -31,7 +31,7 @@ from llm42c.errors import ConfigError
 from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
-    from llm42c.compiler import CompiledModel
+    from llm42c.compile.compiler import CompiledModel
     from llm42c.passes.base import Pass
     from llm42c.runtime.engine import Engine
 
@@ -97,19 +97,19 @@ def explain(
     }
     with progress_bars() as report:
         report("loading", 0, 0)
-        from llm42c import models
+        from llm42c.hub import models
 
         loaded, _ = models.load_model(model, parse_dtype(dtype))
         report("compiling", 0, 0)
         import torch
 
-        from llm42c.explanation import explain as explain_model
+        from llm42c.inspect.explanation import explain as explain_model
 
         ids = torch.arange(tokens).unsqueeze(0)
         with _divided(loaded, ranks) as line:
             link = None
             if ranks is not None and token_weave != "off" and target is None:
-                from llm42c.imagined import with_link
+                from llm42c.inspect.imagined import with_link
 
                 link = with_link(link_gb_s, link_us)
             found = explain_model(loaded, {"input_ids": ids, "use_cache": False}, options, target=link)
@@ -124,7 +124,7 @@ def _found(passes: Sequence[str]) -> Sequence[Pass]:
     """Looked up before a model is loaded."""
     if not passes:
         return ()
-    from llm42c.added_passes import find_passes
+    from llm42c.compile.added_passes import find_passes
 
     return find_passes(passes)
 
@@ -133,13 +133,13 @@ def _explain_engine(model: str, dtype: str | None, passes: Sequence[str]) -> Non
     wanted, added = parse_dtype(dtype), _found(passes)
     with progress_bars() as report:
         report("loading", 0, 0)
-        from llm42c import models
+        from llm42c.hub import models
 
         loaded, _ = models.load_model(model, wanted)
         report("compiling", 0, 0)
-        from llm42c import ranks
-        from llm42c.compiler import ModelCompiler
-        from llm42c.explanation import explain_engine
+        from llm42c.compile.compiler import ModelCompiler
+        from llm42c.inspect.explanation import explain_engine
+        from llm42c.parallel import ranks
 
         compiler = ModelCompiler(loaded, strict=False, ranks=ranks.world(), passes=added)
         compiler.compile(release=True)
@@ -150,17 +150,17 @@ def _explain_engine(model: str, dtype: str | None, passes: Sequence[str]) -> Non
 @contextlib.contextmanager
 def _divided(model: Any, size: int | None) -> Iterator[str]:
     """The model among the ranks of `torchrun`, or among imagined ones; what was divided, or nothing."""
-    from llm42c import ranks
+    from llm42c.parallel import ranks
 
     place = ranks.world()
     if place.size > 1:
         if size is not None and size != place.size:
             raise ConfigError(f"--ranks {size}, and torchrun has started {place.size}")
-        from llm42c.tensor_parallel import divide
+        from llm42c.parallel.tensor_parallel import divide
 
         yield f"{place.size} ranks; {divide(model, place).text()}"
     elif size is not None:
-        from llm42c.imagined import imagined_ranks
+        from llm42c.inspect.imagined import imagined_ranks
 
         with imagined_ranks(model, size) as division:
             yield f"{size} ranks; {division.text()}"
@@ -202,7 +202,7 @@ def certify(
 
 def _culprits(fast: CompiledModel, engine: Engine) -> list[str]:
     """For each token count with an uncertified shape, the call that depends on the batch."""
-    from llm42c.culprit import find_culprit
+    from llm42c.inspect.culprit import find_culprit
 
     reference = engine.config.verify_tokens
     sizes = {tokens for (tokens, _), state in engine.certificates.status.items() if state != "certified"}

@@ -30,7 +30,7 @@ def session() -> Iterator[None]:
     if not announced():
         yield
         return
-    from llm42c import ranks
+    from llm42c.parallel import ranks
 
     try:
         with contextlib.ExitStack() as stack:
@@ -46,7 +46,7 @@ def session() -> Iterator[None]:
 
 def read_stdin() -> str:
     """Standard input, which only rank 0 can read."""
-    from llm42c import ranks
+    from llm42c.parallel import ranks
 
     text: str = ranks.world().share("" if silent() else sys.stdin.read())
     return text

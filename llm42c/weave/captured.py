@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from llm42c import inductor
 from llm42c.codegen.target import MEASURED, Target, Value
+from llm42c.compile import inductor
 from llm42c.errors import RanksDifferError
 from llm42c.passes import graph as g
 from llm42c.passes.sizes import SYMBOLS

@@ -20,6 +20,7 @@ from torch import fx
 
 from llm42c.codegen.dist.collectives import group_of
 from llm42c.codegen.target import Target, TargetError
+from llm42c.compile.piecewise import PiecewiseProgram
 from llm42c.errors import OptionsError, UnsupportedModelError
 from llm42c.options import Options, TokenWeave
 from llm42c.passes import graph as g
@@ -27,7 +28,6 @@ from llm42c.passes.weave import communication as comm
 from llm42c.passes.weave.rules import UnsplittableError
 from llm42c.passes.weave.schedule import Planner
 from llm42c.passes.weave.text import describe_plan, to_dot, to_mermaid
-from llm42c.piecewise import PiecewiseProgram
 from llm42c.weave.captured import WovenProgram, compile_woven
 from llm42c.weave.runner import Style
 

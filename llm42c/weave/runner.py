@@ -21,8 +21,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from llm42c import inductor
-from llm42c.clusters import Cluster, outline
+from llm42c.compile import inductor
+from llm42c.compile.clusters import Cluster, outline
+from llm42c.compile.piecewise import compile_cluster, compile_piecewise
+from llm42c.compile.straightline import Step, emit
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
 from llm42c.passes.sizes import SYMBOLS
@@ -30,8 +32,6 @@ from llm42c.passes.weave import communication as comm
 from llm42c.passes.weave.program import SEGMENT, START, turns
 from llm42c.passes.weave.schedule import Pieces
 from llm42c.passes.weave.split import ALL_TOKENS, HALF_SIZES
-from llm42c.piecewise import compile_cluster, compile_piecewise
-from llm42c.straightline import Step, emit
 
 Style = Literal["eager", "free", "fixed", "plain"]
 _SMALLEST = 2  # Inductor takes a symbolic size to be at least this

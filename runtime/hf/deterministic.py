@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llm42c.capture.support import require_supported
 from llm42c.errors import OptionsError
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.hf.handle import Handle
-from llm42c.support import require_supported
 
 # Of a decorated class: the class as it was; of its instances: set while they are ordinary models.
 _BASE, _OFF = "_llm42_base", "_llm42_off"

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import torch
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from llm42c.capture import KVSpec
-from llm42c.compiler import ModelCompiler
+from llm42c.capture.dynamo import KVSpec
+from llm42c.capture.support import context_limit, require_supported
+from llm42c.compile.compiler import ModelCompiler
 from llm42c.device import device_of_model
 from llm42c.errors import RequestError
 from llm42c.runtime.config import EngineConfig
@@ -29,7 +30,6 @@ from llm42c.runtime.hf.streaming import StreamedToken
 from llm42c.runtime.loader import BuiltEngine, build_engine
 from llm42c.runtime.pump import Pump
 from llm42c.runtime.stats import Stats
-from llm42c.support import context_limit, require_supported
 
 _KV_BUDGET = 256 * 2**20
 _CONFIG = {f.name for f in fields(EngineConfig)}

@@ -2,7 +2,7 @@
 
 It shows the same operators in the same order as the compiled model at a fraction of the time. torch's own
 loops compute the tail of a row-major tensor by scalar code that rounds exp, tanh, ... differently; Inductor
-is told not to (llm42c/inductor.py). Here these functions are computed in fp64 and rounded once.
+is told not to (llm42c/compile/inductor.py). Here these functions are computed in fp64 and rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from llm42c.backend import rewrite_plain
-from llm42c.dump import Dump
+from llm42c.compile.dump import Dump
 from llm42c.options import Options
 from llm42c.passes.base import PLAIN
 from llm42c.passes.kinds import Kind, kind

@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 
 # Ranks are forks of one process that has imported these and done nothing else; each import costs seconds.
-_IMPORTED_ONCE = ["torch.distributed", "torch._dynamo", "llm42c.compiler", "transformers.models.llama"]
+_IMPORTED_ONCE = [
+    "torch.distributed",
+    "torch._dynamo",
+    "llm42c.compile.compiler",
+    "transformers.models.llama",
+]
 
 
 def run(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

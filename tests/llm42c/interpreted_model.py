@@ -16,10 +16,10 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from llm42c.capture.packed import PackedInputs
 from llm42c.codegen.ops.registry import implemented
 from llm42c.codegen.triton import attention, packing
-from llm42c.compiler import CompiledModel, ModelCompiler
-from llm42c.packed import PackedInputs
+from llm42c.compile.compiler import CompiledModel, ModelCompiler
 
 SIZES = {
     "hidden_size": 32,

@@ -17,18 +17,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm42c import backend, capture, compiler, device
+from llm42c import backend, device
+from llm42c.capture import dynamo
+from llm42c.capture.packed import PackedInputs
 from llm42c.codegen import targets
 from llm42c.codegen.cpu import build
 from llm42c.codegen.ops import registry
 from llm42c.codegen.target import from_table
 from llm42c.codegen.triton import target as gpu
 from llm42c.codegen.triton.target import GpuTarget
-from llm42c.compiler import ModelCompiler
-from llm42c.dump import Dump
+from llm42c.compile import compiler
+from llm42c.compile.compiler import ModelCompiler
+from llm42c.compile.dump import Dump
 from llm42c.errors import DeviceError
 from llm42c.options import Options
-from llm42c.packed import PackedInputs
 
 CUDA = torch.device("cuda", 0)
 PLACE = torch.device("meta")
@@ -67,7 +69,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without data stand for those of a GPU: like them, they are not the CPU's, and do not mix."""
     real = targets.of
     monkeypatch.setattr(targets, "of", lambda place: PRETENDED if place == PLACE else real(place))
-    monkeypatch.setattr(capture, "require_supported", lambda model: None)
+    monkeypatch.setattr(dynamo, "require_supported", lambda model: None)
     monkeypatch.setattr(compiler, "require_finite", lambda model: None)
     monkeypatch.setattr(compiler, "weights_digest", lambda model: "w")
     monkeypatch.setattr(build, "build", lambda: pytest.fail("compiled for the CPU"))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llm42c import models
 from llm42c.errors import RequestError
+from llm42c.hub import models
 from llm42c.prompts import load_prompts
 
 

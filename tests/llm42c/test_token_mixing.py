@@ -11,7 +11,7 @@ import transformers as hf
 from torch import fx
 
 from llm42c.backend import rewrite_plain
-from llm42c.dump import Dump
+from llm42c.compile.dump import Dump
 from llm42c.options import Options
 from llm42c.passes.base import Report
 

@@ -12,7 +12,7 @@ import tiny_folder
 import torch
 
 from llm42c import cli, versions
-from llm42c.compiler import ModelCompiler
+from llm42c.compile.compiler import ModelCompiler
 
 
 @pytest.fixture

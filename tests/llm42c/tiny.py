@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import fx
 
-from llm42c.capture import CapturedGraph, capture_packed, new_kv_cache
+from llm42c.capture.dynamo import CapturedGraph, capture_packed, new_kv_cache
 from llm42c.codegen.ops import registry
 from llm42c.passes.base import PACKED, Context, PositionInput
 

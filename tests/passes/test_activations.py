@@ -12,7 +12,7 @@ from graphs import same_bits
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from llm42c.inductor import compile_free
+from llm42c.compile.inductor import compile_free
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Values of all sizes, and those at which exp, erf and tanh change their formula.

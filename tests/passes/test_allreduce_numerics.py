@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_world
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).parents[1] / "codegen"))
-import rank_world
 
 K, H, SITES = 24, 32, 3
 ROWS = ((1, 1), (1, 3), (2, 7))  # B, S: fewer rows than ranks, and numbers that ranks do not divide

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from graphs import apply, calls, capture, run, same_bits
+from paged_world import Heads, Runner, World
 from torch import Tensor, fx
 
 from llm42c.passes import pod_attention as p
 from llm42c.passes.attention_sdpa import attention_sdpa
 from llm42c.passes.base import Context
-
-sys.path.append(str(Path(__file__).parents[1] / "codegen"))
-from paged_world import Heads, Runner, World
 
 
 def paged(*args: Any) -> Tensor:
@@ -151,7 +147,7 @@ def test_a_batch_of_prefills_only_is_no_miss():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_backend_pairs_them(dynamic: bool):
     from llm42c.backend import rewrite_plain
-    from llm42c.dump import Dump
+    from llm42c.compile.dump import Dump
     from llm42c.options import Options
 
     gm = capture(split_batch, *operands(), dynamic=dynamic)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from llm42c import models
-from llm42c.compiler import ModelCompiler
+from llm42c.compile.compiler import ModelCompiler
+from llm42c.hub import models
 from llm42c.runtime.demo.job import make_jobs, run_alone, run_together
 from llm42c.runtime.loader import build_engine
 

@@ -20,9 +20,9 @@ import torch
 import transformers as hf
 
 import llm42c
-from llm42c import ranks
 from llm42c.digest import weights_digest
 from llm42c.memory import forget
+from llm42c.parallel import ranks
 from llm42c.runtime.loader import BuiltEngine, build_engine
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm42c.packed import KVCache
+from llm42c.capture.packed import KVCache
 from llm42c.runtime.block_pool import BlockPool, as_bits, kv_digest, kv_rows_equal, read_kv
 
 

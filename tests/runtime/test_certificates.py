@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from toy import VOCAB, NoisyModel, ToyModel, ToySampler, make_engine, reference, small_config, solo
 
+from llm42c.capture.packed import KVCache
 from llm42c.errors import ConfigError, IntegrityError
-from llm42c.packed import KVCache
 from llm42c.runtime import probe
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput

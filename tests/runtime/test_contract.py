@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import ToyModel, make_engine, small_config
 
-from llm42c.computation import Computation
+from llm42c.compile.computation import Computation
 from llm42c.errors import ConfigError, ContractError, ContractMismatchError
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import RULES, Contract, engine_contract

@@ -14,11 +14,11 @@ import transformers as hf
 from torch import fx
 
 import llm42c
-from llm42c import computation, inductor
 from llm42c.codegen.cpu import target as cpu
 from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.order import Order
-from llm42c.compiler import ModelCompiler
+from llm42c.compile import computation, inductor
+from llm42c.compile.compiler import ModelCompiler
 from llm42c.digest import graph_digest
 from llm42c.passes import pipeline, rms_norm
 from llm42c.passes.base import Pass

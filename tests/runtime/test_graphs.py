@@ -18,9 +18,9 @@ import transformers
 from torch import Tensor
 from toy import VOCAB, NoisyModel, ToyModel, ToySampler, make_engine, small_config, toy_decode
 
-from llm42c.compiler import ModelCompiler
+from llm42c.capture.packed import KVCache, PackedInputs
+from llm42c.compile.compiler import ModelCompiler
 from llm42c.errors import ConfigError
-from llm42c.packed import KVCache, PackedInputs
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.graphs import ALIGNMENT, WARM_UPS, CudaGraphs, GraphedModel, StaticInputs

@@ -22,8 +22,8 @@ from toy import (
     toy_decode,
 )
 
+from llm42c.capture.packed import KVCache
 from llm42c.errors import ConfigError, IntegrityError
-from llm42c.packed import KVCache
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput

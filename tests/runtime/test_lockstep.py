@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_world
 import torch
 import torch.distributed as dist
 from toy import ToyModel, ToySampler, reference, small_config, toy_decode
 
-from llm42c import ranks as ranking
 from llm42c.errors import RankFailureError, RanksDifferError
+from llm42c.parallel import ranks as ranking
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.lockstep import LockstepModel, batch_digest
 from llm42c.runtime.packing import Packer
 from llm42c.runtime.probe import Reference
 from llm42c.runtime.sampling import SamplingParams
-
-sys.path.append(str(Path(__file__).parents[1] / "codegen"))
-sys.path.append(str(Path(__file__).parents[1] / "llm42c"))
-import rank_world
 
 
 def toy_engine(**changes: object) -> Engine:
@@ -73,7 +69,7 @@ def other_weights(rank: int) -> None:
     """Compile a model that is another one on rank 1."""
     import tiny
 
-    from llm42c.compiler import ModelCompiler
+    from llm42c.compile.compiler import ModelCompiler
 
     model = tiny.model("llama", layers=1)
     with torch.no_grad():

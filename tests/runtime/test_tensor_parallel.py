@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "codegen"))
-sys.path.append(str(Path(__file__).parents[1] / "llm42c"))
 import rank_world
 import tiny_folder
 
@@ -25,7 +22,7 @@ def serve(rank: int) -> dict[str, Any]:
     import tiny
     import torch
 
-    from llm42c import ranks
+    from llm42c.parallel import ranks
     from llm42c.runtime.loader import build_engine
     from llm42c.runtime.sampling import SamplingParams
 
@@ -73,7 +70,7 @@ def run_woven(limits: dict[str, Any], params: list[Any], run: Any) -> tuple[list
     import tiny
     import torch
 
-    from llm42c import ranks
+    from llm42c.parallel import ranks
     from llm42c.runtime.loader import build_engine
 
     model = tiny.model("llama", torch.bfloat16)

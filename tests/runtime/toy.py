@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from llm42c.packed import KVCache, PackedInputs
+from llm42c.capture.packed import KVCache, PackedInputs
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.sampling import SamplingParams

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
 
 from llm42c.runtime.bench import soak
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import toy
 
 CONFIG = EngineConfig(
     max_num_seqs=16,

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import toy
 
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.demo import job
 from llm42c.runtime.engine import Engine
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import toy
 
 CONFIG = EngineConfig(
     max_num_seqs=16,

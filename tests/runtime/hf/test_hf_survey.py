@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llm42c
-from llm42c import hf_interface
+from llm42c.capture import hf_interface
 from llm42c.errors import IntegrityError, UnsupportedModelError
 from llm42c.runtime.survey import cells
 from llm42c.runtime.survey.classes import decoders

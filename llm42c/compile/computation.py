@@ -1,0 +1,87 @@
+"""What the bits of a compiled graph depend on, apart from weights and shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from llm42c.codegen import targets
+from llm42c.codegen.cpu import build
+from llm42c.codegen.implementation import implementation_of
+from llm42c.codegen.ops.registry import orders_of
+from llm42c.compile import inductor
+from llm42c.digest import graph_digest
+from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A graph as it runs, and who computes it.
+
+    ``graph``: digest after all passes. ``orders``: the order of every operator that it calls.
+    ``implementation``: digests of the operators' sources. ``machine``: empty on a CPU if every call is an
+    operator or exact; otherwise what the other calls (``foreign``, by name) hang on.
+    """
+
+    graph: str
+    target: str = "cpu"
+    orders: dict[str, str] = field(default_factory=dict)
+    implementation: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+    foreign: dict[str, int] = field(default_factory=dict)
+
+
+def computation_of(
+    gm: fx.GraphModule, weights: Collection[str], compiled: bool, device: torch.device
+) -> Computation:
+    """``gm`` after the passes, its constants materialised.
+
+    ``weights`` as for :func:`~llm42c.digest.graph_digest`; ``compiled`` says that Inductor compiled a part.
+    """
+    target = targets.of(device)
+    calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    names = {operator_name(n) for n in calls if kind(n) is Kind.OPERATOR}
+    foreign = {n: kind(n) for n in calls if kind(n) in FOREIGN}
+    sums = any(k is not Kind.TRANSCENDENTAL for k in foreign.values())
+    machine = target.identity(device, foreign=bool(foreign), threads=sums)
+    if compiled:
+        machine |= {"torch": torch.__version__, "inductor": _settings()}
+    return Computation(
+        graph=graph_digest(gm, weights),
+        target=target.name,
+        orders=orders_of(names, target.name),
+        implementation=implementation_of(names, target.name),
+        machine=machine,
+        foreign=dict(Counter(map(plain_name, foreign))),
+    )
+
+
+def operator_name(node: fx.Node) -> str:
+    """Of a call of an llm42 operator: its name in the registry."""
+    return re.sub(r"^llm42(::|\.)|\.default$", "", plain_name(node))
+
+
+def _settings() -> str:
+    text = json.dumps(inductor.fixed_config(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def machine_state() -> str:
+    """Everything that may change the bits of some graph on this machine, ours or not: a key for its cache."""
+    library = build.loaded_library()
+    parts = (
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        build.cpu_features(),
+        str(torch.get_num_threads()),
+        "" if library is None else library.name,
+        _settings(),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""Where a model comes from: a folder, a hub id, or the alias of the one that a package carries."""

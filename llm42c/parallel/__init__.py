@@ -1,0 +1,1 @@
+"""Several processes run one model: what they tell each other, and how its weights are divided among them."""
