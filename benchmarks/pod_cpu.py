@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen import target
+from llm42c.codegen import device as devices
 from llm42c.codegen.ops import registry
 from llm42c.memory import zeros
 from llm42c.runtime.bench.machine import describe
@@ -226,7 +226,7 @@ def main() -> None:
     registry.load()
     workers = options.workers
     if workers is None:
-        workers = target.decode_workers(target.measure(target.detect("cpu"), "cpu"))
+        workers = devices.decode_workers(devices.measure(devices.detect("cpu"), "cpu"))
     torch.set_num_threads(options.threads)
     peer = Peer(options.peer_python) if options.peer_python else None
     grid = {"chunks": options.chunks, "contexts": options.contexts, "decodes": options.decodes}

@@ -37,8 +37,8 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from llm42c.codegen import target as targets
-from llm42c.codegen.target import Target, Value
+from llm42c.codegen import device as devices
+from llm42c.codegen.device import Device, Value
 from llm42c.passes.weave.cost import Rates
 from llm42c.passes.weave.schedule import Decision, Planner
 from llm42c.weave.captured import When, WovenProgram, compute_rates, measured, weaving_backend
@@ -111,7 +111,7 @@ def with_collectives(model: Any) -> Any:
 class Case:
     """A compiled model, run woven or whole on the inputs of its graph."""
 
-    def __init__(self, model: Any, target: Target, group: Any = None) -> None:
+    def __init__(self, model: Any, target: Device, group: Any = None) -> None:
         made: list[WovenProgram] = []
         self._inputs: list[Any] = []
         backend = weaving_backend(target, style="free", group=group, made=made)
@@ -188,14 +188,14 @@ def row(case: str, tokens: int, decision: str, t: Times, runs: int, **more: Any)
         woven_ms="" if woven is None else round(1e3 * woven, 3),
         woven_ratio="" if woven is None else round(ratio(t, "woven", "whole"), 3),
         runs=runs,
-        cpu=targets.detect("cpu").name,
+        cpu=devices.detect("cpu").name,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         **more,
     )
 
 
-def with_link(target: Target, latency: float, bandwidth: float) -> Target:
+def with_link(target: Device, latency: float, bandwidth: float) -> Device:
     source = "measured: the simulated link"
     return target.measured(
         {"link_latency": Value(latency, source), "link_bandwidth": Value(bandwidth, source)}
@@ -203,7 +203,7 @@ def with_link(target: Target, latency: float, bandwidth: float) -> Target:
 
 
 def overlap(tokens: int = 384, layers: int = 6, hidden: int = 512, runs: int = 11) -> Iterator[Row]:
-    base = targets.measure(targets.detect("cpu"), "cpu").measured(compute_rates(torch.device("cpu")))
+    base = devices.measure(devices.detect("cpu"), "cpu").measured(compute_rates(torch.device("cpu")))
     link = Link(0.0, 1e15, WallClock())
     model = with_collectives(llama(hidden, layers))
     with simulated(GROUP, link):
@@ -234,7 +234,7 @@ def overlap(tokens: int = 384, layers: int = 6, hidden: int = 512, runs: int = 1
 
 
 def sweep(layers: int = 2, hidden: int = 512) -> Iterator[Row]:
-    base = targets.measure(targets.detect("cpu"), "cpu").measured(compute_rates(torch.device("cpu")))
+    base = devices.measure(devices.detect("cpu"), "cpu").measured(compute_rates(torch.device("cpu")))
     link = Link(0.0, 1e15, WallClock())
     with simulated(GROUP, link):
         case = Case(with_collectives(llama(hidden, layers)), with_link(base, LATENCY, 1e15))

@@ -29,7 +29,7 @@ class Options:
         wherever there are two tokens, and refuses a graph that cannot be divided.
     residual_shards: each rank keeps its own rows of the residual stream between two fused norms
         (docs/tensor_parallel.md); refuses a graph in which nothing can be kept so. For long prefills.
-    target: file with the rates of the device and its link, as ``Target.to_json`` writes it, from which
+    target: file with the rates of the device and its link, as ``Device.to_json`` writes it, from which
         ``token_weave`` decides; by default rank 0 measures them.
     dump: directory for graphs before and after each pass and for the generated kernels; the
         environment variable ``LLM42_DUMP`` gives the default.

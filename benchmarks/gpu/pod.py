@@ -134,7 +134,7 @@ class Kernels:
         from llm42c.codegen.triton import attention
 
         self.shape, self._attention = shape, attention
-        self.target = attention.target_of(results.device)
+        self.target = attention.device_of(results.device)
         # An interpreter has no register with the number of the multiprocessor.
         self._changes: dict[str, Any] = {"sm": "program", "sms": 2} if results.dry else {}
         self._sms = 2 if results.dry else self.target.count("sms")

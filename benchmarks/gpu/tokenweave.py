@@ -34,7 +34,7 @@ import transformers
 from common import Results, gpu_or_dry, machine, options_of
 from torch import Tensor
 
-from llm42c.codegen.target import Target, Value
+from llm42c.codegen.device import Device, Value
 from llm42c.passes.weave.text import describe_plan
 from llm42c.weave.captured import When, WovenProgram, measured, weaving_backend
 
@@ -117,7 +117,7 @@ def with_collectives(model: Any, group_name: str) -> None:
         layer.mlp.down_proj.register_forward_hook(hook)
 
 
-def target_of(results: Results, ranks: Ranks) -> Target:
+def target_of(results: Results, ranks: Ranks) -> Device:
     """Measured rates; the link's are assumed where there is none."""
     target = measured(ranks.group, results.device)
     if not ranks.alone:

@@ -10,9 +10,9 @@ import torch
 
 from llm42c.codegen.cpu import build
 from llm42c.codegen.cpu.packing import Panels
+from llm42c.codegen.device import local_decode_workers
 from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.operator import Operator
-from llm42c.codegen.target import local_decode_workers
 from llm42c.codegen.targets import Target
 
 

@@ -24,7 +24,7 @@ from llm42c.codegen.ops.pod_attention import check_metadata
 from llm42c.codegen.triton import attention_combine, attention_plan, fragments, kernel, kv_write
 from llm42c.codegen.triton import pod_attention as hybrid
 from llm42c.codegen.triton.cost import Choice, Composition, choose
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec, power_of_two, with_scheduler
 
 WORKSPACE_BYTES = 256 << 20  # of partial results of a call; sequences for which it has no room are not split
@@ -118,7 +118,7 @@ def make_plan(
     plan = torch.empty(max(sequences, 1), 2, dtype=torch.int32, device=device)
     counts = torch.zeros(2, dtype=torch.int32, device=device)
     if sequences:
-        fn = kernel.load("attention_plan", attention_plan.emit(spec), target_of(device))
+        fn = kernel.load("attention_plan", attention_plan.emit(spec), device_of(device))
         fn[(sequences,)](
             cu_seqlens_q, kv_lens, items, plan, counts, sequences, tiles, slots,
             SEQUENCES=power_of_two(max(sequences, 2)), num_warps=4,
@@ -155,7 +155,7 @@ def write_kv(
     if not len(slots):
         return
     k, v = kernel.aligned(k), kernel.aligned(v)
-    fn = kernel.load("kv_write", kv_write.emit(spec), target_of(k.device))
+    fn = kernel.load("kv_write", kv_write.emit(spec), device_of(k.device))
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     fn[(len(slots), spec.kv_heads)](k, v, k_cache, v_cache, slots, *strides, num_warps=1)
 
@@ -181,7 +181,7 @@ def attend(
     ``table`` is ``block_table``, or ``cu_seqlens_k`` where keys lie in packed rows. ``sm_order`` [programs]
     int32 says which SM a program thinks it runs on, where ``spec.sm`` is ``table``.
     """
-    target = target_of(q.device)
+    device = device_of(q.device)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     sequences = kv_lens.shape[0]
     if not sequences or not len(q):
@@ -193,7 +193,7 @@ def attend(
     some_sinks = stats if sinks is None else kernel.aligned(sinks.float().contiguous())
     programs = choice.programs or plan.items_at_most() * spec.kv_heads
     table_stride = () if spec.layout == "rows" else (table.stride(0),)
-    run = kernel.load("pod_attention", hybrid.emit(spec), target)
+    run = kernel.load("pod_attention", hybrid.emit(spec), device)
     run[(programs,)](
         q, k_cache, v_cache, some_sinks, out, partial, stats,
         cu_seqlens_q, kv_lens, table, plan.items, plan.counts, counters_of(q.device),
@@ -201,9 +201,9 @@ def attend(
         q.stride(0), q.stride(1), *table_stride, plan.decode_base, scale, softcap or 1.0,
         choice.prefill_share, choice.decode_share, 1,
         num_warps=spec.warps, num_stages=spec.stages, **kernel.OPTIONS,
-        **kernel.registers_for(target, spec.warps),
+        **kernel.registers_for(device, spec.warps),
     )  # fmt: skip
-    combine = kernel.load("attention_combine", attention_combine.emit(spec), target)
+    combine = kernel.load("attention_combine", attention_combine.emit(spec), device)
     combine[(sequences, spec.kv_heads)](
         partial, stats, some_sinks, out, cu_seqlens_q, plan.sequences, out.stride(0),
         num_warps=4, **kernel.OPTIONS,
@@ -217,7 +217,7 @@ def _fitted(spec: AttentionSpec, device: torch.device) -> AttentionSpec:
     from llm42c.codegen.triton import catalog
 
     try:
-        return catalog.fitted(spec, target_of(device))
+        return catalog.fitted(spec, device_of(device))
     except (RuntimeError, ValueError):
         return spec
 
@@ -237,7 +237,7 @@ def _run(
 ) -> Tensor:
     """Schedule by the cost model, make or find the plan, attend."""
     shape = composition(spec, q.shape[0], kv_lens.shape[0], most_keys)
-    choice = choose(shape, spec, target_of(q.device))
+    choice = choose(shape, spec, device_of(q.device))
     spec = with_scheduler(spec, choice.scheduler)
     spec = _fitted(spec, q.device) if q.is_cuda else spec
     plan = plan_of(spec, q.shape[0], cu_seqlens_q, kv_lens, most_keys)
@@ -262,7 +262,7 @@ def paged_attention(
 ) -> Tensor:
     """``llm42::paged_attention`` and ``llm42::pod_attention`` on a GPU: one set of bits."""
     spec = default_spec(
-        target_of(q.device),
+        device_of(q.device),
         heads=q.shape[1],
         kv_heads=k.shape[1],
         head_dim=q.shape[2],
@@ -306,7 +306,7 @@ def varlen_attention(
     k, v = kernel.aligned(k), kernel.aligned(v)
     strides = tuple(n for x in (k, v) for n in (x.stride(0), x.stride(-3), x.stride(-2)))
     spec = default_spec(
-        target_of(q.device),
+        device_of(q.device),
         heads=q.shape[1],
         kv_heads=k.shape[-2],
         head_dim=q.shape[2],

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from llm42c.codegen.device import Device
 from llm42c.codegen.ops.registry import marked
-from llm42c.codegen.target import Target
 from llm42c.codegen.triton import (
     all_reduce_norm,
     attention_combine,
@@ -54,7 +54,7 @@ _GROUPED = dict.fromkeys(("order_ptr", "tile_expert_ptr", "tile_first_ptr", "exp
 
 def _cost(found: Compiled) -> tuple[bool, int]:
     """What speaks against a variant: more shared memory than there is, and spills."""
-    return found.resources.shared > found.target.get("shared_bytes", 1 << 30), found.resources.spills
+    return found.resources.shared > found.device.get("shared_bytes", 1 << 30), found.resources.spills
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class Kernel:
     all_registers: bool = False
     variants: tuple[Kernel, ...] = ()  # others with the same bits, to be taken if this one spills
 
-    def compile(self, target: Target) -> Compiled:
+    def compile(self, device: Device) -> Compiled:
         """Ahead of time, for a device that need not be here: the first variant that fits and does not spill.
 
         If none does, the one that spills least.
         """
-        best = self._compile(target)
+        best = self._compile(device)
         for other in self.variants:
             if _cost(best) == (False, 0):
                 break
-            best = min(best, other._compile(target), key=_cost)
+            best = min(best, other._compile(device), key=_cost)
         return best
 
-    def _compile(self, target: Target) -> Compiled:
+    def _compile(self, device: Device) -> Compiled:
         element = DTYPES[self.dtype]
 
         class Types(dict[str, str]):
@@ -96,7 +96,7 @@ class Kernel:
             self.name,
             self.source,
             types,
-            target,
+            device,
             constants=self.constants,
             warps=self.warps,
             stages=self.stages,
@@ -116,12 +116,12 @@ def attention_kernel(spec: AttentionSpec) -> Kernel:
     return dataclasses.replace(whole[0], variants=tuple(whole[1:]))
 
 
-def fitted(spec: AttentionSpec, target: Target) -> AttentionSpec:
-    """The variant of a specialisation that spills least on a target; from the cache, if it is known."""
+def fitted(spec: AttentionSpec, device: Device) -> AttentionSpec:
+    """The variant of a specialisation that spills least on a device; from the cache, if it is known."""
     best: tuple[tuple[bool, int], AttentionSpec] | None = None
     for variant in spec.variants():
         kernel = dataclasses.replace(attention_kernel(variant), variants=())
-        cost = _cost(kernel.compile(target))
+        cost = _cost(kernel.compile(device))
         if best is None or cost < best[0]:
             best = (cost, variant)
         if cost == (False, 0):
@@ -129,15 +129,15 @@ def fitted(spec: AttentionSpec, target: Target) -> AttentionSpec:
     return best[1] if best else spec
 
 
-def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16) -> Iterator[Kernel]:
+def kernels(device: Device, dtype: str = "bfloat16", head_dim: int = 128, page: int = 16) -> Iterator[Kernel]:
     """The kernels that a Llama-3-8B runs, for ``target``; and those that implementations name themselves."""
     shape = {"heads": 32, "kv_heads": 8, "head_dim": head_dim, "page": page, "dtype": dtype}
     for scheduler in SCHEDULERS:
         for uniform in (True, False):
-            yield attention_kernel(default_spec(target, **shape, scheduler=scheduler, uniform=uniform))  # type: ignore[arg-type]
+            yield attention_kernel(default_spec(device, **shape, scheduler=scheduler, uniform=uniform))  # type: ignore[arg-type]
     for layout in ("pool", "rows"):
-        yield attention_kernel(default_spec(target, **shape, layout=layout))  # type: ignore[arg-type]
-    spec = default_spec(target, **shape)  # type: ignore[arg-type]
+        yield attention_kernel(default_spec(device, **shape, layout=layout))  # type: ignore[arg-type]
+    spec = default_spec(device, **shape)  # type: ignore[arg-type]
     sizes = {"SEQUENCES": 256}
     yield Kernel(
         "attention_plan",
@@ -151,11 +151,11 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
         "attention_combine", "attention_combine", attention_combine.emit(spec), dtype, types=_ATTENTION
     )
     yield Kernel("kv_write", "kv_write", kv_write.emit(spec), dtype, 1, types={"slot_mapping_ptr": "*i64"})
-    for rows in linear.buckets(target):
-        product = linear.spec_for(target, rows, dtype, packed=True, bias=False)
+    for rows in linear.buckets(device):
+        product = linear.spec_for(device, rows, dtype, packed=True, bias=False)
         source = linear.emit(product)
         yield Kernel(f"linear/m{product.rows}", "linear", source, dtype, product.warps, product.stages)
-    product = linear.spec_for(target, 16, dtype, packed=False, bias=False)
+    product = linear.spec_for(device, 16, dtype, packed=False, bias=False)
     source, name = grouped_linear.emit(product), "grouped_linear"
     along_k = {"w_stride_k": 1}
     yield Kernel(name, name, source, dtype, product.warps, product.stages, _GROUPED, along_k)
@@ -170,33 +170,33 @@ def kernels(target: Target, dtype: str = "bfloat16", head_dim: int = 128, page: 
         yield Kernel(name, name, reduce.emit(name, reduce.block(4096)), dtype)
     for name in ("running_sum", "running_product"):
         yield Kernel(name, name, running.emit(name), dtype, 2)
-    yield from dense_kernels(target, dtype, head_dim)
+    yield from dense_kernels(device, dtype, head_dim)
     yield Kernel("sample", "sample", sample.emit(), "float32", types=_SAMPLE, all_registers=True)
     logprobs = {"token_ptr": "*i64", "y_ptr": "*fp32"}
     yield Kernel("token_logprobs", "token_logprobs", sample.emit_logprobs(), "float32", types=logprobs)
-    yield from fused_kernels(target, dtype)
+    yield from fused_kernels(device, dtype)
     for implementation in marked("cuda"):
         if implementation.kernels is not None:
-            yield from implementation.kernels(target)
+            yield from implementation.kernels(device)
 
 
-def dense_kernels(target: Target, dtype: str, head_dim: int) -> Iterator[Kernel]:
+def dense_kernels(device: Device, dtype: str, head_dim: int) -> Iterator[Kernel]:
     """Attention over dense keys, and two calls of it in one launch."""
-    causal = dense_tile.spec_for(target, 4, head_dim, dtype, True, False, False, "")
-    masked = dense_tile.spec_for(target, 4, head_dim, dtype, False, False, False, "bool")
+    causal = dense_tile.spec_for(device, 4, head_dim, dtype, True, False, False, "")
+    masked = dense_tile.spec_for(device, 4, head_dim, dtype, False, False, False, "bool")
     for label, spec in (("", causal), ("/mask", masked)):
         source = dense_attention.emit(spec)
         label = f"dense_attention{label}"
         yield Kernel(
             label, "dense_attention", source, dtype, spec.warps, spec.stages, _DENSE, all_registers=True
         )
-    sm = "register" if target.kind == "cuda" else "program"
-    source = pod_dense_attention.emit(causal, masked, sm, target.count("sms", 132))
+    sm = "register" if device.kind == "cuda" else "program"
+    source = pod_dense_attention.emit(causal, masked, sm, device.count("sms", 132))
     name = "pod_dense_attention"
     yield Kernel(name, name, source, dtype, causal.warps, causal.stages, _DENSE, all_registers=True)
 
 
-def fused_kernels(target: Target, dtype: str) -> Iterator[Kernel]:
+def fused_kernels(device: Device, dtype: str) -> Iterator[Kernel]:
     """Collectives over symmetric memory."""
     tables = {"buffers": "i64", "signals": "i64", "multicast": "i64", "eps": "fp32", "offset": "fp32"}
     for form in all_reduce_norm.FORMS:
@@ -204,6 +204,6 @@ def fused_kernels(target: Target, dtype: str) -> Iterator[Kernel]:
         source = all_reduce_norm.emit(fused)
         label = f"all_reduce_norm/{form}"
         yield Kernel(label, "all_reduce_norm", source, dtype, fused.warps, types=tables)
-    if target.kind == "cuda" and target.capability >= 90:
+    if device.kind == "cuda" and device.capability >= 90:
         source = all_reduce_norm.emit_multimem(4096, 8)
         yield Kernel("multimem_sum", "multimem_sum", source, dtype, types=tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm42c.codegen.target import Target
+from llm42c.codegen.device import Device
 from llm42c.codegen.triton.spec import AttentionSpec
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -33,14 +33,14 @@ class Choice:
     reason: str
 
 
-def times(c: Composition, spec: AttentionSpec, target: Target) -> tuple[float, float]:
+def times(c: Composition, spec: AttentionSpec, device: Device) -> tuple[float, float]:
     """Seconds of each role alone: prefill bound by arithmetic, decode by memory."""
     flops = 4.0 * c.prefill_tokens * c.prefill_keys * spec.heads * spec.head_dim
     moved = 2.0 * c.decode_rows * c.decode_keys * spec.kv_heads * spec.head_dim * _BYTES[spec.dtype]
-    return flops / target.get("bf16_flops", 300e12), moved / target.get("memory_bandwidth", 1e12)
+    return flops / device.get("bf16_flops", 300e12), moved / device.get("memory_bandwidth", 1e12)
 
 
-def choose(c: Composition, spec: AttentionSpec, target: Target, resident: int = 2) -> Choice:
+def choose(c: Composition, spec: AttentionSpec, device: Device, resident: int = 2) -> Choice:
     """The scheduler for a batch; ``resident`` programs fit on an SM.
 
     Pure batches run one role. Balanced ones share every SM by tickets in proportion to the time of the
@@ -48,8 +48,8 @@ def choose(c: Composition, spec: AttentionSpec, target: Target, resident: int = 
     there are more than four waves of items. Where one role dominates by more than 8 to 1, mixing on an SM
     has little to hide, and a partition with takeover keeps the tiles of a role together.
     """
-    sms = target.count("sms", spec.sms)
-    prefill, decode = times(c, spec, target)
+    sms = device.count("sms", spec.sms)
+    prefill, decode = times(c, spec, device)
     if not prefill or not decode:
         share = (1, 0) if prefill else (0, 1)
         return Choice("persistent", *share, sms * resident, "one role only")

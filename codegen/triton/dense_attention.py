@@ -9,7 +9,7 @@ from torch import Tensor
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import dense_tile, kernel
 from llm42c.codegen.triton.dense_tile import DenseSpec, wrapped
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.source import module
 
 _KERNEL = '''
@@ -41,10 +41,10 @@ def emit(spec: DenseSpec) -> str:
 def launch(call: dense_tile.Call) -> None:
     """Fill ``call.out``."""
     if call.out.numel():
-        target, spec = target_of(call.out.device), call.spec
-        fn = kernel.load("dense_attention", emit(spec), target)
+        device, spec = device_of(call.out.device), call.spec
+        fn = kernel.load("dense_attention", emit(spec), device)
         grid = (call.tiles, call.heads)
-        options = {**kernel.OPTIONS, **kernel.registers_for(target, spec.warps)}
+        options = {**kernel.OPTIONS, **kernel.registers_for(device, spec.warps)}
         fn[grid](*call.arguments, num_warps=spec.warps, num_stages=spec.stages, **options)
 
 
@@ -60,6 +60,6 @@ def dense_attention(
     softcap: float,
 ) -> Tensor:
     """``llm42::dense_attention``. q: [B, Hq, Sq, D] → [B, Hq, Sq, D], laid out as [B, Sq, Hq, D]."""
-    call = dense_tile.prepare(target_of(q.device), q, k, v, mask, scale, causal, window, softcap)
+    call = dense_tile.prepare(device_of(q.device), q, k, v, mask, scale, causal, window, softcap)
     launch(call)
     return call.out.transpose(1, 2)

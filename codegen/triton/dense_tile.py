@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm42c.codegen.target import Target
+from llm42c.codegen.device import Device
 from llm42c.codegen.triton import fragments, kernel
 from llm42c.codegen.triton.spec import DTYPES, power_of_two, tiles
 
@@ -139,7 +139,7 @@ class DenseSpec:
 
 
 def spec_for(
-    target: Target,
+    device: Device,
     group: int,
     head_dim: int,
     dtype: str,
@@ -148,8 +148,8 @@ def spec_for(
     softcap: bool,
     mask: str,
 ) -> DenseSpec:
-    """The tile for a target and head."""
-    rows, keys, warps, _ = tiles(target, head_dim, dtype)
+    """The tile for a device and head."""
+    rows, keys, warps, _ = tiles(device, head_dim, dtype)
     rows, keys = min(rows, 32), min(keys, 32)  # the mask's and the keys' addresses need registers too
     return DenseSpec(group, head_dim, dtype, causal, window, softcap, mask, rows, keys, warps, stages=1)
 
@@ -212,7 +212,7 @@ class Call:
 
 
 def prepare(
-    target: Target,
+    device: Device,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -231,7 +231,7 @@ def prepare(
         )
     kind = "" if mask is None else "bool" if mask.dtype == torch.bool else "float"
     dtype = str(q.dtype).removeprefix("torch.")
-    spec = spec_for(target, heads // k.shape[1], dim, dtype, causal, window > 0, softcap > 0, kind)
+    spec = spec_for(device, heads // k.shape[1], dim, dtype, causal, window > 0, softcap > 0, kind)
     q, k, v = (kernel.aligned(x) for x in (q, k, v))
     out = torch.empty(batch, q_len, heads, dim, dtype=q.dtype, device=q.device)
     some_mask, first = out, out

@@ -1,4 +1,4 @@
-"""The target that a tensor lies on."""
+"""The device that a tensor lies on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import functools
 
 import torch
 
-from llm42c.codegen.target import Target, TargetError, detect
+from llm42c.codegen.device import Device, UnknownDeviceError, detect
 
 
 @functools.cache
-def _target(index: int) -> Target:
+def _device(index: int) -> Device:
     try:
         return detect("cuda", index)
-    except TargetError:
-        return Target("cuda", "interpreter", "sm_80")
+    except UnknownDeviceError:
+        return Device("cuda", "interpreter", "sm_80")
 
 
-def target_of(device: torch.device) -> Target:
+def device_of(device: torch.device) -> Device:
     """What is known of the GPU that a tensor lies on; a generic one when kernels are interpreted."""
-    return _target(device.index or 0)
+    return _device(device.index or 0)

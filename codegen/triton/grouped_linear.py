@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.linear import LinearSpec, spec_for
 from llm42c.codegen.triton.source import module
@@ -73,11 +73,11 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Tensor
         )
     y = torch.empty(len(x), n, dtype=x.dtype, device=x.device)
     if y.numel():
-        target = target_of(x.device)
+        device = device_of(x.device)
         dtype = str(x.dtype).removeprefix("torch.")
-        spec = spec_for(target, -(-len(x) // experts), dtype, packed=False, bias=bias is not None)
+        spec = spec_for(device, -(-len(x) // experts), dtype, packed=False, bias=bias is not None)
         order, tile_expert, tile_first, ends = work_list(group, experts, spec.rows)
-        fn = kernel.load("grouped_linear", emit(spec), target)
+        fn = kernel.load("grouped_linear", emit(spec), device)
         x = kernel.aligned(x)
         strides = weight.transpose(1, 2).stride() if transposed else weight.stride()
         fn[(-(-n // spec.columns), len(tile_expert))](

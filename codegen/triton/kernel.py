@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm42c.codegen import cache
-from llm42c.codegen.target import Target
+from llm42c.codegen.device import Device
 
 # Contraction is off: a fused multiply-add happens exactly where a kernel writes one.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -49,7 +49,7 @@ def cache_dir() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """What a compiled kernel depends on besides its text and target."""
+    """What a compiled kernel depends on besides its text and device."""
     import torch
     import triton
 
@@ -57,15 +57,15 @@ def versions() -> dict[str, str]:
 
 
 def cache_key(source: str, target_hash: str = "", options: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 of text, target, launch options and versions."""
+    """SHA-256 of text, device, launch options and versions."""
     parts = [source, target_hash, repr(sorted((options or {}).items()))]
     parts.append(repr(sorted(versions().items())))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def load(name: str, source: str, target: Target | None = None) -> Any:
+def load(name: str, source: str, device: Device | None = None) -> Any:
     """The function ``name`` of an emitted file, after writing the file to the cache."""
-    return _load(name, source, target.hash if target else "", cache_dir())
+    return _load(name, source, device.hash if device else "", cache_dir())
 
 
 @functools.cache
@@ -90,12 +90,12 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def registers_for(target: Target, warps: int) -> dict[str, int]:
+def registers_for(device: Device, warps: int) -> dict[str, int]:
     """Launch option that lets a kernel of so many warps use all registers that a thread can have.
 
     Without it ptxas may spill some to make room for one more block. Not known on AMD.
     """
-    return {"maxnreg": min(255, 65536 // (32 * warps))} if target.kind == "cuda" else {}
+    return {"maxnreg": min(255, 65536 // (32 * warps))} if device.kind == "cuda" else {}
 
 
 def divisible(fn: Any, signature: Mapping[str, str]) -> list[int]:
@@ -120,7 +120,7 @@ class Compiled:
     """A kernel compiled for a device that need not be here. asm: "ttgir", and "ptx" or "amdgcn"."""
 
     name: str
-    target: Target
+    device: Device
     resources: Resources
     asm: dict[str, str]
 
@@ -129,7 +129,7 @@ def compile_ahead(
     name: str,
     source: str,
     signature: Mapping[str, str],
-    target: Target,
+    device: Device,
     *,
     constants: Mapping[str, Any] | None = None,
     warps: int = 4,
@@ -142,15 +142,15 @@ def compile_ahead(
     was compiled once is taken from the cache.
     """
     options = {**OPTIONS, "num_warps": warps, "num_stages": stages}
-    options |= registers_for(target, warps) if all_registers else {}
+    options |= registers_for(device, warps) if all_registers else {}
     fixed = dict(constants or {})
-    key = cache_key(source, target.hash, {**options, "signature": repr(signature), "constants": repr(fixed)})
+    key = cache_key(source, device.hash, {**options, "signature": repr(signature), "constants": repr(fixed)})
     path = cache_dir() / f"{name}-{key[:16]}.json"
     kept = _compiled_before(path, key)
     if kept is None:
-        kept = _compile(name, source, signature, target, fixed, options)
+        kept = _compile(name, source, signature, device, fixed, options)
         cache.write(path, json.dumps({"key": key, **kept}))
-    return Compiled(name, target, Resources(**kept["resources"]), kept["asm"])
+    return Compiled(name, device, Resources(**kept["resources"]), kept["asm"])
 
 
 def _compiled_before(path: Path, key: str) -> dict[str, Any] | None:
@@ -166,7 +166,7 @@ def _compile(
     name: str,
     source: str,
     signature: Mapping[str, str],
-    target: Target,
+    device: Device,
     fixed: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _compile(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn = load(name, source, target)
+    fn = load(name, source, device)
     full = {n: "constexpr" if n in fixed else signature[n] for n in fn.arg_names}
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible(fn, full)}
     ast = ASTSource(
@@ -184,14 +184,14 @@ def _compile(
         constexprs={(fn.arg_names.index(n),): v for n, v in fixed.items()},
         attrs=attributes,
     )
-    if target.kind == "cuda":
-        where = GPUTarget("cuda", target.capability, 32)
+    if device.kind == "cuda":
+        where = GPUTarget("cuda", device.capability, 32)
     else:
-        where = GPUTarget("hip", target.arch, 64)
+        where = GPUTarget("hip", device.arch, 64)
     built = triton.compile(ast, target=where, options=dict(options))
     asm = {k: built.asm[k] for k in ("ttgir", "ptx", "amdgcn") if k in built.asm}
     registers, spills = (
-        _amd_usage(asm["amdgcn"]) if target.kind == "hip" else _ptxas_usage(asm["ptx"], target)
+        _amd_usage(asm["amdgcn"]) if device.kind == "hip" else _ptxas_usage(asm["ptx"], device)
     )
     used = Resources(registers, spills, built.metadata.shared, options["num_warps"])
     return {"resources": dataclasses.asdict(used), "asm": asm}
@@ -204,18 +204,18 @@ def _amd_usage(text: str) -> tuple[int, int]:
     return registers, spills
 
 
-def _ptxas_usage(ptx: str, target: Target) -> tuple[int, int]:
+def _ptxas_usage(ptx: str, device: Device) -> tuple[int, int]:
     """(registers, spilled bytes) as the assembler that comes with Triton reports them."""
     import triton
 
     bin_dir = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     blackwell = bin_dir / "ptxas-blackwell"
-    ptxas = blackwell if target.capability >= 100 and blackwell.exists() else bin_dir / "ptxas"
-    suffix = "a" if target.capability >= 90 else ""
+    ptxas = blackwell if device.capability >= 100 and blackwell.exists() else bin_dir / "ptxas"
+    suffix = "a" if device.capability >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [str(ptxas), "-v", "--fmad=false", f"--gpu-name={target.arch}{suffix}", str(path)]
+        command = [str(ptxas), "-v", "--fmad=false", f"--gpu-name={device.arch}{suffix}", str(path)]
         command += ["-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -2,7 +2,7 @@
 
 A tile's rows do not see each other: every output element is one chain of matrix instructions over k
 ascending, never split. Only M of the tile follows the number of rows, in buckets whose tiles are made of
-the same instruction (a target where they would not be has one bucket), so a row's bits do not depend on it.
+the same instruction (a device where they would not be has one bucket), so a row's bits do not depend on it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llm42c.codegen.device import Device
 from llm42c.codegen.operator import implements
-from llm42c.codegen.target import Target
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.packing import PANEL
 from llm42c.codegen.triton.source import module
@@ -37,24 +37,24 @@ class LinearSpec:
     stages: int
 
 
-def buckets(target: Target) -> tuple[int, ...]:
-    """M of the tiles, ascending; all are made of one instruction on this target.
+def buckets(device: Device) -> tuple[int, ...]:
+    """M of the tiles, ascending; all are made of one instruction on this device.
 
     mma.sync works on 16 rows, wgmma on 64. Blackwell's and AMD's choice of instruction follows the tile, so
     there is one tile.
     """
-    if target.kind == "hip" or target.capability >= 100:
+    if device.kind == "hip" or device.capability >= 100:
         return (64,)
-    return (64, 128) if target.capability >= 90 else (16, 32, 64, 128)
+    return (64, 128) if device.capability >= 90 else (16, 32, 64, 128)
 
 
-def spec_for(target: Target, rows: int, dtype: str, packed: bool, bias: bool) -> LinearSpec:
+def spec_for(device: Device, rows: int, dtype: str, packed: bool, bias: bool) -> LinearSpec:
     """The tile for a number of rows: the only thing that depends on it."""
     if dtype == "float32":  # plain multiply-adds: one tile
         return LinearSpec(dtype, packed, bias, 16, PANEL, 32, 4, 2)
-    chosen = next((b for b in buckets(target) if rows <= b), buckets(target)[-1])
+    chosen = next((b for b in buckets(device) if rows <= b), buckets(device)[-1])
     warps = 8 if chosen == 128 else 4
-    return LinearSpec(dtype, packed, bias, chosen, PANEL, 64, warps, 2 if target.kind == "hip" else 3)
+    return LinearSpec(dtype, packed, bias, chosen, PANEL, 64, warps, 2 if device.kind == "hip" else 3)
 
 
 @functools.cache
@@ -75,9 +75,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, packed: bool
     weight = weight.contiguous()
     y = torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
     if y.numel():
-        target = target_of(x.device)
-        spec = spec_for(target, len(rows), str(x.dtype).removeprefix("torch."), packed, bias is not None)
-        fn = kernel.load("linear", emit(spec), target)
+        device = device_of(x.device)
+        spec = spec_for(device, len(rows), str(x.dtype).removeprefix("torch."), packed, bias is not None)
+        fn = kernel.load("linear", emit(spec), device)
         grid = (-(-n // spec.columns), -(-len(rows) // spec.rows))
         fn[grid](
             rows, kernel.aligned(weight), y if bias is None else kernel.aligned(bias), y, len(rows), n, k,

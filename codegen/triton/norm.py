@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import DTYPES, power_of_two
@@ -71,7 +71,7 @@ def _launch(
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     total = y if residual is None else torch.empty_like(y)
     if y.numel():
-        fn = kernel.load("norm", emit(spec), target_of(x.device))
+        fn = kernel.load("norm", emit(spec), device_of(x.device))
         some_weight, some_bias = (y if t is None else kernel.aligned(t.contiguous()) for t in (weight, bias))
         fn[(len(rows),)](
             rows, other, some_weight, some_bias, y, total, eps, offset,

@@ -16,7 +16,7 @@ from llm42c.codegen.triton import dense_attention, dense_tile, fragments, kernel
 from llm42c.codegen.triton.attention import counters_of
 from llm42c.codegen.triton.cost import shares
 from llm42c.codegen.triton.dense_tile import ARGUMENTS, DenseSpec, wrapped
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 
@@ -88,17 +88,17 @@ def launch(prefill: dense_tile.Call, decode: dense_tile.Call, sm_order: Tensor |
     ``sm_order`` [programs] int32 says which SM a program thinks it runs on, instead of the hardware.
     """
     device = prefill.out.device
-    target = target_of(device)
+    gpu = device_of(device)
     counts = (prefill.tiles * prefill.heads, decode.tiles * decode.heads)
     counters = counters_of(device)
-    sm = "table" if sm_order is not None else "register" if target.kind == "cuda" else "program"
-    source = emit(prefill.spec, decode.spec, sm, target.count("sms", 132))
-    fn = kernel.load("pod_dense_attention", source, target)
+    sm = "table" if sm_order is not None else "register" if gpu.kind == "cuda" else "program"
+    source = emit(prefill.spec, decode.spec, sm, gpu.count("sms", 132))
+    fn = kernel.load("pod_dense_attention", source, gpu)
     fn[(sum(counts),)](
         *prefill.arguments, *decode.arguments, counters, counters if sm_order is None else sm_order,
         prefill.tiles, prefill.heads, decode.heads, *counts, *shares(counts[0] / sum(counts)),
         num_warps=prefill.spec.warps, num_stages=prefill.spec.stages, **kernel.OPTIONS,
-        **kernel.registers_for(target, prefill.spec.warps),
+        **kernel.registers_for(gpu, prefill.spec.warps),
     )  # fmt: skip
 
 
@@ -126,10 +126,10 @@ def pod_dense_attention(
 
     Calls that need different numbers of warps for their bits, and empty ones, are launched one by one.
     """
-    target = target_of(q.device)
-    prefill = dense_tile.prepare(target, q, k, v, mask, scale, causal, window, softcap)
+    device = device_of(q.device)
+    prefill = dense_tile.prepare(device, q, k, v, mask, scale, causal, window, softcap)
     decode = dense_tile.prepare(
-        target, decode_q, decode_k, decode_v, decode_mask, decode_scale, decode_causal, decode_window,
+        device, decode_q, decode_k, decode_v, decode_mask, decode_scale, decode_causal, decode_window,
         decode_softcap,
     )  # fmt: skip
     both = prefill.out.numel() and decode.out.numel()

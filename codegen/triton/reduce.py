@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import power_of_two
@@ -42,7 +42,7 @@ def emit(name: str, lanes: int) -> str:
 def _launch(name: str, rows: Tensor, y: Tensor) -> None:
     """rows: [R, N], contiguous."""
     rows, size = kernel.aligned(rows), rows.shape[1]
-    fn = kernel.load(name, emit(name, block(size)), target_of(rows.device))
+    fn = kernel.load(name, emit(name, block(size)), device_of(rows.device))
     fn[(len(rows),)](rows, y, size, num_warps=4, **kernel.OPTIONS)
 
 

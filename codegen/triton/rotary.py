@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 from llm42c.codegen.triton.spec import power_of_two
@@ -34,7 +34,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos.to(x.dtype), sin.to(x.dtype)))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        fn = kernel.load("rotary", emit(dim, cos.shape[-1]), target_of(x.device))
+        fn = kernel.load("rotary", emit(dim, cos.shape[-1]), device_of(x.device))
         strides = (x.stride(0), x.stride(1), cos.stride(0), sin.stride(0))
         fn[(tokens, heads)](x, cos, sin, y, heads, *strides, num_warps=1, **kernel.OPTIONS)
     return y

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 
@@ -34,7 +34,7 @@ def _running(name: str, x: Tensor, dim: int) -> Tensor:
     y = torch.empty_like(moved, memory_format=torch.contiguous_format)
     if y.numel():
         rows = kernel.aligned(moved.reshape(-1, moved.shape[-1]).contiguous())
-        fn = kernel.load(name, emit(name), target_of(x.device))
+        fn = kernel.load(name, emit(name), device_of(x.device))
         fn[(-(-len(rows) // ROWS),)](rows, y, len(rows), rows.shape[1], num_warps=2, **kernel.OPTIONS)
     return y.movedim(-1, dim).contiguous()
 

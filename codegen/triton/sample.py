@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 
@@ -47,7 +47,7 @@ def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """logits: [R, V] from :func:`_logits`, tokens: [R, K] → [R, K] float32."""
     out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     if out.numel():
-        fn = kernel.load("token_logprobs", emit_logprobs(), target_of(logits.device))
+        fn = kernel.load("token_logprobs", emit_logprobs(), device_of(logits.device))
         tokens = kernel.aligned(tokens.contiguous())
         fn[(len(logits),)](
             logits, tokens, out, *logits.shape[1:], tokens.shape[1], num_warps=4, **kernel.OPTIONS
@@ -72,11 +72,11 @@ def sample(
     if rows:
         values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
         columns = (temperature, top_k, top_p, min_p, seed, position)
-        target = target_of(logits.device)
-        fn = kernel.load("sample", emit(), target)
+        device = device_of(logits.device)
+        fn = kernel.load("sample", emit(), device)
         fn[(rows,)](
             values, indices, token, *(kernel.aligned(c.contiguous()) for c in columns), size,
-            num_warps=4, **kernel.OPTIONS, **kernel.registers_for(target, 4),
+            num_warps=4, **kernel.OPTIONS, **kernel.registers_for(device, 4),
         )  # fmt: skip
     return token, _logprobs(logits, token[:, None])[:, 0]
 

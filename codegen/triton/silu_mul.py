@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm42c.codegen.operator import implements
 from llm42c.codegen.triton import kernel
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 from llm42c.codegen.triton.fold import fold
 from llm42c.codegen.triton.source import module
 
@@ -28,6 +28,6 @@ def silu_mul(x: Tensor) -> Tensor:
     rows = kernel.aligned(rows)
     y = torch.empty(len(rows), size, dtype=x.dtype, device=x.device)
     if y.numel():
-        fn = kernel.load("silu_mul", emit(), target_of(x.device))
+        fn = kernel.load("silu_mul", emit(), device_of(x.device))
         fn[(len(rows), -(-size // 1024))](rows, y, size, rows.stride(0), num_warps=4, **kernel.OPTIONS)
     return y.reshape(*x.shape[:-1], size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from llm42c.codegen.target import Target
+from llm42c.codegen.device import Device
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -146,7 +146,7 @@ class AttentionSpec:
 
 
 def default_spec(
-    target: Target,
+    device: Device,
     *,
     heads: int,
     kv_heads: int,
@@ -161,7 +161,7 @@ def default_spec(
     layout: str = "cache",
     strides: tuple[int, ...] = (),
 ) -> AttentionSpec:
-    """The tiles for a target: nothing spills in one of the :meth:`AttentionSpec.variants`.
+    """The tiles for a device: nothing spills in one of the :meth:`AttentionSpec.variants`.
 
     Tests check that ahead of time. The tiles do not depend on the scheduler or the layout: a row's bits must
     not. ``strides`` are by default those of contiguous tensors.
@@ -170,7 +170,7 @@ def default_spec(
         strides = (page * kv_heads * head_dim, kv_heads * head_dim, head_dim) * 2
     group = max(1, heads // max(kv_heads, 1))
     decode_rows = max(16, power_of_two(group))
-    rows, keys, warps, stages = tiles(target, head_dim, dtype, plain=not (window or softcap))
+    rows, keys, warps, stages = tiles(device, head_dim, dtype, plain=not (window or softcap))
     return AttentionSpec(
         heads=heads,
         kv_heads=kv_heads,
@@ -187,23 +187,23 @@ def default_spec(
         keys=keys,
         warps=warps,
         stages=stages,
-        sm="register" if target.kind == "cuda" else "program",
-        sms=target.count("sms", 132),
+        sm="register" if device.kind == "cuda" else "program",
+        sms=device.count("sms", 132),
         layout=layout,
         strides=strides,
     )
 
 
-def tiles(target: Target, head_dim: int, dtype: str, plain: bool = True) -> tuple[int, int, int, int]:
+def tiles(device: Device, head_dim: int, dtype: str, plain: bool = True) -> tuple[int, int, int, int]:
     """(rows, keys, warps, stages) of the attention tiles; not ``plain``: with a window or a soft-cap."""
     wide = head_dim > 128
     if dtype == "float32":  # no matrix instructions: everything lives in registers
         return (16, 16, 8, 1) if wide else (16, 16, 4, 1)
-    if target.kind == "hip":
+    if device.kind == "hip":
         return 64, 32, 4, 1
     if wide:
-        return (64, 32, 8, 2) if target.capability >= 100 else (32, 32, 8, 1)
-    if target.capability >= 90:
+        return (64, 32, 8, 2) if device.capability >= 100 else (32, 32, 8, 1)
+    if device.capability >= 90:
         return (64, 64, 4, 2) if plain or head_dim <= 64 else (64, 32, 4, 2)
     return (32, 32, 4, 2) if head_dim > 64 else (64, 32, 4, 2)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm42c.codegen.triton import kernel
 from llm42c.codegen.triton.all_reduce_norm import Form, FusedSpec, emit, emit_multimem, programs
-from llm42c.codegen.triton.devices import target_of
+from llm42c.codegen.triton.devices import device_of
 
 ONE_SHOT_BYTES = 256 * 1024  # of one rank's message; above, two shots move less
 
@@ -129,9 +129,9 @@ def _launch(
     _place(space, rows)
     dtype = str(rows.dtype).removeprefix("torch.")
     spec = FusedSpec(rows.shape[1], dtype, space.world, form, weight is not None, cast_first)
-    target = target_of(rows.device)
-    fn = kernel.load("all_reduce_norm", emit(spec), target)
-    grid = programs(form, len(rows), space.world, space.handle.signal_pad_size, target.count("sms", 132))
+    device = device_of(rows.device)
+    fn = kernel.load("all_reduce_norm", emit(spec), device)
+    grid = programs(form, len(rows), space.world, space.handle.signal_pad_size, device.count("sms", 132))
     other = y if residual is None else residual
     other = other if other.stride(-1) == 1 else other.contiguous()
     scale = y if weight is None else weight.contiguous()
@@ -145,9 +145,9 @@ def _launch(
 def _multimem(space: Workspace, rows: Tensor) -> Tensor:
     placed = _place(space, rows)
     if rows.numel():
-        target, world = target_of(rows.device), space.world
-        fn = kernel.load("multimem_sum", emit_multimem(rows.shape[1], world), target)
-        grid = programs("sum", len(rows), world, space.handle.signal_pad_size, target.count("sms", 132))
+        device, world = device_of(rows.device), space.world
+        fn = kernel.load("multimem_sum", emit_multimem(rows.shape[1], world), device)
+        grid = programs("sum", len(rows), world, space.handle.signal_pad_size, device.count("sms", 132))
         handle = space.handle
         fn[(grid,)](handle.multicast_ptr, handle.signal_pad_ptrs_dev, len(rows), space.rank, num_warps=4)
     return placed.clone()

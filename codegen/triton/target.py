@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm42c.codegen import target as devices
+from llm42c.codegen import device as devices
 from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.targets import Target, TargetUnavailableError

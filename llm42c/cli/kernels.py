@@ -13,7 +13,7 @@ from llm42c.cli.common import out
 from llm42c.errors import OptionsError
 
 if TYPE_CHECKING:
-    from llm42c.codegen.target import Target
+    from llm42c.codegen.device import Device
 
 # One device of each architecture that kernels are checked for.
 ARCHITECTURES = {
@@ -65,15 +65,15 @@ def inspect(
     out.print(table)
 
 
-def read_target(text: str) -> Target:
+def read_target(text: str) -> Device:
     """The device that ``--target`` names. Raises OptionsError."""
-    from llm42c.codegen import target as targets
+    from llm42c.codegen import device as devices
 
     try:
         if text.endswith(".json"):
-            return targets.Target.from_json(Path(text).read_text())
-        return targets.from_table(ARCHITECTURES.get(text, text))
+            return devices.Device.from_json(Path(text).read_text())
+        return devices.from_table(ARCHITECTURES.get(text, text))
     except OSError as error:
         raise OptionsError(f"--target: cannot read {text}: {error.strerror}") from error
-    except targets.TargetError as error:
+    except devices.UnknownDeviceError as error:
         raise OptionsError(f"--target: {error}") from error

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 
 from llm42c import backend
+from llm42c.codegen.device import Device
 from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.order import Order
-from llm42c.codegen.target import Target
 from llm42c.compile.clusters import find_clusters, outline, structural_hash
 from llm42c.compile.computation import operator_name
 from llm42c.compile.dump import Dump
@@ -161,7 +161,7 @@ def explain(
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     options: Mapping[str, Any] | None = None,
     *,
-    target: Target | None = None,
+    target: Device | None = None,
 ) -> Explanation:
     """Capture ``model`` on ``example_inputs`` and report what each pass did.
 
@@ -208,7 +208,7 @@ def _planned(
     gm: fx.GraphModule,
     inputs: list[Any],
     options: Options,
-    target: Target | None,
+    target: Device | None,
     tell: Callable[[Weaving], None],
 ) -> Callable[..., Any]:
     from llm42c.weave.option import weave_or_leave

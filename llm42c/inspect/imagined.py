@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from llm42c.codegen.target import Target, Value
+from llm42c.codegen.device import Device, Value
 from llm42c.parallel.ranks import Ranks
 from llm42c.parallel.tensor_parallel import Division, divide
 from llm42c.weave.captured import measured
@@ -28,7 +28,7 @@ def imagined_ranks(model: nn.Module, size: int) -> Iterator[Division]:
         yield divide(model, Ranks(0, size, _GROUP))
 
 
-def with_link(gigabytes_s: float, microseconds: float) -> Target:
+def with_link(gigabytes_s: float, microseconds: float) -> Device:
     """This machine as measured, with a link as given: bytes / bandwidth + latency for each collective."""
     given = {
         "link_bandwidth": Value(gigabytes_s * 1e9, "given"),

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from llm42c.codegen.target import MEASURED, Target, Value
+from llm42c.codegen.device import MEASURED, Device, Value
 from llm42c.compile import inductor
 from llm42c.errors import RanksDifferError
 from llm42c.passes import graph as g
@@ -101,7 +101,7 @@ class WovenProgram:
 
 def compile_woven(
     gm: fx.GraphModule,
-    target: Target | None = None,
+    target: Device | None = None,
     *,
     when: When = "auto",
     style: Style = "free",
@@ -116,7 +116,7 @@ def compile_woven(
 
 def plan(
     gm: fx.GraphModule,
-    target: Target | None = None,
+    target: Device | None = None,
     *,
     when: When = "auto",
     group: dist.ProcessGroup | None = None,
@@ -127,7 +127,7 @@ def plan(
     ``fixed``: see :func:`~llm42c.passes.weave.split.split_tokens`. ``target`` must have the rates that
     :func:`measured` gives; without one they are measured here. All ranks
     of ``group`` must call this together. Raises UnsplittableError, on every rank, where the graph cannot be
-    divided, TargetError where a rate is missing, RanksDifferError where graphs or plans differ.
+    divided, UnknownDeviceError where a rate is missing, RanksDifferError where graphs or plans differ.
     """
     try:
         split, refusal = split_tokens(gm, fixed), ""
@@ -169,7 +169,7 @@ def _apart(run: Callable[[], Planner]) -> Planner:
         return pool.submit(there).result()
 
 
-def _digest(target: Target) -> str:
+def _digest(target: Device) -> str:
     return hashlib.sha256(target.to_json().encode()).hexdigest()[:12]
 
 
@@ -192,14 +192,14 @@ def require_equal(found_here: str, group: dist.ProcessGroup | None, what: str = 
         )
 
 
-def measured(group: dist.ProcessGroup | None, device: torch.device) -> Target:
+def measured(group: dist.ProcessGroup | None, device: torch.device) -> Device:
     """The device with its rates and those of the group's link, as rank 0 sees them, the same on every rank.
 
     Every rank of ``group`` must call this at the same time.
     """
-    from llm42c.codegen import target as targets
+    from llm42c.codegen import device as devices
 
-    mine = targets.measure(targets.detect(device.type, device.index or 0), device.type)
+    mine = devices.measure(devices.detect(device.type, device.index or 0), device.type)
     if group is not None and group.size() > 1:
         dist.barrier(group)  # so that ranks of one machine see what it has for each of them
     mine = mine.measured(compute_rates(device))
@@ -207,7 +207,7 @@ def measured(group: dist.ProcessGroup | None, device: torch.device) -> Target:
         mine = mine.measured(link_rates(group, device))
         text = [mine.to_json()]
         dist.broadcast_object_list(text, group_src=0, group=group)
-        mine = Target.from_json(text[0])
+        mine = Device.from_json(text[0])
     return mine
 
 
@@ -295,7 +295,7 @@ def _seconds(run: Callable[[], Any], times: int) -> list[float]:
 
 
 def weaving_backend(
-    target: Target | None = None,
+    target: Device | None = None,
     *,
     when: When = "auto",
     style: Style = "free",

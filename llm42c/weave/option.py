@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
+from llm42c.codegen.device import Device, UnknownDeviceError
 from llm42c.codegen.dist.collectives import group_of
-from llm42c.codegen.target import Target, TargetError
 from llm42c.compile.piecewise import PiecewiseProgram
 from llm42c.errors import OptionsError, UnsupportedModelError
 from llm42c.options import Options, TokenWeave
@@ -67,13 +67,13 @@ class Weaving:
         return (to_dot if form == "dot" else to_mermaid)(self.planner.woven)
 
 
-def read_target(path: str | None) -> Target | None:
+def read_target(path: str | None) -> Device | None:
     """The rates in a file. Raises OptionsError where it is none."""
     if path is None:
         return None
     try:
-        return Target.from_json(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, TargetError) as error:
+        return Device.from_json(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, UnknownDeviceError) as error:
         raise OptionsError(f"option 'target': {path}: {error}") from None
 
 
@@ -85,7 +85,7 @@ def weave_or_leave(
     plain: Plain,
     *,
     grad: bool = False,
-    target: Target | None = None,
+    target: Device | None = None,
     tell: Callable[[Weaving], None] = lambda _: None,
 ) -> Callable[..., Any]:
     """``gm`` woven as ``options`` say, or what ``plain`` makes of it.
@@ -122,7 +122,7 @@ def _programs(
     traced: fx.GraphModule,
     options: Options,
     style: Style,
-    target: Target | None,
+    target: Device | None,
     tell: Callable[[Weaving], None],
 ) -> Callable[[tuple[Any, ...]], WovenProgram]:
     """The program for given inputs: one for all, or one for each size of the batch.
@@ -162,7 +162,7 @@ def _woven(
     traced: fx.GraphModule,
     options: Options,
     style: Style,
-    target: Target | None,
+    target: Device | None,
     fixed: Mapping[str, int] | None,
 ) -> WovenProgram:
     group = asked_group(traced)
@@ -171,7 +171,7 @@ def _woven(
     when = options.token_weave
     try:
         return compile_woven(traced, target, when=when, style=style, group=group, fixed=fixed)
-    except TargetError as error:
+    except UnknownDeviceError as error:
         raise OptionsError(f"option 'target': {error}") from None
 
 
@@ -187,7 +187,7 @@ _PREPARED = (64, 512, 4096)  # tokens for which segments are compiled before the
 
 
 def weave_packed(
-    gm: fx.GraphModule, token_weave: TokenWeave, whole: PiecewiseProgram, target: Target | None = None
+    gm: fx.GraphModule, token_weave: TokenWeave, whole: PiecewiseProgram, target: Device | None = None
 ) -> PackedWeaving:
     """The engine's graph, its packed weights materialised, woven at the batches that gain by it.
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import sympy  # type: ignore[import-untyped]
 from torch import Tensor, fx
 
+from llm42c.codegen.device import Device
 from llm42c.codegen.ops.registry import our_operator
-from llm42c.codegen.target import Target
 from llm42c.passes import graph as g
 from llm42c.passes.weave import communication as comm
 from llm42c.passes.weave.attention import bound, is_attention
@@ -58,8 +58,8 @@ class Rates:
     taken: float = 0.0
 
     @classmethod
-    def of(cls, target: Target) -> Rates:
-        """Raises TargetError where a rate is neither known nor measured."""
+    def of(cls, target: Device) -> Rates:
+        """Raises UnknownDeviceError where a rate is neither known nor measured."""
         gpu = target.kind != "cpu"
         return cls(
             flops=target.get("bf16_flops" if gpu else "fp32_flops"),

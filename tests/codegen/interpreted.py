@@ -42,7 +42,7 @@ InterpreterBuilder.create_dot = one_order_dot
 def spec_for(heads: Heads, page: int, **changes: Any) -> AttentionSpec:
     """Tiles small enough that a few dozen keys make several blocks, splits and tiles."""
     base = default_spec(
-        attention.target_of(torch.device("cpu")),
+        attention.device_of(torch.device("cpu")),
         heads=heads.q, kv_heads=heads.kv, head_dim=heads.dim, page=page,
         dtype=str(heads.dtype).removeprefix("torch."), window=heads.window,
         softcap=heads.softcap > 0, sinks=heads.sinks, layout=changes.get("layout", "cache"),

@@ -126,7 +126,7 @@ def pair(g: torch.Generator) -> dict[str, Any]:
     )
     mask = torch.rand(3, 1, 1, 33, generator=g) < 0.7
     decode = (randn(g, 3, 4, 1, 80), randn(g, 3, 4, 33, 80), randn(g, 3, 4, 33, 80), mask, 0.1, False, 0, 2.0)
-    target = attention.target_of(torch.device("cpu"))
+    target = attention.device_of(torch.device("cpu"))
     want = [digest(dense_attention.dense_attention(*x)) for x in (prefill, decode)]
     found = []
     for seed in range(3):

@@ -15,7 +15,7 @@ import pytest
 import spills
 import torch
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.ops import registry
 from llm42c.codegen.triton import symmetric
 from llm42c.codegen.triton.all_reduce_norm import FORMS, FusedSpec, emit, emit_multimem, programs
@@ -125,7 +125,7 @@ def test_kernels_compile_ahead_of_time_and_do_not_spill(device: str):
     pytest.importorskip("triton")
     from llm42c.codegen.triton.catalog import kernels
 
-    target = targets.from_table(device)
+    target = devices.from_table(device)
     found = {k.label: k for k in kernels(target) if k.label.startswith(("all_reduce", "multimem"))}
     assert ("multimem_sum" in found) == (target.capability >= 90)
     for label, kernel in found.items():

@@ -73,7 +73,7 @@ FILES = {
 
         from llm42c.codegen.operator import implements
         from llm42c.codegen.triton import kernel
-        from llm42c.codegen.triton.devices import target_of
+        from llm42c.codegen.triton.devices import device_of
         from llm42c.codegen.triton.source import module
 
         TEXT = """
@@ -100,7 +100,7 @@ FILES = {
         def mean_abs(x):
             rows = kernel.aligned(x.reshape(-1, x.shape[-1]).contiguous())
             y = x.new_empty(*x.shape[:-1], 1)
-            fn = kernel.load("toy_mean_abs", SOURCE, target_of(x.device))
+            fn = kernel.load("toy_mean_abs", SOURCE, device_of(x.device))
             fn[(len(rows),)](rows, y, rows.shape[1], num_warps=4, **kernel.OPTIONS)
             return y
     ''',
@@ -143,9 +143,9 @@ PICKED_UP = """
 """
 AHEAD = """
     registry.add(toy_operator, toy_on_cpu, toy_on_gpu)
-    from llm42c.codegen import target
+    from llm42c.codegen import device as devices
     from llm42c.codegen.triton.catalog import kernels
-    h200 = target.from_table("NVIDIA H200")
+    h200 = devices.from_table("NVIDIA H200")
     (mine,) = [k for k in kernels(h200) if k.label.startswith("toy")]
     found = mine.compile(h200)
     print(json.dumps({"spills": found.resources.spills, "registers": found.resources.registers}))

@@ -10,12 +10,12 @@ import sys
 import pytest
 import spills
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.triton import linear, pod_attention
 from llm42c.codegen.triton.cost import Composition, choose
 from llm42c.codegen.triton.spec import SCHEDULERS, SpecError, default_spec
 
-H200 = targets.from_table("NVIDIA H200")
+H200 = devices.from_table("NVIDIA H200")
 # Compiled by other tests: test_triton_reduce, test_fused_kernels, test_triton_binaries, test_triton_matrix.
 ELSEWHERE = (
     "row_", "all_reduce", "multimem", "linear/m1", "linear/m3",
@@ -31,7 +31,7 @@ def test_default_kernels_fit_and_do_not_spill(device: str):
     pytest.importorskip("triton")
     from llm42c.codegen.triton.catalog import kernels
 
-    target = targets.from_table(device)
+    target = devices.from_table(device)
     attention = "pod_attention/persistent/uniform/d128"
     skipped = ELSEWHERE if target.arch == "sm_90" else (*ELSEWHERE, "pod_attention/")
     seen = set()
@@ -98,9 +98,9 @@ def test_importing_the_operators_and_emitters_needs_no_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "from llm42c.codegen.ops import registry; registry.define()\n"
-        "from llm42c.codegen import target\n"
+        "from llm42c.codegen import device\n"
         "from llm42c.codegen.triton import attention, linear, norm, sample, pod_attention, spec\n"
-        "s = spec.default_spec(target.from_table('NVIDIA H200'), heads=8, kv_heads=2, head_dim=64, page=16,"
+        "s = spec.default_spec(device.from_table('NVIDIA H200'), heads=8, kv_heads=2, head_dim=64, page=16,"
         " dtype='bfloat16')\n"
         "assert 'tl.dot' in pod_attention.emit(s)\n"
     )

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.triton import attention, dense_attention, dense_tile, kernel, linear, norm, pod_attention
 from llm42c.codegen.triton import sample as sampling
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 
-H200 = targets.from_table("NVIDIA H200")
+H200 = devices.from_table("NVIDIA H200")
 MASKED = dense_tile.spec_for(H200, 4, 128, "bfloat16", False, False, False, "bool")
 MMA = re.compile(r"(wgmma\.mma_async\.\S+|mma\.sync\.\S+|tcgen05\.mma\.\S+)")
 
 
-def llama(device: targets.Target = H200, **changes: Any) -> AttentionSpec:
+def llama(device: devices.Device = H200, **changes: Any) -> AttentionSpec:
     return default_spec(
         device, heads=32, kv_heads=8, head_dim=128, page=16, dtype="bfloat16", **changes
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_arguments_are_aligned_or_copied(make: Any, kept: bool):
     assert found.stride(-1) == 1
 
 
-def instructions(sources: Iterator[Any], target: targets.Target) -> list[set[str]]:
+def instructions(sources: Iterator[Any], target: devices.Device) -> list[set[str]]:
     return [set(MMA.findall(k.compile(target).asm["ptx"])) for k in sources]
 
 
@@ -113,7 +113,7 @@ def test_buckets_of_a_product_use_one_instruction(device: str):
     pytest.importorskip("triton")
     from llm42c.codegen.triton.catalog import kernels
 
-    target = targets.from_table(device)
+    target = devices.from_table(device)
     products = [k for k in kernels(target) if k.label.startswith(("linear/", "grouped_linear"))]
     assert len(products) == len(linear.buckets(target)) + 1
     found = instructions(iter(products), target)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from llm42c.codegen import cache as folders
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.triton import kernel, silu_mul
 from llm42c.codegen.triton.catalog import Kernel
 
 pytest.importorskip("triton")
-H200, A100 = targets.from_table("NVIDIA H200"), targets.from_table("NVIDIA A100-SXM4-80GB")
+H200, A100 = devices.from_table("NVIDIA H200"), devices.from_table("NVIDIA A100-SXM4-80GB")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_one_file_for_a_text_and_a_target(cache: Path):
 
 
 def test_measured_rates_do_not_change_the_key():
-    faster = H200.measured({"memory_bandwidth": targets.Value(4e12, "measured: test")})
+    faster = H200.measured({"memory_bandwidth": devices.Value(4e12, "measured: test")})
     source = silu_mul.emit()
     assert kernel.cache_key(source, faster.hash) == kernel.cache_key(source, H200.hash)
 
@@ -102,7 +102,7 @@ def test_a_variant_is_taken_when_the_first_one_spills(monkeypatch: pytest.Monkey
     spills = {"many": 40, "few": 8, "none": 0}
     compiled: list[str] = []
 
-    def pretend(kernel_: Kernel, target: targets.Target) -> kernel.Compiled:
+    def pretend(kernel_: Kernel, target: devices.Device) -> kernel.Compiled:
         compiled.append(kernel_.label)
         used = kernel.Resources(10, spills[kernel_.label], 0, 4)
         return kernel.Compiled(kernel_.label, target, used, {})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.triton import catalog
 from llm42c.codegen.triton.fold import fold_text
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_decided_is_an_error(body: str, decided: dict[str, Any], 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "AMD Instinct MI300X"])
 def test_no_kernel_asks_for_a_name_that_its_text_lacks(name: str) -> None:
-    kernels = list(catalog.kernels(targets.from_table(name)))
+    kernels = list(catalog.kernels(devices.from_table(name)))
     assert len(kernels) > 20
     for kernel in kernels:
         tree = ast.parse(kernel.source)

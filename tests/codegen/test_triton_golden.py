@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.triton import (
     attention_combine,
     attention_plan,
@@ -25,7 +25,7 @@ from llm42c.codegen.triton import (
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 
 GOLDEN = Path(__file__).parent / "golden"
-H200 = targets.from_table("NVIDIA H200")
+H200 = devices.from_table("NVIDIA H200")
 
 
 def attention(**changes: str) -> AttentionSpec:

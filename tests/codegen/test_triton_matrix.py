@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import spills
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 from llm42c.codegen.triton import spec as specs
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 
@@ -61,7 +61,7 @@ CASES = list(cover())
 def spec_of(case: dict[str, Any]) -> AttentionSpec:
     heads, kv_heads = case["heads"]
     return default_spec(
-        targets.from_table(case["device"]), heads=heads, kv_heads=kv_heads, head_dim=case["head_dim"],
+        devices.from_table(case["device"]), heads=heads, kv_heads=kv_heads, head_dim=case["head_dim"],
         page=case["page"], dtype=case["dtype"], scheduler=case["scheduler"], uniform=case["uniform"],
         layout=case["layout"], **FEATURES[case["features"]],
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_it_fits_and_does_not_spill(case: dict[str, Any]):
     pytest.importorskip("triton")
     from llm42c.codegen.triton.catalog import attention_kernel
 
-    target = targets.from_table(case["device"])
+    target = devices.from_table(case["device"])
     found = attention_kernel(spec_of(case)).compile(target).resources
     assert found.spills <= spills.allowed(), found
     assert found.shared <= target.get("shared_bytes"), found
@@ -92,7 +92,7 @@ def test_it_fits_and_does_not_spill(case: dict[str, Any]):
 @pytest.mark.parametrize("device", AXES["device"])
 def test_tiles_do_not_depend_on_what_must_not_change_bits(device: str):
     """Scheduler and layout choose no tile; neither do the variants that are tried against spills."""
-    target = targets.from_table(device)
+    target = devices.from_table(device)
     free = [AXES[n] for n in ("scheduler", "layout", "uniform")]
     for head_dim, dtype, features in itertools.product(AXES["head_dim"], AXES["dtype"], FEATURES.values()):
         made = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -34,6 +34,6 @@ def test_row_reductions_are_within_their_bounds_and_know_no_other_row():
 def test_row_reductions_do_not_spill(device: str):
     from llm42c.codegen.triton.catalog import kernels
 
-    target = targets.from_table(device)
+    target = devices.from_table(device)
     found = {k.label: k.compile(target).resources.spills for k in kernels(target) if k.label in NAMES}
     assert found == dict.fromkeys(NAMES, 0)

@@ -8,7 +8,7 @@ import pytest
 
 from llm42c import cli
 from llm42c.cli import exits
-from llm42c.codegen import target as targets
+from llm42c.codegen import device as devices
 
 
 def test_labels_and_text_need_no_compiler(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,7 +22,7 @@ def test_labels_and_text_need_no_compiler(capsys: pytest.CaptureFixture[str]) ->
 def test_resources_of_a_target_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     path = tmp_path / "device.json"
-    path.write_text(targets.from_table("NVIDIA H200").to_json())
+    path.write_text(devices.from_table("NVIDIA H200").to_json())
     assert cli.main(["inspect", "--kernels", "--target", str(path), "--only", "silu_mul"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "silu_mul" in line)
     _, registers, shared, spills, warps = (cell.strip() for cell in row.strip("│ ").split("│"))
@@ -53,4 +53,4 @@ def test_a_broken_target_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "device.json"
     path.write_text("{}")
     assert cli.main(["inspect", "--target", str(path)]) == exits.BAD_INPUT
-    assert "not the JSON of a target" in capsys.readouterr().err
+    assert "not the JSON of a device" in capsys.readouterr().err

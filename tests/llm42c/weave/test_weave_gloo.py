@@ -76,13 +76,13 @@ def _functional(rank: int) -> dict[str, Any]:
 
 def _unlike(rank: int, gm: Any, program: Any) -> list[str]:
     """What ranks say that see another link, another graph or another plan than rank 0."""
-    from llm42c.codegen.target import Target, Value
+    from llm42c.codegen.device import Device, Value
     from llm42c.passes.weave.rules import UnsplittableError
     from llm42c.weave.captured import plan, require_equal
 
     names = ("fp32_flops", "memory_bandwidth", "link_latency", "link_bandwidth")
     values = {n: Value(1e9 if rank else 2e9, "test") for n in names}
-    other = Target("cpu", "test", "x86_64", values)
+    other = Device("cpu", "test", "x86_64", values)
     empty = torch.fx.symbolic_trace(torch.nn.Identity())
     attempts = (
         lambda: plan(gm, other, group=dist.group.WORLD),

@@ -12,7 +12,7 @@ import weave_graphs as wg
 from torch import Tensor, nn
 
 import llm42c
-from llm42c.codegen.target import Target, Value
+from llm42c.codegen.device import Device, Value
 from llm42c.errors import OptionsError, UnsupportedModelError
 from llm42c.options import Options
 from llm42c.weave import option as weave_option
@@ -31,7 +31,7 @@ def rates(folder: Path, **changes: float) -> str:
     numbers["call_seconds"] = 1e-9
     values = {n: Value(v, "test") for n, v in (numbers | changes).items() if v}
     path = folder / "target.json"
-    path.write_text(Target("cpu", "test", "x86_64", values).to_json())
+    path.write_text(Device("cpu", "test", "x86_64", values).to_json())
     return str(path)
 
 
@@ -169,7 +169,7 @@ def test_a_target_without_the_rates_of_a_link(tmp_path: Path):
     with pytest.raises(Exception, match="link_bandwidth"):
         compiled(wg.model(1), token_weave="auto", target=rates(tmp_path, link_bandwidth=0))(marked(6))
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(OptionsError, match="not the JSON of a target"):
+    with pytest.raises(OptionsError, match="not the JSON of a device"):
         weave_option.read_target(str(tmp_path / "other.json"))
     with pytest.raises(OptionsError, match="option 'target'"):
         weave_option.read_target(str(tmp_path / "missing.json"))

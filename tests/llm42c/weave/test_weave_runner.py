@@ -8,7 +8,7 @@ import pytest
 import torch
 import weave_graphs as wg
 
-from llm42c.codegen.target import Target, Value
+from llm42c.codegen.device import Device, Value
 from llm42c.passes.weave.schedule import Planner
 from llm42c.passes.weave.split import split_tokens
 from llm42c.weave.captured import WovenProgram, compile_woven, require_equal, weaving_backend
@@ -79,14 +79,14 @@ def test_an_error_in_a_lane_reaches_who_waits():
         lane.wait(begun)
 
 
-def _target() -> Target:
+def _target() -> Device:
     numbers = {
         "fp32_flops": 1e11,
         "memory_bandwidth": 1e10,
         "link_latency": 1e-6,
         "link_bandwidth": 1e9,
     }
-    return Target("cpu", "test", "x86_64", {n: Value(v, "test") for n, v in numbers.items()})
+    return Device("cpu", "test", "x86_64", {n: Value(v, "test") for n, v in numbers.items()})
 
 
 def test_the_backend_weaves_or_leaves_the_graph_to_inductor(graph):

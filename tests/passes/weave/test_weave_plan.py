@@ -11,7 +11,7 @@ import networkx as nx
 import pytest
 import weave_graphs as wg
 
-from llm42c.codegen.target import Target, TargetError, Value, from_table
+from llm42c.codegen.device import Device, UnknownDeviceError, Value, from_table
 from llm42c.passes.weave import schedule as weave_plan
 from llm42c.passes.weave.cost import N, Rates
 from llm42c.passes.weave.program import SEGMENT, START, WAIT, in_order, sequential_order, token_weave, turns
@@ -180,8 +180,8 @@ def test_rates_of_a_target():
     h100 = from_table("NVIDIA H100 80GB HBM3").measured({"link_latency": Value(1e-5, "measured: test")})
     rates = Rates.of(h100)
     assert (rates.units, rates.tile_m, rates.link) == (132, 128, 450e9)
-    with pytest.raises(TargetError, match="fp32_flops"):
-        Rates.of(Target("cpu", "x", "x86_64"))
+    with pytest.raises(UnknownDeviceError, match="fp32_flops"):
+        Rates.of(Device("cpu", "x", "x86_64"))
 
 
 def test_the_woven_graph_is_the_divided_graph_in_another_order(split):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from llm42c.codegen import target as t
-from llm42c.codegen.target import Target, TargetError, Value
+from llm42c.codegen import device as devices
+from llm42c.codegen.device import Device, UnknownDeviceError, Value
 
 
 def test_json_round_trip_keeps_every_value_and_its_source():
-    a = t.from_table("NVIDIA H200")
-    b = Target.from_json(a.to_json())
+    a = devices.from_table("NVIDIA H200")
+    b = Device.from_json(a.to_json())
     assert b == a
     assert b.hash == a.hash
     assert all(v.source for v in b.values.values())
@@ -30,13 +30,13 @@ def test_json_round_trip_keeps_every_value_and_its_source():
     ],
 )
 def test_table_avoids_known_mistakes(name: str, key: str, expected: float):
-    assert t.from_table(name).get(key) == expected
+    assert devices.from_table(name).get(key) == expected
 
 
 def test_an_exact_name_is_no_prefix_match():
-    assert t.lookup("NVIDIA L4").pattern == "NVIDIA L4"
-    assert t.lookup("NVIDIA L40S").pattern == "NVIDIA L40S"
-    assert t.lookup("NVIDIA L400") is None
+    assert devices.lookup("NVIDIA L4").pattern == "NVIDIA L4"
+    assert devices.lookup("NVIDIA L40S").pattern == "NVIDIA L40S"
+    assert devices.lookup("NVIDIA L400") is None
 
 
 def test_ridge_points_match_independent_figures():
@@ -46,38 +46,38 @@ def test_ridge_points_match_independent_figures():
         ("NVIDIA H200", 206),
         ("NVIDIA H100 80GB HBM3", 295),
     ):
-        target = t.from_table(name)
+        target = devices.from_table(name)
         assert round(target.get("bf16_flops") / target.get("memory_bandwidth")) == pytest.approx(
             tokens, abs=1
         )
 
 
 def test_hash_ignores_bandwidths_and_nothing_else():
-    a = t.from_table("NVIDIA H200")
+    a = devices.from_table("NVIDIA H200")
     assert a.measured({"memory_bandwidth": Value(4e12, "measured: copy")}).hash == a.hash
     assert a.measured({"sms": Value(131, "driver")}).hash != a.hash
 
 
 def test_mistakes_have_names():
-    with pytest.raises(TargetError, match="no device called"):
-        t.from_table("NVIDIA Z9")
-    with pytest.raises(TargetError, match="is not known"):
-        t.from_table("NVIDIA H200").get("memory_bytes")
-    with pytest.raises(TargetError, match="unknown values"):
-        Target("cuda", "x", "sm_90", {"speed": Value(1, "me")})
-    with pytest.raises(TargetError, match="positive"):
-        Target("cuda", "x", "sm_90", {"sms": Value(0, "me")})
-    with pytest.raises(TargetError, match="not the JSON"):
-        Target.from_json("{}")
+    with pytest.raises(UnknownDeviceError, match="no device called"):
+        devices.from_table("NVIDIA Z9")
+    with pytest.raises(UnknownDeviceError, match="is not known"):
+        devices.from_table("NVIDIA H200").get("memory_bytes")
+    with pytest.raises(UnknownDeviceError, match="unknown values"):
+        Device("cuda", "x", "sm_90", {"speed": Value(1, "me")})
+    with pytest.raises(UnknownDeviceError, match="positive"):
+        Device("cuda", "x", "sm_90", {"sms": Value(0, "me")})
+    with pytest.raises(UnknownDeviceError, match="not the JSON"):
+        Device.from_json("{}")
 
 
 def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
-    found = t.detect("cpu")
+    found = devices.detect("cpu")
     assert found.get("cores") >= 1
     path = tmp_path / "cpu.json"
-    first = t.measure(found, "cpu", path=path)
+    first = devices.measure(found, "cpu", path=path)
     stamp = path.stat().st_mtime_ns
-    second = t.measure(found, "cpu", path=path)
+    second = devices.measure(found, "cpu", path=path)
     assert second == first
     assert path.stat().st_mtime_ns == stamp
     assert first.values["memory_bandwidth"].source.startswith("measured")
@@ -88,11 +88,11 @@ def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
     "content", ["", "{", "{}", '{"kind": "cpu", "name": "x", "arch": "y", "values": {"sms": {}}}']
 )
 def test_a_damaged_measurement_is_made_again(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(t, "_measure_cpu", lambda: {"memory_bandwidth": Value(1e9, t.MEASURED)})
-    found, path = t.detect("cpu"), tmp_path / "cpu.json"
+    monkeypatch.setattr(devices, "_measure_cpu", lambda: {"memory_bandwidth": Value(1e9, devices.MEASURED)})
+    found, path = devices.detect("cpu"), tmp_path / "cpu.json"
     path.write_text(content)
-    first = t.measure(found, "cpu", path=path)
-    assert Target.from_json(path.read_text()) == first
+    first = devices.measure(found, "cpu", path=path)
+    assert Device.from_json(path.read_text()) == first
 
 
 def test_a_measurement_that_cannot_be_kept_lasts_as_long_as_the_process(
@@ -102,21 +102,24 @@ def test_a_measurement_that_cannot_be_kept_lasts_as_long_as_the_process(
 
     def measured() -> dict[str, Value]:
         calls.append(1)
-        return {"memory_bandwidth": Value(1e9, t.MEASURED), "bandwidth_per_core": Value(5e8, t.MEASURED)}
+        return {
+            "memory_bandwidth": Value(1e9, devices.MEASURED),
+            "bandwidth_per_core": Value(5e8, devices.MEASURED),
+        }
 
-    monkeypatch.setattr(t, "_measure_cpu", measured)
+    monkeypatch.setattr(devices, "_measure_cpu", measured)
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    assert t.local_decode_workers() == t.local_decode_workers() == 2
+    assert devices.local_decode_workers() == devices.local_decode_workers() == 2
     assert calls == [1]
 
 
 @pytest.mark.parametrize(("total", "core", "workers"), [(34e9, 20e9, 1), (200e9, 12e9, 16), (10e9, 12e9, 1)])
 def test_decode_workers_are_the_cores_that_fill_the_memory(total: float, core: float, workers: int):
     values = {"memory_bandwidth": Value(total, "measured"), "bandwidth_per_core": Value(core, "measured")}
-    assert t.decode_workers(Target("cpu", "some", "x86_64", values)) == workers
+    assert devices.decode_workers(Device("cpu", "some", "x86_64", values)) == workers
 
 
 def test_decode_workers_need_bandwidths():
-    with pytest.raises(TargetError, match="memory_bandwidth is not known"):
-        t.decode_workers(Target("cpu", "some", "x86_64"))
+    with pytest.raises(UnknownDeviceError, match="memory_bandwidth is not known"):
+        devices.decode_workers(Device("cpu", "some", "x86_64"))

@@ -54,8 +54,8 @@ UNITS = {
 }
 
 
-class TargetError(ValueError):
-    """A target that cannot be read, found or completed."""
+class UnknownDeviceError(ValueError):
+    """A device that cannot be read, found or completed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Target:
+class Device:
     """A device. ``arch`` is the name compilers use: ``sm_90``, ``gfx942``, ``x86_64``."""
 
     kind: str  # "cuda", "hip" or "cpu"
@@ -77,19 +77,19 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.kind not in ("cuda", "hip", "cpu"):
-            raise TargetError(f"kind must be cuda, hip or cpu, not {self.kind!r}")
+            raise UnknownDeviceError(f"kind must be cuda, hip or cpu, not {self.kind!r}")
         if unknown := self.values.keys() - UNITS.keys():
-            raise TargetError(f"unknown values {sorted(unknown)}; known are {sorted(UNITS)}")
+            raise UnknownDeviceError(f"unknown values {sorted(unknown)}; known are {sorted(UNITS)}")
         for name, value in self.values.items():
             if not (value.value > 0 and value.value < float("inf")):
-                raise TargetError(f"{name} must be positive and finite, not {value.value}")
+                raise UnknownDeviceError(f"{name} must be positive and finite, not {value.value}")
 
     def get(self, name: str, default: float | None = None) -> float:
-        """The number called ``name``; raises TargetError if it is not known and has no default."""
+        """The number called ``name``; raises UnknownDeviceError if it is not known and has no default."""
         if name in self.values:
             return self.values[name].value
         if default is None:
-            raise TargetError(f"{self.name}: {name} is not known")
+            raise UnknownDeviceError(f"{self.name}: {name} is not known")
         return default
 
     def count(self, name: str, default: int | None = None) -> int:
@@ -100,11 +100,11 @@ class Target:
         """90 of ``sm_90``; 0 elsewhere."""
         return int(self.arch[3:]) if self.arch.startswith("sm_") else 0
 
-    def with_values(self, values: dict[str, Value]) -> Target:
+    def with_values(self, values: dict[str, Value]) -> Device:
         """Itself, with ``values`` added where nothing was known yet."""
         return dataclasses.replace(self, values={**values, **self.values})
 
-    def measured(self, values: dict[str, Value]) -> Target:
+    def measured(self, values: dict[str, Value]) -> Device:
         """Itself, with measurements in place of what the table says."""
         return dataclasses.replace(self, values={**self.values, **values})
 
@@ -113,14 +113,14 @@ class Target:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=2)
 
     @staticmethod
-    def from_json(text: str) -> Target:
-        """The inverse of :meth:`to_json`. Raises TargetError."""
+    def from_json(text: str) -> Device:
+        """The inverse of :meth:`to_json`. Raises UnknownDeviceError."""
         try:
             raw = json.loads(text)
             values = {n: Value(float(v["value"]), str(v["source"])) for n, v in raw["values"].items()}
-            return Target(raw["kind"], raw["name"], raw["arch"], values)
+            return Device(raw["kind"], raw["name"], raw["arch"], values)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise TargetError(f"not the JSON of a target: {error}") from error
+            raise UnknownDeviceError(f"not the JSON of a device: {error}") from error
 
     @functools.cached_property
     def hash(self) -> str:
@@ -174,13 +174,15 @@ def lookup(name: str) -> Entry | None:
     return next(iter(exact + [e for e in TABLE if fnmatch.fnmatchcase(name, e.pattern)]), None)
 
 
-def from_table(name: str) -> Target:
-    """A device that is not here. Raises TargetError if the table does not have it."""
+def from_table(name: str) -> Device:
+    """A device that is not here. Raises UnknownDeviceError if the table does not have it."""
     entry = lookup(name)
     if entry is None:
-        raise TargetError(f"no device called {name!r}; the table has {', '.join(e.pattern for e in TABLE)}")
+        raise UnknownDeviceError(
+            f"no device called {name!r}; the table has {', '.join(e.pattern for e in TABLE)}"
+        )
     values = {"warp_size": Value(32 if entry.kind == "cuda" else 64, "architecture")}
-    return Target(entry.kind, name, entry.arch, {**values, **_row(entry)})
+    return Device(entry.kind, name, entry.arch, {**values, **_row(entry)})
 
 
 def _row(entry: Entry) -> dict[str, Value]:
@@ -197,18 +199,18 @@ def _row(entry: Entry) -> dict[str, Value]:
     return {n: Value(float(v), source) for n, v in numbers.items() if v is not None}
 
 
-def detect(device: str = "cpu", index: int = 0) -> Target:
+def detect(device: str = "cpu", index: int = 0) -> Device:
     """The device of this machine, from driver or operating system, completed from the table.
 
-    ``device`` is ``"cpu"`` or ``"cuda"`` (also for ROCm). Raises TargetError if there is no such device, or
-    if the driver contradicts the table about the architecture.
+    ``device`` is ``"cpu"`` or ``"cuda"`` (also for ROCm). Raises UnknownDeviceError if there is none,
+    or if the driver contradicts the table about the architecture.
     """
     if device == "cpu":
         return _detect_cpu()
     import torch
 
     if device != "cuda" or not torch.cuda.is_available():
-        raise TargetError(f"no {device} device on this machine")
+        raise UnknownDeviceError(f"no {device} device on this machine")
     p: Any = torch.cuda.get_device_properties(index)
     hip = torch.version.hip is not None
     arch = p.gcnArchName.split(":")[0] if hip else f"sm_{p.major}{p.minor}"
@@ -228,11 +230,11 @@ def detect(device: str = "cpu", index: int = 0) -> Target:
     }
     entry = lookup(p.name)
     if entry is not None and entry.arch != arch:
-        raise TargetError(f"the driver calls {p.name} {arch}, the table {entry.arch}")
-    return Target("hip" if hip else "cuda", p.name, arch, found).with_values(_row(entry) if entry else {})
+        raise UnknownDeviceError(f"the driver calls {p.name} {arch}, the table {entry.arch}")
+    return Device("hip" if hip else "cuda", p.name, arch, found).with_values(_row(entry) if entry else {})
 
 
-def _detect_cpu() -> Target:
+def _detect_cpu() -> Device:
     import platform
 
     name = platform.processor() or platform.machine()
@@ -249,7 +251,7 @@ def _detect_cpu() -> Target:
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemTotal:"):
             values["memory_bytes"] = Value(float(line.split()[1]) * 1024, "OS: /proc/meminfo")
-    return Target("cpu", name, platform.machine(), values)
+    return Device("cpu", name, platform.machine(), values)
 
 
 def _lines(path: str | Path) -> list[str]:
@@ -259,49 +261,49 @@ def _lines(path: str | Path) -> list[str]:
         return []
 
 
-def cache_file(target: Target) -> Path:
+def cache_file(device: Device) -> Path:
     """Where measurements of this device are kept."""
-    return cache.folder() / "targets" / f"{target.hash[:16]}.json"
+    return cache.folder() / "targets" / f"{device.hash[:16]}.json"
 
 
-def measure(target: Target, device: str, *, again: bool = False, path: Path | None = None) -> Target:
-    """``target`` with its memory bandwidth as measured here: once, then from the cache file.
+def measure(device: Device, kind: str, *, again: bool = False, path: Path | None = None) -> Device:
+    """``device`` with its memory bandwidth as measured here: once, then from the cache file.
 
     A copy of a large buffer counts its reads and its writes; the best of seven is taken. On a CPU one
     core alone is measured too, which tells how many cores fill the memory.
     """
-    path = path or cache_file(target)
-    if not again and (known := _measured(path, target)):
-        return target.measured(known)
-    values = _measure_cpu() if device == "cpu" else _measure_gpu(device)
-    measured = target.measured(values)
+    path = path or cache_file(device)
+    if not again and (known := _measured(path, device)):
+        return device.measured(known)
+    values = _measure_cpu() if kind == "cpu" else _measure_gpu(kind)
+    measured = device.measured(values)
     _kept[path] = measured
     cache.write(path, measured.to_json())
     return measured
 
 
-_kept: dict[Path, Target] = {}  # what this process has measured: its file need not be there
+_kept: dict[Path, Device] = {}  # what this process has measured: its file need not be there
 
 
-def _measured(path: Path, target: Target) -> dict[str, Value]:
-    """What was measured of ``target`` before; nothing where the file is not there, or is not whole."""
+def _measured(path: Path, device: Device) -> dict[str, Value]:
+    """What was measured of ``device`` before; nothing where the file is not there, or is not whole."""
     try:
-        known = Target.from_json("\n".join(_lines(path)))
-    except (TargetError, ValueError, KeyError, TypeError):
+        known = Device.from_json("\n".join(_lines(path)))
+    except (UnknownDeviceError, ValueError, KeyError, TypeError):
         if path not in _kept:
             return {}
         known = _kept[path]
-    if known.hash != target.hash:
+    if known.hash != device.hash:
         return {}
     return {n: v for n, v in known.values.items() if v.source.startswith(MEASURED)}
 
 
-def decode_workers(target: Target) -> int:
+def decode_workers(device: Device) -> int:
     """How many cores fill a CPU's memory: its bandwidth over that of one core, rounded down, at least 1.
 
-    Raises TargetError if the bandwidths are not known (:func:`measure`).
+    Raises UnknownDeviceError if the bandwidths are not known (:func:`measure`).
     """
-    return max(1, int(target.get("memory_bandwidth") / target.get("bandwidth_per_core")))
+    return max(1, int(device.get("memory_bandwidth") / device.get("bandwidth_per_core")))
 
 
 def local_decode_workers() -> int:
