@@ -128,6 +128,20 @@ def test_the_recipe_for_an_operator_is_the_one_that_is_tried() -> None:
     assert [p for p in places if f"`{p}`" in text] == places
 
 
+def test_the_recipe_for_a_target_is_the_one_that_is_tried() -> None:
+    text = recipe("Add a target")
+    test, count = re.findall(r"`(tests/\S+)` does that with (\w+) files", text)[0]
+    files = files_of(test)
+    assert len(files) == _NUMBERS[count]
+    assert len({name.partition("/")[0] for name in files}) == 1, "more than a folder"
+    assert any(name.endswith("/target.py") and "TARGET = " in file for name, file in files.items())
+    source = "\n".join(files.values())
+    for part in ("@implements(", "packing", "codegen.targets"):
+        assert part in text, f"the recipe does not speak of {part}"
+        assert part in source, f"{test} does not try {part}"
+    assert "targets.add(TARGET)" in (ROOT / test).read_text()
+
+
 def test_the_recipe_for_a_pass_is_the_one_that_is_tried() -> None:
     text = recipe("Add a pass")
     (test,) = re.findall(r"`(tests/llm42c/\S+)`", text)
