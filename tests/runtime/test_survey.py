@@ -99,6 +99,23 @@ def test_without_orders_rows_are_wrong() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "state"), [(torch.bfloat16, "ok"), (torch.float32, "wrong")])
+def test_only_fp32_models_are_held_to_the_rounding_of_fp32(dtype: torch.dtype, state: str) -> None:
+    """A model in bf16 may give its logits in fp32; rounding to bf16 on the way is not an error then."""
+
+    class Fp32Logits(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input.bfloat16().to(self.weight.dtype)).float()
+
+    eager, model = _tiny("LlamaForCausalLM"), _tiny("LlamaForCausalLM", dtype)
+    head = Fp32Logits(*reversed(model.lm_head.weight.shape), bias=False, dtype=dtype)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    found, told = cells.judge(lambda: cells.check_compile(model, eager, inductor=False))
+    assert found == state, told
+
+
+@pytest.mark.slow
 def test_a_quick_subset() -> None:
     found = pool.survey([BY_NAME[n] for n in QUICK], [("float32", "compile")], workers=1, inductor=False)
     assert [one.name for one in found] == sorted(QUICK)
