@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.library import infer_schema
+from torch.utils._pytree import tree_leaves
 
 from llm42c.codegen.examples import Numbers
 from llm42c.codegen.order import COPY, Order
@@ -132,7 +133,7 @@ class Operator:
         result, or those of the product. Tensors may be fakes."""
         results = self.overload(*args)
         results = results if isinstance(results, tuple) else (results,)
-        moved = [x for x in (*args, *results) if isinstance(x, torch.Tensor)]
+        moved = [x for x in tree_leaves((args, results)) if isinstance(x, torch.Tensor)]
         flops = 2 * args[0].numel() * self.product(*args) if self.product else sum(x.numel() for x in results)
         return Cost(float(sum(x.nbytes for x in moved)), float(flops))
 

@@ -42,6 +42,15 @@ RANKS = Order("ranks-ascending", 1, "Over the ranks, ascending, in fp32, rounded
 CHAIN = Order(
     "fma-chain", 1, "One fp32 chain of fused multiply-adds for each output element, from zero, k ascending."
 )
+GROUPS = Order(
+    "int8-groups",
+    1,
+    "32 values of k of a row of x become integers of eight bits, to nearest, ties to even, times their "
+    "largest magnitude / 127 in fp32; all are zero where that magnitude is below 2^-119. One fp32 chain for "
+    "each output element, from zero, groups that share a scale of the weight ascending, at most 32 values at "
+    "once: acc = fma(scale_w * scale_x, the exact sum of products of integers, acc); then, in a format with "
+    "minima, acc = fma(minimum, scale_x * the sum of x's integers, acc).",
+)
 LANES = Order(
     "lanes16",
     1,

@@ -97,6 +97,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + fp32(bias)).to(x.dtype)
 
 
+def integers(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """x: [..., K] → (int64 [..., K] in -127..127, scales [..., K / step]): x is about integer times scale."""
+    parts = fp32(x).unflatten(-1, (-1, step))
+    largest = parts.abs().amax(-1, keepdim=True)
+    finite, counts = largest.isfinite(), largest >= 2.0**-119
+    inverse = torch.where(finite & counts, div(127.0, largest), 0.0)
+    q = torch.round(torch.where(finite, parts, 0.0) * inverse).long()
+    scale = torch.where(finite, torch.where(counts, div(largest, 127.0), 0.0), torch.nan)
+    return q.flatten(-2), scale.squeeze(-1)
+
+
 def lanes(x: Tensor, step: Callable[[Tensor, Tensor], Tensor], lane_count: int = LANE_COUNT) -> Tensor:
     """x: [..., N] → [..., 1]: ``lane = step(lane, x[i])`` from 0, then the sum of the tree of lanes."""
     x = fp32(x)

@@ -56,6 +56,11 @@ def device_of_model(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), CPU)
 
 
+def dtype_of_model(model: nn.Module) -> torch.dtype:
+    """Of what it computes with: quantised weights are of integers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 def in_steps(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """``call``, each time in a step of its own, where its target has steps."""
     target = targets.of(device)

@@ -31,7 +31,7 @@ _MISS = {
 }
 
 
-def _factors(mul: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def factors_of_gate(mul: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(silu node, its argument, the other factor)."""
     if g.name(mul) != "mul" or len(mul.args) != 2:
         return None
@@ -92,7 +92,7 @@ def linear_silu_mul(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every recognised gate by ``linear_silu_mul`` or ``silu_mul``."""
     effects = g.Effects(graph)
     for node in list(graph.nodes):
-        factors = _factors(node)
+        factors = factors_of_gate(node)
         if factors is None:
             continue
         silu, gate, up = factors

@@ -29,6 +29,7 @@ from llm42c.passes.layer_norm import layer_norm
 from llm42c.passes.layout import layout
 from llm42c.passes.linear import linear
 from llm42c.passes.linear_add import linear_add
+from llm42c.passes.linear_q import linear_q
 from llm42c.passes.linear_silu_mul import linear_silu_mul
 from llm42c.passes.matmul import matmul
 from llm42c.passes.merge_linears import merge_linears
@@ -69,6 +70,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("allreduce_rmsnorm", allreduce_rmsnorm),
     Pass("residual_shards", residual_shards),
     # Products with a weight.
+    Pass("linear_q", linear_q, _PACKED),
     Pass("linear_silu_mul", linear_silu_mul),
     Pass("merge_linears", merge_linears, _PACKED),
     Pass("linear", linear),

@@ -50,6 +50,7 @@ class Contract:
     machine: dict[str, str] = field(default_factory=dict)
     target: str = "cpu"
     tp_size: int = 1
+    quantisation: dict[str, int] = field(default_factory=dict)  # how many weights have which format
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
@@ -106,6 +107,7 @@ def engine_contract(
     weights: str = "",
     computation: Computation | None = None,
     tp_size: int = 1,
+    quantisation: dict[str, int] | None = None,
 ) -> Contract:
     """The contract of an engine that commits what `verifier` computes, as `computation` describes it."""
     known = computation or Computation(graph=verifier.digest)
@@ -126,6 +128,7 @@ def engine_contract(
         machine=known.machine,
         target=known.target,
         tp_size=tp_size,
+        quantisation=quantisation or {},
     )
 
 

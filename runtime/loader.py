@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 from torch import nn
 
+from llm42c import quantised
 from llm42c.capture.packed import PackedModel
 from llm42c.codegen import cache
 from llm42c.compile.compiler import Form, ModelCompiler
@@ -142,6 +143,7 @@ def _engine(compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer
             weights=compiler.digest,
             computation=computation,
             tp_size=ranks.size,
+            quantisation=quantised.formats(compiler.model),
         ),
         ranks=ranks,
         # Ranks compare their batches on the host, which no graph can hold.

@@ -5,6 +5,7 @@
 #include "bind_attention.h"
 #include "bind_grouped.h"
 #include "bind_linear.h"
+#include "bind_quant.h"
 #include "bind_rowwise.h"
 #include "bind_sample.h"
 
@@ -12,6 +13,7 @@ TORCH_LIBRARY_IMPL(llm42, CPU, m) {
   llm42::bind::register_attention(m);
   llm42::bind::register_grouped(m);
   llm42::bind::register_linear(m);
+  llm42::bind::register_quant(m);
   llm42::bind::register_rowwise(m);
   llm42::bind::register_sample(m);
 }

@@ -3,6 +3,7 @@
 // V16   sixteen fp32 lanes
 // Vec   as many fp32 lanes as a register has: kLanes of them; there are kRegisters registers
 // W8    eight words of 32 bits
+// B64   64 bytes, and I16 sixteen 32-bit integers, for products of bytes
 //
 // Every kernel is written in terms of these, so the bits of a result do not depend on whether it runs on
 // AVX-512, AVX2 or anything else: each lane operation is one correctly rounded IEEE operation, and

@@ -22,7 +22,7 @@ from llm42c.capture import hf_interface, written
 from llm42c.capture.packed import KVCache, PackedInputs
 from llm42c.capture.support import layer_config, require_supported, unsupported
 from llm42c.codegen.ops import registry
-from llm42c.device import CPU, device_of_model
+from llm42c.device import CPU, device_of_model, dtype_of_model
 from llm42c.digest import graph_digest
 from llm42c.errors import ConfigError, UnsupportedModelError
 from llm42c.memory import zeros
@@ -251,7 +251,7 @@ def capture_packed(model: nn.Module) -> CapturedGraph:
 
 
 def _captured(model: nn.Module, attention: str) -> CapturedGraph:
-    dtype, device = next(model.parameters()).dtype, device_of_model(model)
+    dtype, device = dtype_of_model(model), device_of_model(model)
     batch, spec = _example_batch().to(device), kv_spec(model)
     cache = new_kv_cache(spec, 1, 16, dtype, device)
     found = _capture(model, batch, cache, attention)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm42c import quantised
 from llm42c.errors import UnsupportedModelError
 
 _PAGE = "docs/huggingface.md#which-decoders-are-served"
@@ -90,9 +91,10 @@ def _weight_reasons(model: nn.Module, config: Any) -> Iterator[str]:
         method = getattr(quantization, "quant_method", None)
         if method is None and isinstance(quantization, dict):
             method = quantization.get("quant_method", "unknown")
-        if not _is_dequantized(quantization):
+        if method != quantised.METHOD and not _is_dequantized(quantization):
             yield f"its weights are quantised ({getattr(method, 'value', method)}); load it dequantised"
     seen, places = set(), set()
+    blocks = {id(m.weight) for m in model.modules() if isinstance(m, quantised.Quantised)}
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not torch.Tensor:
             yield f"weight {name} is a {type(parameter.data).__name__}; load the model dequantised"
@@ -101,7 +103,8 @@ def _weight_reasons(model: nn.Module, config: Any) -> Iterator[str]:
             yield f"weight {name} holds no data (meta device)"
             return
         places.add(str(parameter.device))
-        seen.add(parameter.dtype)
+        if id(parameter) not in blocks:
+            seen.add(parameter.dtype)
     if len(places) > 1:
         yield f"its weights are spread over {', '.join(sorted(places))}; all must lie on one device"
     if not seen:

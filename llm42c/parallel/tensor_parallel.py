@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm42c import quantised
 from llm42c.codegen.ops import registry
 from llm42c.errors import UnsupportedModelError
 from llm42c.memory import forget, trim
@@ -67,6 +68,11 @@ def divide(model: nn.Module, ranks: Ranks) -> Division:
     division = Division()
     if ranks.size == 1:
         return division
+    if formats := quantised.formats(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be divided among ranks: its weights are quantised "
+            f"({', '.join(formats)}); run it in one process"
+        )
     for block, entries in _blocks(model, _plan(model)).items():
         reason = next((r for e in entries if (r := _indivisible(model, e, ranks.size))), None)
         if reason is not None:

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from llm42c.capture.dynamo import KVSpec
 from llm42c.capture.support import context_limit, require_supported
 from llm42c.compile.compiler import ModelCompiler
-from llm42c.device import device_of_model
+from llm42c.device import device_of_model, dtype_of_model
 from llm42c.errors import RequestError
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract
@@ -203,7 +203,7 @@ class Handle:
     def _kv_budget(self, spec: list[KVSpec]) -> int:
         """At most what full batches of full contexts need, at least one full context, else 256 MiB."""
         context = self.options.get("max_model_len") or context_limit(self.model)
-        item = next(self.model.parameters()).dtype.itemsize
+        item = dtype_of_model(self.model).itemsize
         token = sum(2 * s.num_kv_heads * s.head_dim for s in spec) * item
         one = (min(context, 8192) + 16) * token
         return max(one, min(_KV_BUDGET, one * self.options.get("max_num_seqs", 32)))

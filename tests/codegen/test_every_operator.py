@@ -102,7 +102,7 @@ def test_fakes_have_the_layout_of_results(name: str, dtype: torch.dtype) -> None
     for example in examples(name, dtype)[:2]:
         args = for_kernel(example)
         with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+            fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
             promised = op.overload(*fakes)
         results = op.overload(*args)
         if isinstance(results, Tensor):

@@ -161,6 +161,10 @@ NEAR: dict[str, Near] = {
         lambda x, r: rms(r + summed(x)), ((3, 8), (3, 8)), "not the residual of another",
         Context(residual_shards=True),
     ),
+    "linear_q": Near(
+        lambda x, w: OPS.linear_q(x, [w.byte()], "q8_0", [16], x[0, 0, :16], None, False) + x[..., :16],
+        ((1, 7, 32), (1, 1, 544)), "its bias is computed", IN_PACKED,
+    ),
     "linear_silu_mul": Near(lambda a, b: F.silu(a) * b, ((3, 8), (3, 8)), "separate tensors"),
     "merge_linears": Near(Unlike(), ((1, 7, 8),), "no other product of its input has a bias", IN_PACKED),
     "linear": Near(lambda a, b: a @ b, ((2, 3, 8), (2, 8, 4)), "two computed tensors"),

@@ -75,6 +75,43 @@ inline V8 from_uint32_8(const uint32_t* p) {
 inline float hsum(V8 a) { return hsum(a.v); }
 inline float hmax(V8 a) { return hmax(a.v); }
 
+
+// 32 bytes.
+struct B32 {
+  __m256i v;
+  static B32 load(const uint8_t* p) { return {W8::load(p).v}; }
+  friend B32 operator|(B32 a, B32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+};
+inline B32 low_nibbles(B32 a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
+inline B32 high_nibbles(B32 a) { return low_nibbles(B32{_mm256_srli_epi16(a.v, 4)}); }
+inline B32 bits_above_nibble(B32 a, int at, int count) {
+  const __m256i moved = at < 4 ? _mm256_slli_epi16(a.v, 4 - at) : _mm256_srli_epi16(a.v, at - 4);
+  return {_mm256_and_si256(moved, _mm256_set1_epi8(char(((1 << count) - 1) << 4)))};
+}
+
+// Eight 32-bit integers, one for each lane of V8.
+struct I8 {
+  __m256i v;
+  static I8 set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+};
+inline V8 to_float(I8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline V8 from_bytes_8(const uint8_t* p) {
+  return to_float(I8{_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))});
+}
+inline V8 from_bytes_8(const int8_t* p) {
+  return to_float(I8{_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))});
+}
+template <int kBits>
+inline I8 dot4(I8 acc, B32 w, int32_t x) {
+  const __m256i b = _mm256_set1_epi32(x);
+  const auto add = [&](__m256i sum, __m256i part) {  // two products of 7 bits with 8 fit 16 bits
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(part, b), _mm256_set1_epi16(1)));
+  };
+  if constexpr (kBits < 8) return {add(acc.v, w.v)};
+  const __m256i top = _mm256_set1_epi8(char(0x80));
+  return {add(add(acc.v, _mm256_andnot_si256(top, w.v)), _mm256_and_si256(top, w.v))};
+}
+
 }  // namespace llm42
 
 #include "vec/halves.h"

@@ -80,4 +80,49 @@ inline float hmax(V16 a) {
   return hmax(h);
 }
 
+
+// 64 bytes.
+struct B64 {
+  __m512i v;
+  static B64 load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  friend B64 operator|(B64 a, B64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+};
+inline B64 low_nibbles(B64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline B64 high_nibbles(B64 a) { return low_nibbles({_mm512_srli_epi16(a.v, 4)}); }
+// `count` bits of every byte from bit `at` on, moved to bits 4 and up.
+inline B64 bits_above_nibble(B64 a, int at, int count) {
+  const __m512i moved = at < 4 ? _mm512_slli_epi16(a.v, 4 - at) : _mm512_srli_epi16(a.v, at - 4);
+  return {_mm512_and_si512(moved, _mm512_set1_epi8(char(((1 << count) - 1) << 4)))};
+}
+
+// Sixteen 32-bit integers, one for each lane of V16.
+struct I16 {
+  __m512i v;
+  static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+};
+inline V16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// 16 integers of 8 bits as floats.
+inline V16 from_bytes(const uint8_t* p) {
+  return to_float(I16{_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))});
+}
+inline V16 from_bytes(const int8_t* p) {
+  return to_float(I16{_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))});
+}
+// acc + the sum of four products in each lane, exactly: of the unsigned bytes of w, which have kBits bits, and
+// the four signed bytes of x.
+template <int kBits>
+inline I16 dot4(I16 acc, B64 w, int32_t x) {
+  const __m512i b = _mm512_set1_epi32(x);
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpbusd_epi32(acc.v, w.v, b)};
+#else
+  const auto add = [&](__m512i sum, __m512i part) {  // two products of 7 bits with 8 fit 16 bits
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(part, b), _mm512_set1_epi16(1)));
+  };
+  if constexpr (kBits < 8) return {add(acc.v, w.v)};
+  const __m512i top = _mm512_set1_epi8(char(0x80));
+  return {add(add(acc.v, _mm512_andnot_si512(top, w.v)), _mm512_and_si512(top, w.v))};
+#endif
+}
+
 }  // namespace llm42

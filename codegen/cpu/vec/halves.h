@@ -48,4 +48,36 @@ inline V16 from_uint32(const uint32_t* u) { return {from_uint32_8(u), from_uint3
 inline float hsum(V16 a) { return hsum(a.lo + a.hi); }
 inline float hmax(V16 a) { return hmax(max(a.lo, a.hi)); }
 
+
+// 64 bytes.
+struct B64 {
+  B32 lo, hi;
+  static B64 load(const uint8_t* p) { return {B32::load(p), B32::load(p + 32)}; }
+  friend B64 operator|(B64 a, B64 b) { return {a.lo | b.lo, a.hi | b.hi}; }
+};
+inline B64 low_nibbles(B64 a) { return {low_nibbles(a.lo), low_nibbles(a.hi)}; }
+inline B64 high_nibbles(B64 a) { return {high_nibbles(a.lo), high_nibbles(a.hi)}; }
+// `count` bits of every byte from bit `at` on, moved to bits 4 and up.
+inline B64 bits_above_nibble(B64 a, int at, int count) {
+  return {bits_above_nibble(a.lo, at, count), bits_above_nibble(a.hi, at, count)};
+}
+
+// Sixteen 32-bit integers, one for each lane of V16.
+struct I16 {
+  I8 lo, hi;
+  static I16 set1(int32_t x) { return {I8::set1(x), I8::set1(x)}; }
+};
+inline V16 to_float(I16 a) { return {to_float(a.lo), to_float(a.hi)}; }
+// 16 integers of 8 bits as floats.
+template <class T>
+inline V16 from_bytes(const T* p) {
+  return {from_bytes_8(p), from_bytes_8(p + 8)};
+}
+// acc + the sum of four products in each lane, exactly: of the unsigned bytes of w, which have kBits bits, and
+// the four signed bytes of x.
+template <int kBits>
+inline I16 dot4(I16 acc, B64 w, int32_t x) {
+  return {dot4<kBits>(acc.lo, w.lo, x), dot4<kBits>(acc.hi, w.hi, x)};
+}
+
 }  // namespace llm42

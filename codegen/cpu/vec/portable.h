@@ -118,6 +118,42 @@ inline float hmax(V8 a) {
   return a.v[0];
 }
 
+
+struct B32 {
+  uint8_t v[32];
+  template <class F>
+  static B32 map(F f) {
+    B32 r;
+    for (int i = 0; i < 32; i++) r.v[i] = uint8_t(f(i));
+    return r;
+  }
+  static B32 load(const uint8_t* p) { return map([&](int i) { return p[i]; }); }
+  friend B32 operator|(B32 a, B32 b) {
+    return map([&](int i) { return a.v[i] | b.v[i]; });
+  }
+};
+inline B32 low_nibbles(B32 a) { return B32::map([&](int i) { return a.v[i] & 15; }); }
+inline B32 high_nibbles(B32 a) { return B32::map([&](int i) { return a.v[i] >> 4; }); }
+inline B32 bits_above_nibble(B32 a, int at, int count) {
+  return B32::map([&](int i) { return ((a.v[i] >> at) & ((1 << count) - 1)) << 4; });
+}
+
+struct I8 {
+  int32_t v[8];
+  static I8 set1(int32_t x) { return {{x, x, x, x, x, x, x, x}}; }
+};
+inline V8 to_float(I8 a) { return V8::map([&](int i) { return float(a.v[i]); }); }
+template <class T>
+inline V8 from_bytes_8(const T* p) {
+  return V8::map([&](int i) { return float(p[i]); });
+}
+template <int kBits>
+inline I8 dot4(I8 acc, B32 w, int32_t x) {
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 4; j++) acc.v[i] += int32_t(w.v[4 * i + j]) * int8_t(uint32_t(x) >> 8 * j);
+  return acc;
+}
+
 }  // namespace llm42
 
 #include "vec/halves.h"

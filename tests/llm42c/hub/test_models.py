@@ -140,7 +140,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 def test_an_alias_is_unpacked_once_by_many(alias: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def unpack(gguf: Path, target: Path) -> bool:
+    def unpack(gguf: Path, target: Path, as_is: bool) -> bool:
         calls.append(gguf)
         target.mkdir()
         return True
@@ -158,7 +158,7 @@ def test_an_alias_is_unpacked_once_by_many(alias: Path, monkeypatch: pytest.Monk
 
 
 def test_another_file_is_another_model(alias: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_unpack", lambda gguf, target: target.mkdir() is None)
+    monkeypatch.setattr(models, "_unpack", lambda gguf, target, _: target.mkdir() is None)
     first = models.resolve("fake")
     alias.write_bytes(b"other weights")
     assert models.resolve("fake") != first
