@@ -24,7 +24,8 @@ class Verdict:
 
     committed: int = 0
     rolled_back: bool = False
-    dropped: int = 0  # proposals thrown away
+    dropped: int = 0  # proposals thrown away, drafts not counted
+    drafts_accepted: int = 0
     finished: bool = False
 
 
@@ -37,7 +38,8 @@ def accept(chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
     """
     request, verdict = chunk.request, Verdict()
     pending = request.proposal.tokens
-    keep = len(pending)  # where what stays proposed begins
+    computed = len(pending) - request.proposal.drafted  # proposals that a shape made; drafts follow
+    keep = computed  # where what stays proposed begins
     for j in range(chunk.num_rows):
         row = first + j
         problem = row_problem(sampled, row)
@@ -49,8 +51,9 @@ def accept(chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
         verdict.committed += 1
         verdict.finished = request.commit(token, sampled.logprobs[row], sampled.tops.get(row), origin)
         agreed = j < len(pending) and token == pending[j]
+        verdict.drafts_accepted += agreed and j >= computed
         if verdict.finished or not agreed:
-            verdict.rolled_back = j < len(pending) and not agreed
+            verdict.rolled_back = j < computed and not agreed
             break
     else:
         # Every row agreed, so proposals beyond the chunk are still possible.

@@ -65,17 +65,19 @@ class Auditor:
         self._certified_finishes: deque[str] = deque(maxlen=REMEMBERED_FINISHES)
 
     def wrote(self, chunk: Chunk, origin: int) -> None:
-        """Remember which shape wrote a chunk's positions; certified ones earn audits."""
+        """Remember which shape wrote a chunk's positions, those of rejected drafts aside; certified ones earn
+        audits."""
         size, lease = self._config.page_size, chunk.request.lease
+        end = min(chunk.end, lease.num_computed)
         if chunk.num_tokens == 1:
             self._pool.origin[lease.pages[chunk.start // size], chunk.start % size] = origin
         else:
-            positions = np.arange(chunk.start, chunk.end)
+            positions = np.arange(chunk.start, end)
             self._pool.origin[lease.block_row[positions // size], positions % size] = origin
         if origin == VERIFIER:
             self._confirm_pages(lease)
         else:
-            self._credit += self._config.audit_fraction * chunk.num_tokens
+            self._credit += self._config.audit_fraction * (end - chunk.start)
 
     def finished(self, request: Request) -> None:
         """The request left while some of its outputs rest on certificates alone."""

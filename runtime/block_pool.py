@@ -46,6 +46,11 @@ class BlockPool:
         """Pages that `allocate` can still hand out."""
         return len(self._free) + len(self._idle) + len(self._borrowed)
 
+    @property
+    def num_spare(self) -> int:
+        """Pages that `allocate` hands out without taking back what is borrowed."""
+        return len(self._free) + len(self._idle)
+
     def allocate(self) -> int | None:
         """A page with one reference, or None when all are referenced."""
         if not self._free and not self._idle and self._borrowed:
@@ -68,7 +73,7 @@ class BlockPool:
     def borrow(self, count: int) -> list[int] | None:
         """`count` pages until `give_back`, or until `recalls` changes: `allocate` takes all of them back when
         no others are left. None, and nothing borrowed, when there are not so many."""
-        if len(self._free) + len(self._idle) < count:
+        if self.num_spare < count:
             return None
         pages = [page for _ in range(count) if (page := self._take()) is not None]
         self._borrowed |= dict.fromkeys(pages)

@@ -25,7 +25,7 @@ from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
 from llm42c.runtime.graphs import GraphDevice, GraphedModel
-from llm42c.runtime.intake import Limits, check_flag, check_id, check_limits, check_prompt
+from llm42c.runtime.intake import Limits, check_flag, check_id, check_limits, check_prompt, check_tokens
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
@@ -137,9 +137,12 @@ class Engine:
         request_id: str | None = None,
         contract: str | Contract | None = None,
         stream: bool = True,
+        draft: Sequence[int] | None = None,
     ) -> str:
         """Queue a request; returns its id. Raises RequestError (ContractMismatchError) and changes nothing.
 
+        `draft`: tokens that the output probably begins with. They change no bit of it; as far as they are
+        right, many are committed in one pass. What lies behind the first wrong one is not looked at.
         With `stream=False` only the finished output is delivered, so that even a revoked certificate can be
         repaired before the user sees a token.
         """
@@ -162,6 +165,10 @@ class Engine:
         text = None
         if self._decode is not None and params.detokenize and (stream or params.stop):
             text = TextState(self._decode, params.stop)
+        if draft is not None:
+            if not deterministic:
+                raise RequestError("a draft is for deterministic requests: others commit what they compute")
+            draft = check_tokens("the draft", draft, self.limits.vocab_size, max_tokens)
         seed = params.seed
         if seed is None:
             seed = params.derived_seed(prompt) if deterministic else self._random_seed()
@@ -178,6 +185,7 @@ class Engine:
             eos_ids=frozenset(self.config.eos_token_ids),
             max_pages=self._max_pages,
             text=text,
+            draft=draft,
         )
         try:
             self._requests[request_id] = request
@@ -332,6 +340,7 @@ class Engine:
             self._run_fast(fast)
         verify = self._auditor.extend(self._scheduler.plan_verify())
         if verify is not None:
+            self._scheduler.fill_with_drafts(verify)
             self._run_verifier(verify.chunks)
         probing = time.perf_counter()
         self._probe()
@@ -371,7 +380,7 @@ class Engine:
             request = chunk.request
             if not request.deterministic:
                 stats.ordinary_tokens += self._accept(chunk, sampled, row, origin).committed
-            elif plan.commits and not request.proposal.tokens:
+            elif plan.commits and len(request.proposal.tokens) == request.proposal.drafted:
                 stats.certified_tokens += self._accept(chunk, sampled, row, origin).committed
             else:
                 self._propose(request, sampled, row, plan.commits)
@@ -416,10 +425,14 @@ class Engine:
                 stats.recomputed_tokens += verdict.dropped
 
     def _accept(self, chunk: Chunk, sampled: Sampled, first: int, origin: int) -> Verdict:
+        drafted = chunk.request.proposal.drafted
         verdict = accept(chunk, sampled, first, origin)
         if chunk.request.deterministic:
             self._auditor.wrote(chunk, origin)
             self._scheduler.share(chunk.request)
+            self._stats.drafted_tokens += drafted
+            self._stats.accepted_drafts += verdict.drafts_accepted
+            self._scheduler.trim(chunk.request.lease, chunk.request.num_tokens)
         if verdict.committed or verdict.finished:
             self._touch(chunk.request)
         return verdict

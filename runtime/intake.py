@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Mapping, Sequence, Set
@@ -28,22 +29,29 @@ class Limits:
 
 def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> list[int]:
     """The prompt as plain ints. Raises RequestError if it is empty or holds anything but known token ids."""
-    if isinstance(prompt_ids, str | bytes | bytearray | Mapping | Set):
-        raise RequestError(f"the prompt must be a sequence of token ids, not {type(prompt_ids).__name__}")
     # Measured before it is read: a range or a mapped file may be longer than memory.
     length = _length(prompt_ids)
     if length > limits.max_model_len:
         raise RequestError(f"{length} prompt tokens exceed the context of {limits.max_model_len}")
-    try:
-        prompt = [_token_id(t) for t in prompt_ids]
-    except Exception:  # whatever a caller's own sequence raises is its caller's mistake
-        raise RequestError("the prompt must be a sequence of token ids") from None
+    prompt = check_tokens("the prompt", prompt_ids, limits.vocab_size)
     if not prompt:
         raise RequestError("the prompt is empty")
-    if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-        bad = shown(next(t for t in prompt if not 0 <= t < limits.vocab_size))
-        raise RequestError(f"token id {bad} is outside the vocabulary of {limits.vocab_size}")
     return prompt
+
+
+def check_tokens(what: str, ids: Any, vocab_size: int, most: int | None = None) -> list[int]:
+    """The first `most` of `ids` as plain ints. Raises RequestError, naming `what`, for anything but known
+    token ids."""
+    if isinstance(ids, str | bytes | bytearray | Mapping | Set):
+        raise RequestError(f"{what} must be a sequence of token ids, not {type(ids).__name__}")
+    try:
+        tokens = [_token_id(t) for t in itertools.islice(iter(ids), most)]
+    except Exception:  # whatever a caller's own sequence raises is its caller's mistake
+        raise RequestError(f"{what} must be a sequence of token ids") from None
+    bad = next((t for t in tokens if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"token id {shown(bad)} is outside the vocabulary of {vocab_size}")
+    return tokens
 
 
 def _length(prompt_ids: Sequence[int]) -> int:

@@ -40,9 +40,14 @@ class History:
 
 @dataclass(slots=True)
 class Proposal:
-    """Speculative outputs. The fast step writes it; `accept`, or a preemption, throws it away."""
+    """Speculative outputs. The fast step writes it; `accept`, or a preemption, throws it away.
+
+    Behind what a speculative shape computed stand drafts, which have no keys and values yet. They live within
+    one step: what `accept` does not commit of them is gone.
+    """
 
     tokens: list[int] = field(default_factory=list)
+    drafted: int = 0  # how many of them, the last ones, are drafts
     ended: bool = False  # they reach an end of the request
     text: TextState | None = None
     blocked: bool = False  # one could not be computed; only the verifier may decide why
@@ -97,6 +102,7 @@ class Request:
         eos_ids: frozenset[int],
         max_pages: int,
         text: TextState | None,
+        draft: list[int] | None = None,
     ) -> None:
         self.id = request_id
         self.arrival = arrival
@@ -109,6 +115,7 @@ class Request:
         self.limit = len(prompt) + max_tokens
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.processed = params.processes_logits
+        self.draft = draft or []  # outputs that came with the request; emptied by the first wrong one
         self.seen, self.emitted = RowCounts(0), RowCounts(len(prompt))  # for penalties
 
         self.state = State.WAITING
@@ -141,6 +148,13 @@ class Request:
         """Whether positions before the newest committed token still lack KV."""
         return self.lease.num_computed < len(self.history.tokens) - 1
 
+    def given_draft(self, most: int) -> list[int]:
+        """Up to `most` tokens that the request's own draft has behind committed + proposed."""
+        done, pending = self.num_outputs, self.proposal.tokens
+        if pending and pending != self.draft[done : done + len(pending)]:
+            return []
+        return self.draft[done + len(pending) : done + len(pending) + most]
+
     def token_slice(self, start: int, end: int) -> list[int]:
         """Tokens of positions [start, end) of committed + proposed."""
         tokens = self.history.tokens
@@ -154,6 +168,8 @@ class Request:
     def commit(self, token: int, logprob: float, top: TopLogprobs | None, origin: int) -> bool:
         """Append one certain output; returns whether it ends the request (then `finish_reason` is set)."""
         history = self.history
+        if self.draft and self.draft[self.num_outputs : self.num_outputs + 1] != [token]:
+            self.draft = []
         history.tokens.append(token)
         history.logprobs.append(logprob)
         history.origins.append(origin)
@@ -180,9 +196,22 @@ class Request:
         except Exception:
             proposal.blocked = True  # the error counts only if this token is committed
 
+    def extend_proposal(self, draft: Iterable[int]) -> int:
+        """Append drafts, up to an end of the request; returns how many tokens more the model has to read."""
+        proposal = self.proposal
+        before = len(proposal.tokens)
+        for token in draft:
+            if proposal.ended or proposal.blocked:
+                break
+            self.propose(token)
+        proposal.drafted = len(proposal.tokens) - before
+        return proposal.drafted - (proposal.ended and proposal.drafted > 0)
+
     def keep_proposal(self, start: int) -> None:
-        """Throw away the first `start` proposals; what was derived from them goes with the last one."""
-        rest = self.proposal.tokens[start:]
+        """Throw away the first `start` proposals, and all drafts; what was derived from them goes with the
+        last one."""
+        proposal = self.proposal
+        rest = proposal.tokens[start : len(proposal.tokens) - proposal.drafted]
         if rest:
             self.proposal.tokens = rest
         else:

@@ -3,6 +3,9 @@
 Each step runs at most one fast batch and one verifier batch. The fast batch holds a row for every request
 that can decode, then prompt chunks that fill a bucket. A deterministic prompt goes there only if the bucket's
 results commit; otherwise, like every window of proposals, it goes to the verifier.
+
+Drafts turn a row that is to be committed into a window of rows, in the fast batch as in the verifier's. They
+take rows and pages that are left when everything else has its place, and give the pages back in that step.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # both in order of arrival
         self.running: list[Request] = []
         self._deferred: list[Request] = []  # prompts that the verifier has to continue in this step
+        self._windows: set[int] = set()  # requests whose drafts the fast batch of this step holds
 
     # -- requests come and go --------------------------------------------------------------------------------
 
@@ -167,6 +171,19 @@ class Scheduler:
                 return False
         return True
 
+    def trim(self, lease: Lease, num_positions: int) -> None:
+        """Give back the pages beyond `num_positions`; drafts that were not accepted had them."""
+        used = self._pages_for(num_positions)
+        if len(lease.pages) > used:
+            self._pool.release(lease.pages[used:])
+            del lease.pages[used:]
+
+    def _grow_for_drafts(self, lease: Lease, num_positions: int) -> int:
+        """Positions that pages are there for: up to `num_positions`, as long as nobody has to give any."""
+        while len(lease.pages) < self._pages_for(num_positions) and self._pool.num_spare:
+            self._grow(lease, len(lease.pages) * self._config.page_size + 1)
+        return len(lease.pages) * self._config.page_size
+
     def make_room(self) -> None:
         """For a probe that has waited for pages: preempt the newest requests until there are as many."""
         while self.running and self._pool.num_free < self._certificates.reserve(len(self.running)):
@@ -181,12 +198,12 @@ class Scheduler:
 
     def plan_fast(self) -> FastPlan | None:
         self._admit()
-        self._deferred = []
+        self._deferred, self._windows = [], set()
         decodes, prompts = self._candidates()
         if any(r.deterministic for r in prompts):
             plan = self._committing_plan(decodes, prompts)
             if plan is not None:
-                return plan
+                return self._with_drafts(plan)
             self._deferred = [r for r in prompts if r.deterministic]
             prompts = [r for r in prompts if not r.deterministic]
         if not decodes and not prompts:
@@ -194,7 +211,7 @@ class Scheduler:
         if any(r.deterministic for r in decodes):
             plan = self._committing_plan(decodes, prompts)
             if plan is not None:
-                return plan
+                return self._with_drafts(plan)
         return self._build(decodes, prompts, self._fill(len(decodes), _remaining(prompts)))
 
     def _candidates(self) -> tuple[list[Request], list[Request]]:
@@ -256,6 +273,54 @@ class Scheduler:
         num_rows = self._config.row_bucket(bucket, rows)
         return FastPlan(chunks, bucket, num_rows, self._certificates.commits((bucket, num_rows)))
 
+    # -- drafts ----------------------------------------------------------------------------------------------
+
+    def _with_drafts(self, plan: FastPlan) -> FastPlan:
+        """A committing `plan` with windows in place of single rows, in a larger bucket if one commits too."""
+        open_spans = [c for c in plan.chunks if _takes_drafts(c) and not c.request.proposal.tokens]
+        tokens = sum(c.num_tokens for c in plan.chunks)
+        # No more rows than an undrafted step may have: of such shapes it is known whether they commit.
+        most = self._config.row_bucket(self._buckets[-1], self._config.max_num_seqs)
+        rows = sum(c.num_rows for c in plan.chunks)
+        drafts = self._drafts(open_spans, min(most - rows, self._buckets[-1] - tokens))
+        wanted = sum(map(len, drafts))
+        if not wanted:
+            return plan
+        for bucket in self._draft_buckets(plan, tokens + wanted):
+            room = min(bucket - tokens, wanted)
+            num_rows = self._config.row_bucket(bucket, rows + room)
+            if self._certificates.commits((bucket, num_rows)):
+                for span, draft in zip(open_spans, drafts, strict=True):
+                    added = self._extend(span, draft[:room])
+                    room -= added
+                return FastPlan(plan.chunks, bucket, num_rows, commits=True)
+            self._certificates.want((bucket, num_rows))
+        return plan
+
+    def _draft_buckets(self, plan: FastPlan, wanted: int) -> list[int]:
+        """Buckets from the smallest that holds `wanted` tokens down to the plan's own."""
+        top = bisect.bisect_left(self._buckets, wanted)
+        return [b for b in self._buckets[: top + 1] if b >= plan.num_tokens][::-1]
+
+    def _drafts(self, spans: list[Chunk], room: int) -> list[list[int]]:
+        """A draft, which may be empty, for each of `spans`; `room` tokens together."""
+        drafts = []
+        for span in spans:
+            drafts.append(span.request.given_draft(room))
+            room -= len(drafts[-1])
+        return drafts
+
+    def _extend(self, chunk: Chunk, draft: list[int]) -> int:
+        """Put `draft` behind a chunk, as far as pages are there; returns by how many positions it grew."""
+        if not draft:
+            return 0
+        request = chunk.request
+        held = self._grow_for_drafts(request.lease, chunk.end + len(draft))
+        added = request.extend_proposal(draft[: held - chunk.end])
+        chunk.end += added
+        self._windows.add(id(request))
+        return added
+
     # -- the verifier batch ----------------------------------------------------------------------------------
 
     def plan_verify(self) -> VerifyPlan | None:
@@ -277,11 +342,20 @@ class Scheduler:
                 plan.add(self._continuation(request, plan))
         return plan
 
+    def fill_with_drafts(self, plan: VerifyPlan) -> None:
+        """Give what is left of the verifier's shape to drafts behind the chunks that are there."""
+        open_spans = [c for c in plan.chunks if _takes_drafts(c)]
+        drafts = self._drafts(open_spans, min(plan.tokens_left, plan.rows_left))
+        for span, draft in zip(open_spans, drafts, strict=True):
+            plan.grown(self._extend(span, draft))
+
     def _ready(self, request: Request) -> bool:
         if not request.deterministic or request.prefilling:
             return False
         proposal = request.proposal
-        return proposal.drain or _awaits_verifier(proposal, self._config.verify_window)
+        if proposal.drain or _awaits_verifier(proposal, self._config.verify_window):
+            return True
+        return id(request) not in self._windows and bool(request.given_draft(1))
 
     def _speculating(self) -> Iterator[Request]:
         return (r for r in self.running if r.proposal.tokens)
@@ -318,6 +392,11 @@ class VerifyPlan:
         self._seqs_left -= 1
         self._members.add(id(chunk.request))
 
+    def grown(self, count: int) -> None:
+        """A chunk that is here has grown by `count` positions with a row each."""
+        self.tokens_left -= count
+        self.rows_left -= count
+
     @property
     def full(self) -> bool:
         return self._seqs_left == 0 or self.tokens_left == 0
@@ -333,6 +412,13 @@ def _arrival(request: Request) -> int:
 def _remaining(prompts: list[Request]) -> int:
     """Prompt tokens still to be computed."""
     return sum(len(r.history.tokens) - r.lease.num_computed for r in prompts)
+
+
+def _takes_drafts(chunk: Chunk) -> bool:
+    """Whether a chunk's last row is for the token behind everything that is known of its request."""
+    request, proposal = chunk.request, chunk.request.proposal
+    settled = proposal.ended or proposal.blocked or chunk.audit
+    return request.deterministic and chunk.end == request.num_tokens and not settled
 
 
 def _awaits_verifier(proposal: Proposal, enough: int) -> bool:

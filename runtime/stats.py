@@ -21,6 +21,8 @@ class Stats:
     ordinary_tokens: int = 0  # of requests that did not ask for determinism
     speculated_tokens: int = 0  # proposed by a speculative bucket
     rollbacks: int = 0
+    drafted_tokens: int = 0  # proposed by drafts and checked
+    accepted_drafts: int = 0  # of them, those that were right
     recomputed_tokens: int = 0  # proposals thrown away, by rollback or preemption
     preemptions: int = 0
     prefix_hits: int = 0  # pages taken from the canonical prefix cache

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from toy import VOCAB, NoisyModel, ToyModel, expected_digest, make_engine, small_config, solo
+from toy import EOS, VOCAB, NoisyModel, ToyModel, expected_digest, make_engine, small_config, solo
 
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
@@ -48,6 +48,21 @@ FAST = {
     "small shapes noisy": lambda: NoisyModel(flip=0.1, noisy=lambda tokens, call: tokens < 4),
     "large shapes noisy": lambda: NoisyModel(flip=0.1, noisy=lambda tokens, call: tokens > 4),
     "chaos": lambda: NoisyModel(flip=0.9),
+}
+
+# What a draft may be: of the right outputs and a place in them.
+ADVERSARY = {
+    "silent": lambda right, at: None,
+    "right": lambda right, at: right,
+    "short": lambda right, at: right[:at],
+    "wrong": lambda right, at: [
+        *right[:at],
+        *((t + 1) % VOCAB for t in right[at : at + 1]),
+        *right[at + 1 :],
+    ],
+    "too long": lambda right, at: [*right, *range(VOCAB)],
+    "stops inside": lambda right, at: [*right[:at], EOS, 3, *right[at:]],
+    "stutters": lambda right, at: [*right[:at], *right[max(0, at - 1) :]],
 }
 
 seen: Counter[str] = Counter()  # over all examples, against vacuity
@@ -95,13 +110,18 @@ class Promise(RuleBasedStateMachine):
         params=st.sampled_from(range(len(PARAMS))),
         deterministic=st.sampled_from([True, True, True, False]),
         stream=st.booleans(),
+        adversary=st.sampled_from(sorted(ADVERSARY)),
+        at=st.integers(0, 20),
     )
-    def submit(self, prefix, tail, salt, params, deterministic, stream) -> None:  # type: ignore[no-untyped-def]
+    def submit(self, prefix, tail, salt, params, deterministic, stream, adversary="silent", at=0) -> None:  # type: ignore[no-untyped-def]
         prompt = (*PREFIXES[prefix], *((5 * salt + 3 * j + tail) % VOCAB for j in range(tail)))
         chosen = PARAMS[params]
         if not deterministic and chosen.seed is None:
             chosen = dataclasses.replace(chosen, seed=params)  # so that examples can be replayed
-        request_id = self.engine.submit(list(prompt), chosen, deterministic=deterministic, stream=stream)
+        draft = ADVERSARY[adversary](oracle(prompt, params)[0], at) if deterministic else None
+        request_id = self.engine.submit(
+            list(prompt), chosen, deterministic=deterministic, stream=stream, draft=draft
+        )
         self.live[request_id] = (prompt, params, deterministic)
         self.streams[request_id] = ([], [])
 
@@ -189,6 +209,8 @@ class Promise(RuleBasedStateMachine):
             "certified_tokens",
             "verified_tokens",
             "audits",
+            "drafted_tokens",
+            "accepted_drafts",
         ):
             seen[name] += getattr(stats, name)
 
@@ -210,7 +232,7 @@ def test_the_promise() -> None:
     )
     for name in (
         *("rollbacks", "preemptions", "prefix_hits", "certified_tokens", "verified_tokens", "audits"),
-        *("aborts", "forced preemptions", "pending lost", "finished"),
+        *("aborts", "forced preemptions", "pending lost", "finished", "drafted_tokens", "accepted_drafts"),
     ):
         assert seen[name] > 0, f"vacuous: no {name}"
 
