@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm42c.errors import ConfigError
+from llm42c.runtime.drafters import Speculate, drafter_source
 
 DEFAULT_BUCKETS = (
     *(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64),
@@ -49,6 +50,7 @@ class EngineConfig:
     cuda_graphs: Literal["auto", "off"] = "auto"  # auto: on a GPU that has the model to itself
     cuda_graph_tokens: int = 512  # larger steps run without one
 
+    speculate: Speculate = None  # who drafts: "auto", "ngram", a drafter or what makes one; None: nobody
     prefix_cache: bool = True
     eos_token_ids: tuple[int, ...] = ()
 
@@ -65,6 +67,7 @@ class EngineConfig:
             raise ConfigError(f"verify must be 'auto' or 'always', not {self.verify!r}")
         if self.certify not in ("lazy", "startup"):
             raise ConfigError(f"certify must be 'lazy' or 'startup', not {self.certify!r}")
+        drafter_source(self.speculate)
         if self.cuda_graphs not in ("auto", "off"):
             raise ConfigError(f"cuda_graphs must be 'auto' or 'off', not {self.cuda_graphs!r}")
         if not 0.0 <= self.audit_fraction <= 1.0:

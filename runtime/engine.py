@@ -24,6 +24,7 @@ from llm42c.runtime.block_pool import BlockPool, kv_digest
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
+from llm42c.runtime.drafters import AS_ENGINE, Speculate, drafter_source, requested_source
 from llm42c.runtime.graphs import GraphDevice, GraphedModel
 from llm42c.runtime.intake import Limits, check_flag, check_id, check_limits, check_prompt, check_tokens
 from llm42c.runtime.outputs import RequestOutput
@@ -41,6 +42,7 @@ from llm42c.runtime.sampling import (
     shown,
 )
 from llm42c.runtime.scheduler import FastPlan, Scheduler
+from llm42c.runtime.speculate import Speculator
 from llm42c.runtime.stats import Stats
 
 _log = logging.getLogger(__name__)
@@ -97,7 +99,9 @@ class Engine:
         self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
         probe = Probe(fast, verifier, config, context, self._cache, self._pool, ranks)
         self.certificates = Certificates(config, self.contract, probe, self._stats, ranks)
-        self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats)
+        self._drafters = drafter_source(config.speculate)
+        self._speculator = Speculator(verifier.vocab_size, self._stats, ranks)
+        self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats, self._speculator)
         self._auditor = Auditor(
             config, self._cache, self._pool, self._scheduler, self.certificates, self._stats, ranks
         )
@@ -138,11 +142,13 @@ class Engine:
         contract: str | Contract | None = None,
         stream: bool = True,
         draft: Sequence[int] | None = None,
+        speculate: Speculate = AS_ENGINE,
     ) -> str:
         """Queue a request; returns its id. Raises RequestError (ContractMismatchError) and changes nothing.
 
         `draft`: tokens that the output probably begins with. They change no bit of it; as far as they are
         right, many are committed in one pass. What lies behind the first wrong one is not looked at.
+        `speculate`: who drafts for this request, as in EngineConfig; by default as the engine says.
         With `stream=False` only the finished output is delivered, so that even a revoked certificate can be
         repaired before the user sees a token.
         """
@@ -169,6 +175,7 @@ class Engine:
             if not deterministic:
                 raise RequestError("a draft is for deterministic requests: others commit what they compute")
             draft = check_tokens("the draft", draft, self.limits.vocab_size, max_tokens)
+        source = self._drafters if speculate == AS_ENGINE else requested_source(speculate)
         seed = params.seed
         if seed is None:
             seed = params.derived_seed(prompt) if deterministic else self._random_seed()
@@ -186,6 +193,7 @@ class Engine:
             max_pages=self._max_pages,
             text=text,
             draft=draft,
+            drafter_source=source if deterministic else None,
         )
         try:
             self._requests[request_id] = request
@@ -373,6 +381,8 @@ class Engine:
         sampled = self._sample_fast(logits, plan.chunks)
         stats.seconds_fast += middle - start
         stats.seconds_sample += time.perf_counter() - middle
+        if plan.commits:
+            self._speculator.times.took(plan.num_tokens, time.perf_counter() - start)
         stats.fast_steps += 1
         row = tokens = 0
         origin = self.certificates.origin_id(plan.shape) if plan.commits else VERIFIER

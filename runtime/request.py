@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llm42c.runtime.drafters import DrafterSource
 from llm42c.runtime.outputs import FinishReason, Limit, TopLogprobs
 from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.sampling import SamplingParams
@@ -103,6 +104,7 @@ class Request:
         max_pages: int,
         text: TextState | None,
         draft: list[int] | None = None,
+        drafter_source: DrafterSource | None = None,
     ) -> None:
         self.id = request_id
         self.arrival = arrival
@@ -116,6 +118,7 @@ class Request:
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.processed = params.processes_logits
         self.draft = draft or []  # outputs that came with the request; emptied by the first wrong one
+        self.drafter_source = drafter_source
         self.seen, self.emitted = RowCounts(0), RowCounts(len(prompt))  # for penalties
 
         self.state = State.WAITING

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llm42c.runtime.block_pool import BlockPool
@@ -20,6 +20,7 @@ from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.packing import Chunk, Span
 from llm42c.runtime.request import Lease, Proposal, Request, State
+from llm42c.runtime.speculate import Speculator
 from llm42c.runtime.stats import Stats
 
 _log = logging.getLogger(__name__)
@@ -42,12 +43,18 @@ class FastPlan:
 
 class Scheduler:
     def __init__(
-        self, config: EngineConfig, pool: BlockPool, certificates: Certificates, stats: Stats
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        certificates: Certificates,
+        stats: Stats,
+        speculator: Speculator,
     ) -> None:
         self._config = config
         self._pool = pool
         self._certificates = certificates
         self._stats = stats
+        self._speculator = speculator
         self._buckets = config.token_buckets
         self.waiting: list[Request] = []  # both in order of arrival
         self.running: list[Request] = []
@@ -282,32 +289,48 @@ class Scheduler:
         # No more rows than an undrafted step may have: of such shapes it is known whether they commit.
         most = self._config.row_bucket(self._buckets[-1], self._config.max_num_seqs)
         rows = sum(c.num_rows for c in plan.chunks)
-        drafts = self._drafts(open_spans, min(most - rows, self._buckets[-1] - tokens))
+        room = min(most - rows, self._buckets[-1] - tokens)
+        sizes = self._draft_sizes(plan.num_tokens, tokens + room)
+
+        def guess(requests: list[Request], given: int) -> list[list[int]]:
+            larger = [s for s in sizes if s >= tokens + given] or sizes[-1:]
+            return self._speculator.choose(requests, tokens + given, larger, room - given)
+
+        drafts = self._drafts(open_spans, room, guess)
         wanted = sum(map(len, drafts))
         if not wanted:
             return plan
-        for bucket in self._draft_buckets(plan, tokens + wanted):
-            room = min(bucket - tokens, wanted)
-            num_rows = self._config.row_bucket(bucket, rows + room)
+        best = next((s for s in sizes if s >= tokens + wanted), sizes[-1])
+        for bucket in (s for s in reversed(sizes) if s <= best):
+            left = min(bucket - tokens, wanted)
+            num_rows = self._config.row_bucket(bucket, rows + left)
             if self._certificates.commits((bucket, num_rows)):
                 for span, draft in zip(open_spans, drafts, strict=True):
-                    added = self._extend(span, draft[:room])
-                    room -= added
+                    left -= self._extend(span, draft[:left])
                 return FastPlan(plan.chunks, bucket, num_rows, commits=True)
-            self._certificates.want((bucket, num_rows))
+            if bucket == best:
+                self._certificates.want((bucket, num_rows))
         return plan
 
-    def _draft_buckets(self, plan: FastPlan, wanted: int) -> list[int]:
-        """Buckets from the smallest that holds `wanted` tokens down to the plan's own."""
-        top = bisect.bisect_left(self._buckets, wanted)
-        return [b for b in self._buckets[: top + 1] if b >= plan.num_tokens][::-1]
+    def _draft_sizes(self, least: int, most: int) -> list[int]:
+        """The bucket `least`, and those above it that are made larger for drafts: few, as each is probed."""
+        return [least, *(b for b in self._buckets if least < b < 2 * most and b & (b - 1) == 0)]
 
-    def _drafts(self, spans: list[Chunk], room: int) -> list[list[int]]:
-        """A draft, which may be empty, for each of `spans`; `room` tokens together."""
-        drafts = []
+    def _drafts(
+        self, spans: list[Chunk], room: int, guess: Callable[[list[Request], int], list[list[int]]]
+    ) -> list[list[int]]:
+        """A draft, which may be empty, for each of `spans`; `room` tokens together.
+
+        First those that came with their requests; `guess(requests, given)` is asked for the others, when so
+        many tokens are given away.
+        """
+        drafts, given = [], 0
         for span in spans:
-            drafts.append(span.request.given_draft(room))
-            room -= len(drafts[-1])
+            drafts.append(span.request.given_draft(room - given))
+            given += len(drafts[-1])
+        others = [i for i, draft in enumerate(drafts) if not draft]
+        for i, draft in zip(others, guess([spans[i].request for i in others], given), strict=True):
+            drafts[i] = draft
         return drafts
 
     def _extend(self, chunk: Chunk, draft: list[int]) -> int:
@@ -345,7 +368,8 @@ class Scheduler:
     def fill_with_drafts(self, plan: VerifyPlan) -> None:
         """Give what is left of the verifier's shape to drafts behind the chunks that are there."""
         open_spans = [c for c in plan.chunks if _takes_drafts(c)]
-        drafts = self._drafts(open_spans, min(plan.tokens_left, plan.rows_left))
+        room = min(plan.tokens_left, plan.rows_left)
+        drafts = self._drafts(open_spans, room, lambda r, given: self._speculator.fill(r, room - given))
         for span, draft in zip(open_spans, drafts, strict=True):
             plan.grown(self._extend(span, draft))
 

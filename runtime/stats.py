@@ -23,6 +23,7 @@ class Stats:
     rollbacks: int = 0
     drafted_tokens: int = 0  # proposed by drafts and checked
     accepted_drafts: int = 0  # of them, those that were right
+    drafter_failures: int = 0  # a drafter raised, was late, or gave what are no token ids
     recomputed_tokens: int = 0  # proposals thrown away, by rollback or preemption
     preemptions: int = 0
     prefix_hits: int = 0  # pages taken from the canonical prefix cache

@@ -67,6 +67,10 @@ TokenWeaveOption = Annotated[
         help="Under torchrun: off; auto: overlap all-reduces where that gains; always. Changes no bit.",
     ),
 ]
+SpeculateOption = Annotated[
+    str,
+    typer.Option("--speculate", help="off; ngram: guess from the request's own text; auto. Changes no bit."),
+]
 KvOption = Annotated[int, typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB.")]
 JsonFileOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
@@ -113,6 +117,7 @@ def open_engine(
     fast: str = "pinned",
     verify: str = "auto",
     kv_mb: int = 256,
+    speculate: str = "off",
     token_weave: str = "off",
     **config: Any,
 ) -> BuiltEngine:
@@ -122,6 +127,7 @@ def open_engine(
     """
     form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
     choice("--verify", verify, ("auto", "always"))
+    drafts = choice("--speculate", speculate, ("off", "auto", "ngram"))
     weave: TokenWeave = choice("--token-weave", token_weave, get_args(TokenWeave))
     wanted = parse_dtype(dtype)
     check_device(device)
@@ -135,6 +141,7 @@ def open_engine(
 
     place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
+    config.setdefault("speculate", None if drafts == "off" else drafts)
     built = build_engine(
         loaded, tokenizer, device=device, fast=form, ranks=place, token_weave=weave, **config
     )

@@ -16,6 +16,7 @@ from llm42c.cli.common import (
     FastOption,
     KvOption,
     ModelArgument,
+    SpeculateOption,
     TokenWeaveOption,
     VerifyOption,
     open_engine,
@@ -70,6 +71,7 @@ def generate(
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
     kv_mb: KvOption = 256,
+    speculate: SpeculateOption = "off",
     token_weave: TokenWeaveOption = "off",
 ) -> None:
     """Generate text. One prompt is printed as it comes; several are run together and printed in order."""
@@ -100,6 +102,7 @@ def generate(
             fast=fast,
             verify=verify,
             kv_mb=kv_mb,
+            speculate=speculate,
             token_weave=token_weave,
         )
         ids = [Prompt(str(i), text, chat).token_ids(built.tokenizer) for i, text in enumerate(texts)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,7 @@ from toy import EOS, VOCAB, NoisyModel, ToyModel, expected_digest, make_engine, 
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.speculate import StepTimes
 
 PAGE, WINDOW, CHUNK = 4, 5, 12  # of `small_config`
 PREFIXES = ([], [(13 * j) % VOCAB for j in range(2 * PAGE)], [(13 * j) % VOCAB for j in range(2 * CHUNK + 1)])
@@ -65,6 +67,26 @@ ADVERSARY = {
     "stutters": lambda right, at: [*right[:at], *right[max(0, at - 1) :]],
 }
 
+
+class Hostile:
+    """Asked again and again, it says every kind of thing."""
+
+    def __init__(self, right: list[int], at: int) -> None:
+        self.right, self.asked, self.kinds = right, at, sorted(ADVERSARY)
+
+    def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+        self.asked += 1
+        kind = self.kinds[self.asked % len(self.kinds)]
+        return (ADVERSARY[kind](self.right[len(tokens) :], self.asked % 5) or [])[:k]
+
+
+class Flat(StepTimes):
+    """Every step takes one second, so that drafts always pay."""
+
+    def of(self, num_tokens: int) -> float:
+        return 1.0
+
+
 seen: Counter[str] = Counter()  # over all examples, against vacuity
 
 
@@ -102,6 +124,7 @@ class Promise(RuleBasedStateMachine):
             verify_seqs=verify_seqs,
         )
         self.engine = make_engine(FAST[fast](), config)
+        self.engine._speculator.times = Flat()
 
     @rule(
         prefix=st.sampled_from(range(len(PREFIXES))),
@@ -112,15 +135,20 @@ class Promise(RuleBasedStateMachine):
         stream=st.booleans(),
         adversary=st.sampled_from(sorted(ADVERSARY)),
         at=st.integers(0, 20),
+        drafter=st.sampled_from([None, "ngram", "hostile"]),
     )
-    def submit(self, prefix, tail, salt, params, deterministic, stream, adversary="silent", at=0) -> None:  # type: ignore[no-untyped-def]
+    def submit(
+        self, prefix, tail, salt, params, deterministic, stream, adversary="silent", at=0, drafter=None
+    ) -> None:  # type: ignore[no-untyped-def]
         prompt = (*PREFIXES[prefix], *((5 * salt + 3 * j + tail) % VOCAB for j in range(tail)))
         chosen = PARAMS[params]
         if not deterministic and chosen.seed is None:
             chosen = dataclasses.replace(chosen, seed=params)  # so that examples can be replayed
         draft = ADVERSARY[adversary](oracle(prompt, params)[0], at) if deterministic else None
+        if drafter == "hostile":
+            drafter = Hostile([*prompt, *oracle(prompt, params)[0]] if deterministic else [], at)
         request_id = self.engine.submit(
-            list(prompt), chosen, deterministic=deterministic, stream=stream, draft=draft
+            list(prompt), chosen, deterministic=deterministic, stream=stream, draft=draft, speculate=drafter
         )
         self.live[request_id] = (prompt, params, deterministic)
         self.streams[request_id] = ([], [])

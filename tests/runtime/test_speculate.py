@@ -1,0 +1,237 @@
+"""Drafters: what n-grams propose, when a step takes drafts, and that a bad drafter does nothing to others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from toy import VOCAB, ToyModel, make_engine, small_config, solo
+
+from llm42c.errors import ConfigError, RequestError
+from llm42c.runtime import speculate
+from llm42c.runtime.drafters import NgramDrafter, drafter_source
+from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.speculate import Speculator, StepTimes
+from llm42c.runtime.stats import Stats
+
+PROMPT = [(3 * j + 1) % VOCAB for j in range(9)]
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+REPETITIVE = SamplingParams(max_tokens=60, ignore_eos=True, logit_bias={0: 40.0})
+SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def by_search(tokens: list[int], k: int) -> list[int]:
+    """What NgramDrafter promises, by looking through all of the text."""
+    for n in (4, 3, 2):
+        for end in range(len(tokens) - 1, n - 1, -1):
+            if len(tokens) >= n and tokens[end - n : end] == tokens[len(tokens) - n :]:
+                period = tokens[end:]
+                return [period[i % len(period)] for i in range(k)]
+    return []
+
+
+def test_ngrams_propose_what_followed_last_time() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        tokens = rng.integers(0, 4, 60).tolist()
+        drafter, grown, some = NgramDrafter(), 0, 0
+        while grown < len(tokens):
+            grown += int(rng.integers(1, 4))
+            guess = drafter.propose(tokens[:grown], 5)
+            assert guess == by_search(tokens[:grown], 5)
+            some += bool(guess)
+        assert some > 10, "vacuous"
+        assert drafter.propose(tokens[:20], 5) == by_search(tokens[:20], 5)  # outputs were taken back
+
+
+def test_ngrams_look_at_each_token_once() -> None:
+    class Counted(list):  # type: ignore[type-arg]
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    tokens: Counted = Counted()
+    drafter = NgramDrafter()
+    for i in range(2000):
+        tokens.append(i % 97)
+        drafter.propose(tokens, 4)
+    assert Counted.reads < 12 * len(tokens)
+
+
+def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
+    assert NgramDrafter().propose([1, 2, 3, 1, 2], 7) == [3, 1, 2, 3, 1, 2, 3]
+    assert NgramDrafter(most=2).propose([1, 2, 3, 1, 2], 7) == [3, 1]
+    assert NgramDrafter().propose([1, 2, 3], 7) == []
+
+
+class Oracle:
+    """Proposes right tokens, of which it gets `wrong` in every ten wrong."""
+
+    def __init__(self, right: Sequence[int], wrong: int = 0) -> None:
+        self.right, self.wrong = list(right), wrong
+
+    def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+        at = len(tokens)
+        return [(t + (i % 10 < self.wrong)) % VOCAB for i, t in enumerate(self.right[at : at + k], start=at)]
+
+
+def fake_request(drafter: Any, tokens: list[int]) -> Any:
+    """As much of a request as a speculator looks at; weakly referable."""
+
+    class Fake(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    history, proposal = SimpleNamespace(tokens=tokens), SimpleNamespace(tokens=[])
+    return Fake(history=history, proposal=proposal, drafter_source=drafter_source(drafter))
+
+
+def taken(seconds: dict[int, float], wrong: int, tokens: int = 1, steps: int = 60) -> list[int]:
+    """Drafted tokens of each step, where steps of so many tokens take `seconds`."""
+    right = list(np.random.default_rng(0).integers(0, VOCAB, 4000))
+    speculator, counts = Speculator(VOCAB, Stats()), []
+    request = fake_request(Oracle(right, wrong), right[:5])
+    for size, s in seconds.items():
+        speculator.times.took(size, s)
+    for _ in range(steps):
+        (draft,) = speculator.choose([request], tokens, [s for s in SIZES if s >= tokens], 31)
+        counts.append(len(draft))
+        done = request.history.tokens
+        accepted = next((i for i, t in enumerate(draft) if t != right[len(done) + i]), len(draft))
+        request.history.tokens = right[: len(done) + accepted + 1]
+    return counts
+
+
+FLAT = {1: 1.0, 2: 1.0, 4: 1.02, 8: 1.05, 16: 1.1, 32: 1.2}
+STEEP = {s: float(s) for s in SIZES}
+
+
+def test_drafts_are_as_long_as_pays() -> None:
+    assert min(taken(FLAT, wrong=0)[5:]) >= 15
+    assert sum(taken(FLAT, wrong=5)[20:]) < sum(taken(FLAT, wrong=0)[20:]) / 2
+    assert not any(taken(STEEP, wrong=0)), "rows cost what they bring"
+    assert sum(taken({1: 1.0, 2: 1.3, 4: 1.9, 8: 3.0}, wrong=9)[20:]) <= 4, "nothing is accepted"
+
+
+def test_times_between_measured_sizes_lie_on_a_line() -> None:
+    times = StepTimes()
+    assert times.of(4) == 0
+    times.took(2, 1.0)
+    assert times.of(1) == times.of(2) == 1.0
+    assert times.of(4) > 1.0
+    times.took(6, 3.0)
+    assert times.of(4) == 2.0
+    for seconds in (9.0, 3.0, 3.1):  # one late step is no measurement
+        times.took(6, seconds)
+    assert times.of(6) <= 3.1
+
+
+class Flat(StepTimes):
+    """Every step takes one second, so that drafts always pay."""
+
+    def of(self, num_tokens: int) -> float:
+        return 1.0
+
+
+def test_speculation_changes_no_bit_and_saves_steps() -> None:
+    steps = {}
+    plain = solo(PROMPT, REPETITIVE)
+    for how in (None, "ngram", "auto", Oracle([*PROMPT, *plain[0]])):
+        engine = make_engine(config=small_config(certify="startup", speculate=how))
+        engine._speculator.times = Flat()
+        (output,) = engine.generate([PROMPT], REPETITIVE)
+        assert (output.token_ids, output.logprobs) == plain
+        steps[str(how)] = engine.stats().steps
+        assert (engine.stats().accepted_drafts > 0) == (how is not None)
+    assert max(list(steps.values())[1:]) < steps["None"] / 2, steps
+
+
+def test_speculation_fills_what_the_verifier_computes_anyway() -> None:
+    plain = solo(PROMPT, PARAMS)
+    engine = make_engine(config=small_config(verify="always"))
+    engine.submit(PROMPT, PARAMS, speculate=Oracle([*PROMPT, *plain[0]]))
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert (outputs[-1].token_ids, outputs[-1].logprobs) == plain
+    assert engine.stats().accepted_drafts > 0
+
+
+def _raises(tokens: list[int], k: int) -> list[int]:
+    raise ValueError("boom")
+
+
+def _exits(tokens: list[int], k: int) -> list[int]:
+    raise SystemExit(3)
+
+
+def _hangs(tokens: list[int], k: int) -> list[int]:
+    threading.Event().wait()
+    return []
+
+
+def _spoils(tokens: list[int], k: int) -> list[int]:
+    tokens.clear()
+    return [0] * k
+
+
+BAD = {
+    "raises": _raises,
+    "exits": _exits,
+    "hangs": _hangs,
+    "spoils its input": _spoils,
+    "out of range": lambda tokens, k: [VOCAB],
+    "negative": lambda tokens, k: [-1],
+    "floats": lambda tokens, k: [0.5],
+    "none": lambda tokens, k: None,
+    "text": lambda tokens, k: "abc",
+    "endless": lambda tokens, k: iter(lambda: 3, None),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("mode", [{"certify": "startup"}, {"verify": "always"}])
+def test_a_bad_drafter_hurts_nobody(name: str, mode: dict[str, Any]) -> None:
+    class Bad:
+        def propose(self, tokens: Sequence[int], k: int) -> Any:
+            return BAD[name](list(tokens) if name != "spoils its input" else tokens, k)
+
+    engine = make_engine(ToyModel(), small_config(**mode))
+    plain, other = solo(PROMPT, PARAMS), solo(PROMPT[:5], PARAMS)
+    first = engine.submit(PROMPT, PARAMS, speculate=Bad())
+    second = engine.submit(PROMPT[:5], PARAMS, speculate="ngram")
+    done = {}
+    while engine.has_unfinished():
+        done |= {o.request_id: (o.token_ids, o.logprobs) for o in engine.step() if o.finished}
+    assert done == {first: plain, second: other}
+    harmless = name in ("spoils its input", "endless")
+    assert (engine.stats().drafter_failures == 0) == harmless
+    assert engine.stats().drafter_failures <= speculate.MOST_FAILURES
+
+
+def test_a_drafter_that_cannot_be_made_loses_its_turn() -> None:
+    class Unmade:
+        def __init__(self) -> None:
+            raise OSError("no weights")
+
+        def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+            raise AssertionError
+
+    engine = make_engine(config=small_config(certify="startup", speculate=Unmade))
+    (output,) = engine.generate([PROMPT], PARAMS)
+    assert (output.token_ids, output.logprobs) == solo(PROMPT, PARAMS)
+    assert 0 < engine.stats().drafter_failures <= speculate.MOST_FAILURES
+
+
+def test_what_cannot_draft_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'auto', 'ngram', None or a drafter"):
+        small_config(speculate="fast")
+    with pytest.raises(ConfigError, match="propose"):
+        small_config(speculate=3)
+    with pytest.raises(RequestError, match="propose"):
+        make_engine().submit(PROMPT, speculate=3)  # type: ignore[arg-type]
