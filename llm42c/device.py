@@ -62,10 +62,8 @@ def dtype_of_model(model: nn.Module) -> torch.dtype:
 
 
 def in_steps(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """``call``, each time in a step of its own, where its target has steps."""
+    """``call``, each time in a step of its own."""
     target = targets.of(device)
-    if not target.has_steps:
-        return call
 
     def step(*args: Any) -> Any:
         with target.step():

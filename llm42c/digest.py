@@ -15,8 +15,6 @@ from llm42c.passes import graph as g
 from llm42c.passes.recipes import RECIPE, PackedWeight, Part, PositionTable, StackedBias
 
 _PIECE = 1 << 20  # elements that are tested at once, so that a large weight is never held twice
-# Arguments of operators that choose who computes what, and the name of a process group.
-_SCHEDULE = frozenset({"decode_workers", "group_name"})
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -119,12 +117,12 @@ def _is_ours(node: fx.Node) -> bool:
 
 
 def _deciding(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that what is computed depends on: not those that only choose who computes it."""
+    """The arguments that what is computed depends on: not how this process calls a group of ranks."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.args, node.kwargs
     names = [argument.name for argument in node.target._schema.arguments]
-    args = tuple(a for a, name in zip(node.args, names, strict=False) if name not in _SCHEDULE)
-    return args, {name: a for name, a in node.kwargs.items() if name not in _SCHEDULE}
+    args = tuple(a for a, name in zip(node.args, names, strict=False) if name != "group_name")
+    return args, {name: a for name, a in node.kwargs.items() if name != "group_name"}
 
 
 def _constant(gm: nn.Module, node: fx.Node, weights: Collection[str]) -> str:

@@ -35,15 +35,13 @@ class Context:
     ``target`` is ``"plain"`` or ``"packed"``. ``grad`` says that the graph will be differentiated, so an
     operator without an autograd formula must not be put into it. ``positions`` allows functions of the
     position to become tables. ``residual_shards`` divides the residual stream of a tensor-parallel graph
-    among its ranks. ``decode_workers`` threads of a CPU begin with decodes when attention is hybrid; that
-    chooses a schedule and never bits.
+    among its ranks.
     """
 
     target: str = PLAIN
     grad: bool = False
     positions: PositionInput | None = None
     residual_shards: bool = False
-    decode_workers: int = 0
 
 
 def usable(ctx: Context, operator: str) -> str | None:

@@ -34,7 +34,6 @@ from llm42c.passes.linear_silu_mul import linear_silu_mul
 from llm42c.passes.matmul import matmul
 from llm42c.passes.merge_linears import merge_linears
 from llm42c.passes.normalize import normalize
-from llm42c.passes.pod_attention import pod_attention
 from llm42c.passes.position_table import position_table
 from llm42c.passes.reductions import reductions
 from llm42c.passes.residual_shards import residual_shards
@@ -43,6 +42,7 @@ from llm42c.passes.rotary import merge_rotary, rotary
 from llm42c.passes.sizes import NO_SYMBOLS, SYMBOLS, baked, concretise
 from llm42c.passes.solve_triangular import solve_triangular
 from llm42c.passes.topk import topk
+from llm42c.passes.varlen_attention import varlen_attention
 
 _PLAIN = frozenset({PLAIN})
 _PACKED = frozenset({PACKED})
@@ -61,7 +61,7 @@ PASSES: tuple[Pass, ...] = (
     # Attention, whose products and softmax are nobody else's.
     Pass("attention_sdpa", attention_sdpa, _PLAIN),
     Pass("attention_eager", attention_eager, _PLAIN),
-    Pass("pod_attention", pod_attention),
+    Pass("varlen_attention", varlen_attention),
     Pass("position_table", position_table, _PACKED),
     # Norms, and what they take along.
     Pass("layer_norm", layer_norm),

@@ -70,8 +70,11 @@ inline void check_paged_metadata(const char* op, const attention::Paged& p, int6
                 p.slot_mapping[t], " is neither -1 nor a slot of a cache of ", pages, " pages of ", p.page);
 }
 
+// The schedule of a step, by the thread that makes its calls: so many threads begin with decodes.
+inline thread_local int64_t decode_workers = 0;
+
 // Of several threads, one at least begins with prefills.
-inline attention::Schedule attention_schedule(int64_t decode_workers) {
+inline attention::Schedule attention_schedule() {
   const int threads = at::get_num_threads();
   return {threads, int(std::min<int64_t>(decode_workers, std::max(1, threads - 1)))};
 }
@@ -81,18 +84,14 @@ struct PackedCall {
   const char* op;
   at::Tensor q, cu_seqlens_q, kv_lens, sinks, out;
   attention::Paged call{};
-  attention::Schedule how;
 
   PackedCall(const char* op_, const at::Tensor& q_, const at::Tensor& cu_seqlens_q_, const at::Tensor& kv_lens_,
-             double scale, int64_t window, double softcap, const std::optional<at::Tensor>& sinks_,
-             int64_t decode_workers)
+             double scale, int64_t window, double softcap, const std::optional<at::Tensor>& sinks_)
       : op(op_), q(with_contiguous_rows(q_)), cu_seqlens_q(metadata(cu_seqlens_q_, at::kInt, 1, op_, "cu_seqlens_q")),
         kv_lens(metadata(kv_lens_, at::kInt, 1, op_, "kv_lens")), sinks(attention_sinks(sinks_, q_.size(1), op_)),
         out(at::empty(q_.sizes(), q_.options().memory_format(at::MemoryFormat::Contiguous))) {
     TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
     TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
-    TORCH_CHECK_VALUE(decode_workers >= 0, op, ": decode_workers must not be negative, got ", decode_workers);
-    how = attention_schedule(decode_workers);
     call.dtype = dtype_of(q, op);
     call.q = q.const_data_ptr(), call.q_token = q.stride(0), call.q_head = q.stride(1);
     call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
@@ -105,15 +104,17 @@ struct PackedCall {
   }
 };
 
-inline at::Tensor packed_attention(const char* op, const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
-                                   const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots_,
-                                   const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
-                                   const at::Tensor& block_table_, double scale, int64_t window, double softcap,
-                                   const std::optional<at::Tensor>& sinks, int64_t decode_workers) {
+// Metadata is always checked: that costs nothing next to the call.
+inline at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
+                                  const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots_,
+                                  const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
+                                  const at::Tensor& block_table_, double scale, int64_t window, double softcap,
+                                  const std::optional<at::Tensor>& sinks) {
+  const char* op = "paged_attention";
   check_paged_shapes(op, q, k_, v_, k_cache, v_cache);
   const at::Tensor slots = metadata(slots_, at::kLong, 1, op, "slot_mapping");
   const at::Tensor block_table = metadata(block_table_, at::kInt, 2, op, "block_table");
-  PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks, decode_workers);
+  PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks);
   attention::Paged& p = packed.call;
   TORCH_CHECK_VALUE(slots.size(0) == q.size(0), op, ": expected slot_mapping [", q.size(0), "], got ", slots.sizes());
   TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && block_table.size(0) == p.sequences, op,
@@ -127,27 +128,8 @@ inline at::Tensor packed_attention(const char* op, const at::Tensor& q, const at
   p.block_table = block_table.const_data_ptr<int32_t>();
   p.table_width = block_table.size(1), p.page = k_cache.size(3), p.kv_heads = k.size(1);
   check_paged_metadata(op, p, k_cache.size(0));
-  attention::paged(p, packed.how);
+  attention::paged(p, attention_schedule());
   return packed.out;
-}
-
-inline at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                  const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots,
-                                  const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
-                                  const at::Tensor& block_table, double scale, int64_t window, double softcap,
-                                  const std::optional<at::Tensor>& sinks) {
-  return packed_attention("paged_attention", q, k, v, k_cache, v_cache, slots, cu_seqlens_q, kv_lens, block_table,
-                          scale, window, softcap, sinks, 0);
-}
-
-// Metadata is always checked: on a CPU that costs nothing next to the call.
-inline at::Tensor pod_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots,
-                                const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
-                                const at::Tensor& block_table, double scale, int64_t window, double softcap,
-                                const std::optional<at::Tensor>& sinks, bool, int64_t decode_workers) {
-  return packed_attention("pod_attention", q, k, v, k_cache, v_cache, slots, cu_seqlens_q, kv_lens, block_table,
-                          scale, window, softcap, sinks, decode_workers);
 }
 
 inline void check_varlen_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -165,17 +147,17 @@ inline void check_varlen_shapes(const char* op, const at::Tensor& q, const at::T
                      q.scalar_type(), " and ", t->scalar_type());
 }
 
-inline at::Tensor pod_varlen_attention(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
-                                       const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
-                                       const std::optional<at::Tensor>& cu_seqlens_k_,
-                                       const std::optional<at::Tensor>& block_table_, double scale, int64_t window,
-                                       double softcap, const std::optional<at::Tensor>& sinks, int64_t decode_workers) {
-  const char* op = "pod_varlen_attention";
+inline at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
+                                   const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
+                                   const std::optional<at::Tensor>& cu_seqlens_k_,
+                                   const std::optional<at::Tensor>& block_table_, double scale, int64_t window,
+                                   double softcap, const std::optional<at::Tensor>& sinks) {
+  const char* op = "varlen_attention";
   const bool paged = block_table_.has_value();
   TORCH_CHECK_VALUE(paged != cu_seqlens_k_.has_value(), op, ": expected either cu_seqlens_k or block_table");
   check_varlen_shapes(op, q, k_, v_, paged);
   const at::Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
-  PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks, decode_workers);
+  PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks);
   attention::Paged& p = packed.call;
   const at::Tensor table =
       paged ? metadata(*block_table_, at::kInt, 2, op, "block_table") : metadata(*cu_seqlens_k_, at::kInt, 1, op, "cu_seqlens_k");
@@ -189,7 +171,7 @@ inline at::Tensor pod_varlen_attention(const at::Tensor& q, const at::Tensor& k_
   p.kv_heads = k.size(-2), p.page = paged ? k.size(1) : 0, p.table_width = paged ? table.size(1) : 0;
   (paged ? p.block_table : p.first_key) = table.const_data_ptr<int32_t>();
   check_paged_metadata(op, p, paged ? k.size(0) : -1, paged ? 0 : k.size(0));
-  attention::paged(p, packed.how);
+  attention::paged(p, attention_schedule());
   return packed.out;
 }
 
@@ -260,28 +242,10 @@ inline at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, cons
   return tensors.out;
 }
 
-inline std::tuple<at::Tensor, at::Tensor> pod_dense_attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, double scale,
-    bool causal, int64_t window, double softcap, const at::Tensor& decode_q, const at::Tensor& decode_k,
-    const at::Tensor& decode_v, const std::optional<at::Tensor>& decode_mask, double decode_scale, bool decode_causal,
-    int64_t decode_window, double decode_softcap, int64_t decode_workers) {
-  const char* op = "pod_dense_attention";
-  TORCH_CHECK_TYPE(q.scalar_type() == decode_q.scalar_type(), op, ": both calls must have one dtype, got ",
-                   q.scalar_type(), " and ", decode_q.scalar_type());
-  TORCH_CHECK_VALUE(decode_workers >= 0, op, ": decode_workers must not be negative, got ", decode_workers);
-  const DenseTensors prefill(op, q, k, v, mask, scale, causal, window, softcap);
-  const DenseTensors decode(op, decode_q, decode_k, decode_v, decode_mask, decode_scale, decode_causal, decode_window,
-                            decode_softcap);
-  attention::dense_pair(prefill.call, decode.call, attention_schedule(decode_workers));
-  return {prefill.out, decode.out};
-}
-
 inline void register_attention(torch::Library& m) {
   m.impl("dense_attention", &dense_attention);
   m.impl("paged_attention", &paged_attention);
-  m.impl("pod_attention", &pod_attention);
-  m.impl("pod_dense_attention", &pod_dense_attention);
-  m.impl("pod_varlen_attention", &pod_varlen_attention);
+  m.impl("varlen_attention", &varlen_attention);
 }
 
 }  // namespace llm42::bind

@@ -17,3 +17,8 @@ TORCH_LIBRARY_IMPL(llm42, CPU, m) {
   llm42::bind::register_rowwise(m);
   llm42::bind::register_sample(m);
 }
+
+// Of this thread, from here on. Returns how many there were.
+extern "C" __attribute__((visibility("default"))) int64_t llm42_decode_workers(int64_t workers) {
+  return std::exchange(llm42::bind::decode_workers, workers);
+}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import platform
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -53,8 +56,33 @@ class CpuTarget(Target):
         }
         return found | ({"threads": str(torch.get_num_threads())} if threads else {})
 
-    def decode_workers(self) -> int:
-        return local_decode_workers()
+    @contextlib.contextmanager
+    def step(self, decode_workers: int | None = None) -> Iterator[None]:
+        """``decode_workers`` threads begin with decodes; by default as many as fill the memory.
+
+        Outside of a step, all threads take what is longest. Raises ValueError for a negative number.
+        """
+        workers = _filling_the_memory() if decode_workers is None else decode_workers
+        if workers < 0:
+            raise ValueError(f"decode_workers must not be negative, got {workers}")
+        before = _set_decode_workers()(workers)
+        try:
+            yield
+        finally:
+            _set_decode_workers()(before)
+
+
+@functools.cache
+def _filling_the_memory() -> int:
+    return local_decode_workers()
+
+
+@functools.cache
+def _set_decode_workers() -> Callable[[int], int]:
+    """Sets the schedule of this thread's calls, and returns the one before."""
+    function = ctypes.CDLL(str(build.load_library())).llm42_decode_workers
+    function.argtypes, function.restype = (ctypes.c_int64,), ctypes.c_int64
+    return function
 
 
 @functools.cache

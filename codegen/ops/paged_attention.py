@@ -1,4 +1,12 @@
-"""``llm42::paged_attention``: causal attention of a packed ragged batch over paged keys and values."""
+"""``llm42::paged_attention``: causal attention of a packed ragged batch over paged keys and values.
+
+A batch may hold prefills and decodes; they run side by side, in one launch (POD-Attention, Kamath et al.,
+ASPLOS 2025). Who computes what is the target's choice, made for a step (``Target.step``); it changes no bit.
+
+On a CPU prefill is bound by arithmetic and decode, on many cores, by memory: in a step about as many threads
+as fill the memory begin with decodes, while the others begin with prefills; who finds nothing left takes over
+the other kind. Each kind goes longest first. Outside of a step there is one queue for both.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +125,8 @@ def paged_attention(
 
     Raises:
         ValueError, TypeError: (the operator) shapes, dtypes or metadata that do not fit together; nothing
-            has been written then.
+            has been written then. On a GPU metadata is trusted (:func:`check_metadata`): wrong pages read
+            wrong memory.
 
     All rows of all sequences are written before any row attends, so sequences may share pages.
     """
@@ -181,3 +190,50 @@ def _fake(
     sinks: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def check_metadata(
+    pages: int,
+    page: int,
+    tokens: int,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens: Tensor,
+    block_table: Tensor,
+) -> None:
+    """Reads the metadata of a call back to the host and raises ValueError for what does not fit.
+
+    For devices that trust it. Shapes as in ``paged_attention``. Pages of a sequence must lie in the cache,
+    its keys in its pages, its rows among its keys, and every slot to be written in the cache.
+    """
+    sequences = kv_lens.shape[0]
+    if cu_seqlens_q.shape != (sequences + 1,) or block_table.dim() != 2 or block_table.shape[0] != sequences:
+        raise ValueError(
+            "expected cu_seqlens_q [S + 1], kv_lens [S], block_table [S, P], got "
+            f"{tuple(cu_seqlens_q.shape)}, {tuple(kv_lens.shape)}, {tuple(block_table.shape)}"
+        )
+    cu, lens, table = cu_seqlens_q.tolist(), kv_lens.tolist(), block_table.cpu()
+    if cu[0] != 0 or cu[-1] > tokens:
+        raise ValueError(f"cu_seqlens_q goes from {cu[0]} to {cu[-1]}, but there are {tokens} rows")
+    for s in range(sequences):
+        rows = cu[s + 1] - cu[s]
+        if rows < 0:
+            raise ValueError(f"cu_seqlens_q must not decrease, but sequence {s} has {rows} rows")
+        if rows == 0:
+            continue
+        if lens[s] < rows:
+            raise ValueError(f"kv_lens[{s}] = {lens[s]} is less than the {rows} rows of the sequence")
+        if lens[s] > table.shape[1] * page:
+            raise ValueError(f"kv_lens[{s}] = {lens[s]} is more than {table.shape[1]} pages of {page} hold")
+        used = table[s, : -(-lens[s] // page)]
+        wrong = (used < 0) | (used >= pages)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(f"block_table[{s}, {i}] = {int(used[i])} is no page of a cache of {pages}")
+    slots = slot_mapping.cpu()
+    outside = (slots < -1) | (slots >= pages * page)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise ValueError(
+            f"slot_mapping[{i}] = {int(slots[i])} is neither -1 nor a slot of {pages} pages of {page}"
+        )

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from llm42c.codegen.operator import implements
-from llm42c.codegen.ops.pod_attention import check_metadata
 from llm42c.codegen.triton import attention_combine, attention_plan, fragments, kernel, kv_write
 from llm42c.codegen.triton import pod_attention as hybrid
 from llm42c.codegen.triton.cost import Choice, Composition, choose
@@ -260,7 +259,7 @@ def paged_attention(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """``llm42::paged_attention`` and ``llm42::pod_attention`` on a GPU: one set of bits."""
+    """``llm42::paged_attention`` on a GPU."""
     spec = default_spec(
         device_of(q.device),
         heads=q.shape[1],
@@ -280,7 +279,7 @@ def paged_attention(
     return _run(spec, most_keys, q, k_cache, v_cache, *where, scale, softcap, sinks)
 
 
-@implements("pod_varlen_attention", "cuda")
+@implements("varlen_attention", "cuda")
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -293,16 +292,13 @@ def varlen_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
-    decode_workers: int = 0,
 ) -> Tensor:
-    """``llm42::pod_varlen_attention`` on a GPU. Metadata is trusted; raises ValueError for other mistakes."""
+    """``llm42::varlen_attention`` on a GPU. Metadata is trusted; raises ValueError for other mistakes."""
     table = cu_seqlens_k if block_table is None else block_table
     if table is None or (cu_seqlens_k is not None and block_table is not None):
-        raise ValueError("pod_varlen_attention: expected either cu_seqlens_k or block_table")
+        raise ValueError("varlen_attention: expected either cu_seqlens_k or block_table")
     if k.dim() != (3 if block_table is None else 4) or k.shape != v.shape:
-        raise ValueError(
-            f"pod_varlen_attention: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a table"
-        )
+        raise ValueError(f"varlen_attention: k {tuple(k.shape)} and v {tuple(v.shape)} do not fit a table")
     k, v = kernel.aligned(k), kernel.aligned(v)
     strides = tuple(n for x in (k, v) for n in (x.stride(0), x.stride(-3), x.stride(-2)))
     spec = default_spec(
@@ -320,45 +316,3 @@ def varlen_attention(
     )
     most_keys = k.shape[0] if block_table is None else block_table.shape[1] * spec.page
     return _run(spec, most_keys, q, k, v, cu_seqlens_q, kv_lens, table, scale, softcap, sinks)
-
-
-@implements("pod_attention", "cuda")
-def pod_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    block_table: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-    checked: bool,
-    decode_workers: int = 0,
-) -> Tensor:
-    """``llm42::pod_attention``; ``decode_workers`` is for CPUs.
-
-    Raises ValueError if ``checked`` and the metadata does not fit together.
-    """
-    if checked:
-        pages, page = k_cache.shape[0], k_cache.shape[3]
-        check_metadata(pages, page, q.shape[0], slot_mapping, cu_seqlens_q, kv_lens, block_table)
-    return paged_attention(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        cu_seqlens_q,
-        kv_lens,
-        block_table,
-        scale,
-        window,
-        softcap,
-        sinks,
-    )

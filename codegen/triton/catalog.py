@@ -19,7 +19,6 @@ from llm42c.codegen.triton import (
     linear,
     norm,
     pod_attention,
-    pod_dense_attention,
     reduce,
     rotary,
     running,
@@ -181,7 +180,7 @@ def kernels(device: Device, dtype: str = "bfloat16", head_dim: int = 128, page: 
 
 
 def dense_kernels(device: Device, dtype: str, head_dim: int) -> Iterator[Kernel]:
-    """Attention over dense keys, and two calls of it in one launch."""
+    """Attention over dense keys."""
     causal = dense_tile.spec_for(device, 4, head_dim, dtype, True, False, False, "")
     masked = dense_tile.spec_for(device, 4, head_dim, dtype, False, False, False, "bool")
     for label, spec in (("", causal), ("/mask", masked)):
@@ -190,10 +189,6 @@ def dense_kernels(device: Device, dtype: str, head_dim: int) -> Iterator[Kernel]
         yield Kernel(
             label, "dense_attention", source, dtype, spec.warps, spec.stages, _DENSE, all_registers=True
         )
-    sm = "register" if device.kind == "cuda" else "program"
-    source = pod_dense_attention.emit(causal, masked, sm, device.count("sms", 132))
-    name = "pod_dense_attention"
-    yield Kernel(name, name, source, dtype, causal.warps, causal.stages, _DENSE, all_registers=True)
 
 
 def fused_kernels(device: Device, dtype: str) -> Iterator[Kernel]:

@@ -27,42 +27,42 @@ FREE = ("first_ptr", "mask_ptr", *BATCH, *MASK_STRIDES, "window")  # may be anyt
 
 _TILE = '''
 @triton.jit
-def @NAME@(
+def attend(
 @ARGUMENTS@
     tile, batch_head,
 ):
     """ROWS queries of one head. q: [B, Hq, Sq, D], k, v: [B, Hkv, Sk, D], out: [B, Sq, Hq, D]."""
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
-    row = tile * @P@ROWS + tl.arange(0, @P@ROWS)
+    row = tile * ROWS + tl.arange(0, ROWS)
     live = row < q_len
-    position = row if @P@CAUSAL else row + (kv_len - q_len)
-    dim = tl.arange(0, @P@DIM)
-    inside = live[:, None] & (dim < @P@HEAD_DIM)[None, :]
+    position = row if CAUSAL else row + (kv_len - q_len)
+    dim = tl.arange(0, DIM)
+    inside = live[:, None] & (dim < HEAD_DIM)[None, :]
     q_at = q_ptr + batch * q_stride_b + head * q_stride_h
     q_at = q_at + row.to(tl.int64)[:, None] * q_stride_t + dim[None, :]
     q = tl.load(q_at, mask=inside, other=0.0)  # [M, D]
-    k_at = k_ptr + batch * k_stride_b + head // @P@GROUP * k_stride_h
-    v_at = v_ptr + batch * v_stride_b + head // @P@GROUP * v_stride_h
+    k_at = k_ptr + batch * k_stride_b + head // GROUP * k_stride_h
+    v_at = v_ptr + batch * v_stride_b + head // GROUP * v_stride_h
     end = kv_len
-    if @P@CAUSAL:
-        end = tl.minimum(kv_len, tl.minimum(q_len, tile * @P@ROWS + @P@ROWS))
+    if CAUSAL:
+        end = tl.minimum(kv_len, tl.minimum(q_len, tile * ROWS + ROWS))
 @FIRST@
 
-    total_max = tl.full([@P@ROWS], float("-inf"), tl.float32)
-    total_sum = tl.zeros([@P@ROWS], tl.float32)
-    total = tl.zeros([@P@ROWS, @P@DIM], tl.float32)
-    for split in tl.range(first, end, @P@SPLIT, num_stages=1, disable_licm=True):
-        row_max = tl.full([@P@ROWS], float("-inf"), tl.float32)
-        row_sum = tl.zeros([@P@ROWS], tl.float32)
-        acc = tl.zeros([@P@ROWS, @P@DIM], tl.float32)
-        high = tl.minimum(split + @P@SPLIT, end)
-        for start in tl.range(split, high, @P@KEYS, num_stages=@P@STAGES, disable_licm=True):
-            key = start + tl.arange(0, @P@KEYS)
+    total_max = tl.full([ROWS], float("-inf"), tl.float32)
+    total_sum = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, DIM], tl.float32)
+    for split in tl.range(first, end, SPLIT, num_stages=1, disable_licm=True):
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        high = tl.minimum(split + SPLIT, end)
+        for start in tl.range(split, high, KEYS, num_stages=STAGES, disable_licm=True):
+            key = start + tl.arange(0, KEYS)
             held = key < end
             k = tl.load(
                 k_at + key[None, :].to(tl.int64) * k_stride_t + dim[:, None],
-                mask=held[None, :] & (dim < @P@HEAD_DIM)[:, None], other=0.0,
+                mask=held[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
             )  # [D, N]
             score = tl.dot(q, k, input_precision="ieee")
 @SCORE@
@@ -77,13 +77,13 @@ def @NAME@(
             acc = acc * decay[:, None]
             v = tl.load(
                 v_at + key[:, None].to(tl.int64) * v_stride_t + dim[None, :],
-                mask=@SHOWN@[:, None] & (dim < @P@HEAD_DIM)[None, :], other=0.0,
+                mask=@SHOWN@[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
             )  # [N, D]
             acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
             row_max = new_max
         total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
     result = finish(total_max, total_sum, total, out_ptr, head)
-    at_out = ((batch * q_len + row) * heads + head) * @P@HEAD_DIM
+    at_out = ((batch * q_len + row) * heads + head) * HEAD_DIM
     tl.store(out_ptr + at_out[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
 '''
 _CAUSAL = """
@@ -154,11 +154,11 @@ def spec_for(
     return DenseSpec(group, head_dim, dtype, causal, window, softcap, mask, rows, keys, warps, stages=1)
 
 
-def wrapped(names: tuple[str, ...], by: int = 4, prefix: str = "") -> str:
+def wrapped(names: tuple[str, ...], by: int = 4) -> str:
     """Arguments in lines of at most 108 columns."""
     lines, line = [], ""
     for name in names:
-        item = f"{prefix}{name}, "
+        item = f"{name}, "
         if len(line) + len(item) > 108 - by:
             lines.append(line)
             line = ""
@@ -166,8 +166,8 @@ def wrapped(names: tuple[str, ...], by: int = 4, prefix: str = "") -> str:
     return "\n".join(" " * by + x.rstrip() for x in (*lines, line))
 
 
-def tile(spec: DenseSpec, name: str = "attend", prefix: str = "") -> str:
-    """The function of a tile. ``prefix`` stands before its constants, for a file with more than one."""
+def tile(spec: DenseSpec) -> str:
+    """The function of a tile, ``attend``."""
     seen = (_CAUSAL if spec.causal else "") + (_WINDOW.lstrip("\n") if spec.window else "")
     if spec.mask:
         seen += _MASK_AT.lstrip("\n") + (_BOOL if spec.mask == "bool" else _ADDED).lstrip("\n")
@@ -176,13 +176,12 @@ def tile(spec: DenseSpec, name: str = "attend", prefix: str = "") -> str:
     text = text.replace("@SEEN@\n", (seen + (_ANY.lstrip("\n") if narrow else "")).lstrip("\n"))
     text = text.replace("@SHOWN@", "shown" if narrow else "held")
     text = text.replace("@FIRST@", "    first = tl.load(first_ptr + batch)" if spec.mask else "    first = 0")
-    text = text.replace("@ARGUMENTS@", wrapped(ARGUMENTS)).replace("@NAME@", name)
-    return text.replace("@P@", prefix)
+    return text.replace("@ARGUMENTS@", wrapped(ARGUMENTS))
 
 
-def constants(spec: DenseSpec, prefix: str = "") -> dict[str, int | float | bool | str]:
+def constants(spec: DenseSpec) -> dict[str, int | float | bool | str]:
     """What the function of :func:`tile` needs above it."""
-    numbers = {
+    return {
         "GROUP": spec.group,
         "HEAD_DIM": spec.head_dim,
         "DIM": max(16, power_of_two(spec.head_dim)),
@@ -191,8 +190,8 @@ def constants(spec: DenseSpec, prefix: str = "") -> dict[str, int | float | bool
         "SPLIT": spec.split,
         "STAGES": spec.stages,
         "CAUSAL": spec.causal,
+        "LOG2E": 1.4426950408889634,
     }
-    return {**{f"{prefix}{name}": value for name, value in numbers.items()}, "LOG2E": 1.4426950408889634}
 
 
 def helpers() -> tuple[str, str]:

@@ -30,7 +30,6 @@ class GpuTarget(Target):
     device_type = "cuda"  # ROCm too
     dispatch_key = "CUDA"
     packing = Panels()
-    has_steps = True
 
     def require(self, device: torch.device) -> None:
         if importlib.util.find_spec("triton") is None:

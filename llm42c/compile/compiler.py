@@ -188,7 +188,6 @@ class ModelCompiler:
             target=target,
             positions=positions,
             residual_shards=self.residual_shards and target == PACKED,
-            decode_workers=targets.of(self.device).decode_workers(),
         )
 
     def _weaving(self, gm: fx.GraphModule, whole: PiecewiseProgram) -> PackedWeaving:

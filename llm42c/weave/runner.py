@@ -21,10 +21,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from llm42c.codegen import targets
 from llm42c.compile import inductor
 from llm42c.compile.clusters import Cluster, outline
 from llm42c.compile.piecewise import compile_cluster, compile_piecewise
 from llm42c.compile.straightline import Step, emit
+from llm42c.device import CPU
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
 from llm42c.passes.sizes import SYMBOLS
@@ -68,7 +70,7 @@ class ThreadLane:
 
 
 def _without_grad(operator: Callable[..., Any], *args: Any) -> Any:
-    with torch.no_grad():
+    with torch.no_grad(), targets.of(CPU).step():
         return operator(*args)
 
 

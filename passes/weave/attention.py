@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from llm42c.passes import graph as g
 from llm42c.passes.weave.rules import Call, Rows, State, UnsplittableError, operator_name
 
-_PAGED = frozenset({"llm42::paged_attention", "llm42::pod_attention"})
+_PAGED = "llm42::paged_attention"
 _DENSE = "llm42::dense_attention"
 _SDPA = frozenset(
     {
@@ -69,7 +69,7 @@ Emit = Callable[[Builder, int], Any]
 
 def is_attention(node: fx.Node) -> bool:
     name = operator_name(node)
-    return name in _PAGED or name in _SDPA or name == _DENSE
+    return name in (_PAGED, _DENSE) or name in _SDPA
 
 
 def attention_rule(call: Call) -> tuple[State | tuple[Any, ...], Emit]:
@@ -77,7 +77,7 @@ def attention_rule(call: Call) -> tuple[State | tuple[Any, ...], Emit]:
 
     Raises UnsplittableError where a row may see later tokens, or where the keys are not those of the queries.
     """
-    if call.name in _PAGED:
+    if call.name == _PAGED:
         return _paged(call)
     if call.name == _DENSE:
         return _dense(call)

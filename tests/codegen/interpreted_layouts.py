@@ -11,8 +11,8 @@ from paged_world import Heads, Runner, World
 from torch import Tensor
 
 from llm42c.codegen.ops import dense_attention as dense_operator
-from llm42c.codegen.ops import pod_varlen_attention as varlen
-from llm42c.codegen.triton import attention, dense_attention, dense_tile, pod_dense_attention
+from llm42c.codegen.ops import varlen_attention as varlen
+from llm42c.codegen.triton import attention, dense_attention
 from llm42c.codegen.triton.cost import Choice
 
 EPS = torch.finfo(torch.float32).eps
@@ -40,7 +40,7 @@ def varlen_case(heads: Heads, page: int) -> dict[str, Any]:
     out: dict[str, Any] = {"bound": bound(paged, heads), "digests": [digest(cached)], "errors": []}
     for layout, call in calls.items():
         clean = [x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call]
-        want = varlen.pod_varlen_attention.reference(*clean)
+        want = varlen.varlen_attention.reference(*clean)
         spec = spec_for(heads, page, layout=layout)
         scale, _, softcap, sinks = options
         for scheduler, programs in (("persistent", 2), ("tickets", 0)):
@@ -80,7 +80,7 @@ def dense_bound(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
 
 
 def dense() -> dict[str, Any]:
-    """Padding on the left, hidden NaN, other batches; and two calls in one launch, in any order."""
+    """Padding on the left, hidden NaN, other batches."""
     g = torch.Generator().manual_seed(3)
     q, k, v = randn(g, 2, 4, 20, 64), randn(g, 2, 2, 20, 64), randn(g, 2, 2, 20, 64)
     shown = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
@@ -102,47 +102,13 @@ def dense() -> dict[str, Any]:
     shifted[:, :, 7:, 6] = True
     finite = [x.nan_to_num() for x in wide]
     moved = dense_attention.dense_attention(*finite, shifted, 0.125, False, 0, 0.0)[:, :, 7:]
-    out: dict[str, Any] = {
+    return {
         "error": float((whole.double() - want).abs().max()),
         "bound": dense_bound(q, k, v, 0.125),
         "padded": digest(padded) == digest(whole) == digest(added),
         "alone": digest(alone[0]) == digest(whole[1, :, 5:9]),
         "control": digest(moved) != digest(whole),
     }
-    return {**out, **pair(g)}
-
-
-def pair(g: torch.Generator) -> dict[str, Any]:
-    """``pod_dense_attention``: the bits of two calls, whoever takes which tile."""
-    prefill = (
-        randn(g, 1, 4, 40, 64),
-        randn(g, 1, 2, 40, 64),
-        randn(g, 1, 2, 40, 64),
-        None,
-        0.125,
-        True,
-        0,
-        0.0,
-    )
-    mask = torch.rand(3, 1, 1, 33, generator=g) < 0.7
-    decode = (randn(g, 3, 4, 1, 80), randn(g, 3, 4, 33, 80), randn(g, 3, 4, 33, 80), mask, 0.1, False, 0, 2.0)
-    target = attention.device_of(torch.device("cpu"))
-    want = [digest(dense_attention.dense_attention(*x)) for x in (prefill, decode)]
-    found = []
-    for seed in range(3):
-        calls = [dense_tile.prepare(target, *x) for x in (prefill, decode)]  # type: ignore[arg-type]
-        programs = sum(c.tiles * c.heads for c in calls)
-        order = torch.randint(0, 3, (programs,), generator=torch.Generator().manual_seed(seed)).int()
-        pod_dense_attention.launch(calls[0], calls[1], sm_order=order)
-        assert not attention.counters_of(torch.device("cpu")).any(), "the counters were not reset"
-        found.append([digest(c.out.transpose(1, 2)) for c in calls])
-    references = [dense_operator.dense_attention.reference(*x) for x in (prefill, decode)]
-    errors = [
-        float((c.out.transpose(1, 2).double() - r).abs().max())
-        for c, r in zip(calls, references, strict=True)
-    ]
-    bounds = [dense_bound(*x[:3], x[4]) for x in (prefill, decode)]  # type: ignore[arg-type]
-    return {"pair": all(x == want for x in found), "pair_errors": errors, "pair_bounds": bounds}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from llm42c.codegen.order import RUNNING
 registry.load()
 OPERATORS = order_bits.computing(registry.operators())
 # Sequences of 300 positions and vocabularies, which take a simulator many seconds.
-LONG = {"dense_attention", "paged_attention", "pod_attention", "pod_varlen_attention", "sample"}
+LONG = {"dense_attention", "paged_attention", "varlen_attention", "sample"}
 
 
 def examples(name: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:

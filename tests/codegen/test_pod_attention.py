@@ -1,7 +1,9 @@
-"""``llm42::pod_attention`` on a CPU: the bits of paged_attention in every schedule, and what it refuses."""
+"""Hybrid batches of ``llm42::paged_attention`` on a CPU: one set of bits in every schedule of a step."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,8 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_world import Heads, Runner, World, bits
 
+from llm42c.codegen.cpu import target as cpu
+from llm42c.codegen.cpu.target import TARGET
 from llm42c.codegen.ops import registry
-from llm42c.codegen.ops.pod_attention import check_metadata
+from llm42c.codegen.ops.paged_attention import check_metadata
+from llm42c.device import CPU, in_steps
+from llm42c.weave.runner import ThreadLane
 
 registry.load()
 BATCHES = 30  # Hypothesis examples
@@ -33,12 +39,19 @@ def hybrid() -> list[Any]:
     return runner.arguments([(0, 1), (1, 20), (2, 1)], padding=2)
 
 
-def on_threads(threads: int, arguments: list[Any], *more: Any) -> torch.Tensor:
+def on_threads(threads: int, arguments: list[Any], workers: int = 0) -> torch.Tensor:
     torch.set_num_threads(threads)
-    op = torch.ops.llm42.pod_attention if more else torch.ops.llm42.paged_attention
-    out: torch.Tensor = op(*arguments, *more)
+    with TARGET.step(workers):
+        out: torch.Tensor = torch.ops.llm42.paged_attention(*arguments)
     torch.set_num_threads(1)
     return out
+
+
+def workers() -> int:
+    """Of this thread's step."""
+    found = cpu._set_decode_workers()(0)
+    cpu._set_decode_workers()(found)
+    return found
 
 
 def mixed(heads: Heads, lengths: list[int], rows: list[int], page: int) -> list[Any]:
@@ -55,7 +68,7 @@ HEADS = ((8, 2), (6, 1), (3, 3))  # grouped, one, one each
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_bits_of_paged_attention_in_every_schedule(dim: int, dtype: torch.dtype):
+def test_one_set_of_bits_in_every_schedule(dim: int, dtype: torch.dtype):
     """One batch a shape: two prefills (one of them a chunk), six decodes, a window of a verifier."""
     lengths, rows = [300, 530, 260, 257, 600, 90, 17, 1, 33], [300, 40, 1, 1, 1, 1, 1, 1, 5]
     for (q, kv), options, page in zip(HEADS, OPTIONS, (16, 48, 256), strict=True):
@@ -66,7 +79,7 @@ def test_bits_of_paged_attention_in_every_schedule(dim: int, dtype: torch.dtype)
         assert bits(want[:-2]).count_nonzero() > want[:-2].numel() * 0.99
         for threads in (1, 2, 3):
             for workers in range(threads + 1):
-                got = on_threads(threads, arguments, True, workers)
+                got = on_threads(threads, arguments, workers)
                 assert torch.equal(bits(got), bits(want)), (q, kv, options, page, threads, workers)
 
 
@@ -81,7 +94,7 @@ def test_any_hybrid_batch_any_schedule(data: st.DataObject):
     arguments = mixed(heads, lengths, rows, data.draw(st.sampled_from((16, 32, 64, 256))))
     want = on_threads(1, arguments)
     threads = data.draw(st.integers(1, 5))
-    got = on_threads(threads, arguments, True, data.draw(st.integers(0, 6)))
+    got = on_threads(threads, arguments, data.draw(st.integers(0, 6)))
     assert torch.equal(bits(got), bits(want))
 
 
@@ -92,7 +105,7 @@ def test_races_do_not_show():
     want = bits(on_threads(1, arguments))
     for repeat in range(40):
         threads = 2 + repeat % 5
-        assert torch.equal(bits(on_threads(threads, arguments, True, repeat % (threads + 1))), want)
+        assert torch.equal(bits(on_threads(threads, arguments, repeat % (threads + 1))), want)
 
 
 def test_negative_control_the_order_of_folding_would_show():
@@ -103,24 +116,40 @@ def test_negative_control_the_order_of_folding_would_show():
     heads = Heads(4, 2, dtype=torch.float32)
     a = mixed(heads, [600], [1], 16)
     b = mixed(replace(heads, window=599), [600], [1], 16)  # one key less
-    assert not torch.equal(bits(on_threads(2, a, True, 1)), bits(on_threads(2, b, True, 1)))
+    assert not torch.equal(bits(on_threads(2, a, 1)), bits(on_threads(2, b, 1)))
 
 
-def test_writes_the_caches_as_paged_attention_does():
+def test_a_step_is_of_its_thread_and_ends() -> None:
+    """Steps nest, an error ends one, and another thread has its own."""
+    assert workers() == 0
+    with TARGET.step(3):
+        with contextlib.suppress(KeyError), TARGET.step(5):
+            assert workers() == 5
+            raise KeyError
+        assert workers() == 3
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert pool.submit(workers).result() == 0
+    with TARGET.step():
+        assert workers() >= 1, "as many as fill the memory"
+    assert workers() == 0
+
+
+def test_layers_and_lanes_are_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_filling_the_memory", lambda: 7)
+
+    assert in_steps(workers, CPU)() == 7
+    lane = ThreadLane()
+    assert lane.wait(lane.start(workers)) == 7
+    assert workers() == 0
+
+
+def test_the_schedule_does_not_show_in_the_caches() -> None:
     a, b = hybrid(), hybrid()
-    x = torch.ops.llm42.paged_attention(*a)
-    y = torch.ops.llm42.pod_attention(*b, True)
+    x, y = on_threads(1, a), on_threads(2, b, 1)
     assert torch.equal(bits(x), bits(y))
     assert torch.equal(bits(a[3]), bits(b[3]))  # NaN where nothing was written
     assert torch.equal(bits(a[4]), bits(b[4]))
     assert x[:22].abs().min() < x[:22].abs().max()
-
-
-def test_fake_agrees_with_the_operator():
-    args = [x.nan_to_num() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in hybrid()]
-    torch.library.opcheck(
-        torch.ops.llm42.pod_attention.default, (*args, True, 1), test_utils=("test_schema", "test_faketensor")
-    )
 
 
 WRONG = [
@@ -146,16 +175,15 @@ def test_inconsistent_metadata_is_an_error(position: int, change: Any, message: 
 @pytest.mark.parametrize(
     ("position", "change", "message"), [*WRONG, (1, lambda t: t.flip(0), "must begin with 0")]
 )
-def test_a_cpu_checks_whether_or_not_it_is_asked_to(position: int, change: Any, message: str):
+def test_a_cpu_checks_without_being_asked(position: int, change: Any, message: str):
     args = hybrid()
     before = bits(args[3]).clone()
     args[5 + position] = change(args[5 + position])
-    for checked in (False, True):
-        with pytest.raises(ValueError, match=f"pod_attention.*{message}"):
-            torch.ops.llm42.pod_attention(*args, checked, 1)
+    with pytest.raises(ValueError, match=f"paged_attention.*{message}"):
+        torch.ops.llm42.paged_attention(*args)
     assert torch.equal(bits(args[3]), before)
 
 
 def test_a_negative_number_of_workers_is_an_error():
-    with pytest.raises(ValueError, match="decode_workers must not be negative, got -1"):
-        torch.ops.llm42.pod_attention(*hybrid(), False, -1)
+    with pytest.raises(ValueError, match="decode_workers must not be negative, got -1"), TARGET.step(-1):
+        pass

@@ -17,7 +17,6 @@ from llm42c.codegen.triton import (
     grouped_linear,
     linear,
     pod_attention,
-    pod_dense_attention,
     reduce,
     running,
     sample,
@@ -45,9 +44,6 @@ SOURCES: dict[str, Callable[[], str]] = {
     "attention_plan_sm90_bf16.py": lambda: attention_plan.emit(attention()),
     "attention_combine_sm90_bf16.py": lambda: attention_combine.emit(attention()),
     "dense_attention_sm90_bf16.py": lambda: dense_attention.emit(dense(True, "")),
-    "pod_dense_attention_sm90_bf16.py": lambda: pod_dense_attention.emit(
-        dense(True, ""), dense(False, "bool")
-    ),
     "linear_sm90_bf16_m64.py": lambda: linear.emit(linear.spec_for(H200, 1, "bfloat16", True, False)),
     "grouped_linear_sm90_bf16_m64.py": lambda: grouped_linear.emit(
         linear.spec_for(H200, 1, "bfloat16", False, True)

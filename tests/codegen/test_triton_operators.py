@@ -89,10 +89,3 @@ def test_padding_and_hidden_keys_change_no_bits_of_dense_attention(layouts: dict
     assert found["padded"]
     assert found["alone"]
     assert found["control"]
-
-
-def test_a_dense_pair_has_the_bits_of_its_calls(layouts: dict[str, Any]):
-    found = layouts["dense"]
-    assert found["pair"]
-    for error, limit in zip(found["pair_errors"], found["pair_bounds"], strict=True):
-        assert error <= limit

@@ -108,7 +108,7 @@ def test_a_packed_model_stays_on_its_device(
     with OneDevice() as seen:
         logits = model.forward(_batch(), cache)
     assert (logits.shape, logits.device) == ((3, model.vocab_size), PLACE)
-    assert seen.called.count("pod_attention") == 2
+    assert seen.called.count("paged_attention") == 2
     assert PRETENDED.steps == steps + 1, "one step around all layers"
     for name in {*seen.called, "linear_pack", "linear_unpack", "sample", "token_logprobs", "top_logprobs"}:
         assert PRETENDED.where(registry.operators()[name]), name
@@ -146,7 +146,7 @@ def test_a_compiled_graph_shares_work_lists_among_its_calls() -> None:
         return attention._current.get() is not None
 
     assert device.in_steps(shared, CUDA)()
-    assert not device.in_steps(shared, device.CPU)()
+    assert not device.in_steps(shared, device.CPU)(), "a CPU's step is its own"
     assert attention._current.get() is None
 
 
@@ -239,5 +239,5 @@ def test_layers_share_one_work_list_and_compute_what_the_cpu_does() -> None:
     assert found["plans without a step"] == 2, "the negative control"
     assert found["plans of two steps"] == 2
     assert found["error"] < found["bound"]
-    assert "pod_attention" in found["operators"]
+    assert "paged_attention" in found["operators"]
     assert "linear_silu_mul" in found["operators"]

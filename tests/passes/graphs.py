@@ -18,14 +18,17 @@ from llm42c.passes.normalize import normalize
 registry.load()
 
 
-def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.GraphModule:
-    """The graph of ``fn``; call the result like ``fn`` (parameters of modules are inputs of the graph)."""
+def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False, runs: bool = True) -> fx.GraphModule:
+    """The graph of ``fn``; call the result like ``fn`` (parameters of modules are inputs of the graph).
+
+    ``runs=False``: of one tensor like the first input, and nothing here can compute it.
+    """
     caught: list[fx.GraphModule] = []
 
     def grab(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         gm.meta["inputs"] = list(example_inputs)
         caught.append(gm)
-        return gm.forward
+        return gm.forward if runs else lambda *_: (torch.zeros_like(inputs[0]),)
 
     torch._dynamo.reset()
     with torch.no_grad():

@@ -62,7 +62,7 @@ def known() -> Contract:
 def test_a_graph_of_ordered_operators_hangs_on_no_machine(known: Contract) -> None:
     assert known.machine == {}
     assert known.target == "cpu"
-    assert {"linear", "rms_norm", "rotary", "pod_attention", "sample"} <= known.orders.keys()
+    assert {"linear", "rms_norm", "rotary", "paged_attention", "sample"} <= known.orders.keys()
     assert known.orders["linear"] == "fma-chain/1"
     assert known.implementation.keys() == {"kernels", "rules"}
 
@@ -218,7 +218,7 @@ def test_machine_and_settings(known: Contract, monkeypatch: pytest.MonkeyPatch, 
     """Threads, instruction set, versions, settings of a compiler that is not called, folders: no field."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-    monkeypatch.setattr(cpu, "local_decode_workers", lambda: 7)
+    monkeypatch.setattr(cpu, "_filling_the_memory", lambda: 7)
     monkeypatch.setitem(inductor._FIXED, "epilogue_fusion", False)
     monkeypatch.setenv("LLM42_DUMP", str(tmp_path))
     state = computation.machine_state()

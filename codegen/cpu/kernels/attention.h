@@ -59,7 +59,4 @@ struct Dense {
 
 void dense(const Dense& p, const Schedule& how);
 
-// Two calls of one dtype at once; the second is the one that `decode_workers` begin with.
-void dense_pair(const Dense& prefill, const Dense& decode, const Schedule& how);
-
 }  // namespace llm42::attention

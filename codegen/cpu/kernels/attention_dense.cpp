@@ -190,36 +190,10 @@ void run_one(const Dense& p, Schedule how) {
   parallel(how.threads, [&](int, int team) { call.drain(queue, team, partials); });
 }
 
-template <class T>
-void run_pair(const Dense& prefill, const Dense& decode, Schedule how) {
-  struct Tag {};
-  thread_local Plan plans[2];
-  Plan* const ours = plans;
-  const DenseCall<T> calls[] = {DenseCall<T>{prefill}, DenseCall<T>{decode}};
-  const int decoders = how.decode_workers;
-  how.decode_workers = 0;
-  for (int i = 0; i < 2; i++) calls[i].make_plan(ours[i], how);
-  if ((ours[0].cost + ours[1].cost) * prefill.head_dim < kSerialCost) how.threads = 1;
-  const int64_t own = ours[0].partials * prefill.kv_heads;
-  float* partials = scratch<Tag>(own + ours[1].partials * decode.kv_heads);
-  Queue queues[] = {Queue(ours[0], prefill.kv_heads, 0, ours[0].jobs.size()),
-                    Queue(ours[1], decode.kv_heads, 0, ours[1].jobs.size())};
-  parallel(how.threads, [&](int thread, int team) {
-    for (int n = 0; n < 2; n++) {
-      const int i = (thread < decoders) != n;
-      calls[i].drain(queues[i], team, partials + (i ? own : 0));
-    }
-  });
-}
-
 }  // namespace
 
 void dense(const Dense& p, const Schedule& how) {
   with_element(p.dtype, [&](auto element) { run_one<decltype(element)>(p, how); });
-}
-
-void dense_pair(const Dense& prefill, const Dense& decode, const Schedule& how) {
-  with_element(prefill.dtype, [&](auto element) { run_pair<decltype(element)>(prefill, decode, how); });
 }
 
 }  // namespace llm42::attention

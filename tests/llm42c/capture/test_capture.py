@@ -4,8 +4,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm42c.capture.dynamo import capture_packed
-from llm42c.codegen.ops import registry
-from llm42c.digest import graph_digest
 
 
 def _llama(heads: int, eps: float) -> LlamaForCausalLM:
@@ -35,17 +33,3 @@ def test_numbers_stay_constants_when_another_model_had_others() -> None:
         digests.append(captured.digest)
     assert digests[0] == digests[2]
     assert len(set(digests)) == 3
-
-
-def test_the_digest_leaves_schedules_out() -> None:
-    registry.define()
-
-    def digest(window: int, workers: int) -> str:
-        graph = torch.fx.Graph()
-        tensors = [graph.placeholder(name) for name in "abcdefghi"]
-        call = (*tensors, 0.125, window, 0.0, None, False, workers)
-        graph.output(graph.call_function(torch.ops.llm42.pod_attention.default, call))
-        return graph_digest(torch.fx.GraphModule({}, graph))
-
-    assert digest(0, 1) == digest(0, 2)
-    assert digest(0, 1) != digest(7, 1)

@@ -124,7 +124,7 @@ def test_explain_is_about_the_graph_that_generate_runs(
     assert cli.main(["explain", model]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("the engine's graph")
-    assert "pod_attention fired in:" in printed
+    assert "merge_linears fired in:" in printed
     assert "    linear: fma-chain/1 (One fp32 chain" in printed
     assert "compiled by Inductor" in printed
     assert "every call has a fixed order" in printed

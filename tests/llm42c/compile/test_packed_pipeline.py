@@ -19,7 +19,7 @@ from llm42c.passes.kinds import Kind, kind
 _LLAMA_LAYER = [
     "linear",
     "rotary",
-    "pod_attention",
+    "paged_attention",
     "linear",
     "add_rms_norm",
     "linear_silu_mul",
@@ -68,7 +68,7 @@ def test_every_call_is_placed(family):
     report = pipeline.run(captured.gm, tiny.packed_context(captured))
     assert not report.unplaced
     counts = Counter(_operators(captured.gm.graph))
-    assert counts["pod_attention"] == 2
+    assert counts["paged_attention"] == 2
     if family != "gpt2":
         assert len(report["rotary"].matches) == 4
         assert len(report["merge_rotary"].matches) == (0 if family in ("qwen3", "olmo2") else 4)

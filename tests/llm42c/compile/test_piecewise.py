@@ -131,7 +131,7 @@ def test_a_program_is_readable():
     WeightStore(built).materialise(captured.gm)
     program = compile_piecewise(captured.gm)
     assert program.source.startswith("def forward(")
-    assert program.operators["llm42::pod_attention"] == 2
+    assert program.operators["llm42::paged_attention"] == 2
     assert program.seconds < 5
 
 

@@ -63,11 +63,11 @@ def test_dump_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_dump_of_an_engine_s_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM42_DUMP", str(tmp_path))
     compiler = ModelCompiler(tiny.model("llama"), keep_originals=True)
-    for form, folder, attention in (("pinned", "0000_packed", "pod_"), ("stock", "0001_stock", "paged_")):
+    for form, folder in (("pinned", "0000_packed"), ("stock", "0001_stock")):
         compiler.compile(form)
         found = {p.name for p in (tmp_path / folder).iterdir()}
         assert {"00_input.txt", "report.txt", "program.py"} <= found
-        assert f"{attention}attention" in (tmp_path / folder / "program.py").read_text()
+        assert "paged_attention" in (tmp_path / folder / "program.py").read_text()
 
 
 def test_a_dump_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_a_graph_as_text() -> None:
     _, captured = tiny.captured_copy("llama")
     pipeline.run(captured.gm, tiny.packed_context(captured))
     page = text(captured.gm.graph)
-    assert "llm42.pod_attention(" in page
+    assert "llm42.paged_attention(" in page
     assert "# f32[1," in page
     assert page.splitlines()[-1].startswith("return")
 

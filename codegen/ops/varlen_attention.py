@@ -1,4 +1,4 @@
-"""``llm42::pod_varlen_attention``: hybrid attention over keys and values that stand token by token.
+"""``llm42::varlen_attention``: as ``paged_attention``, over keys and values that stand token by token.
 
 The layout of ``torch_attn::_varlen_attn``: packed rows ``[Tk, Hkv, D]``, or a pool of pages
 ``[pages, page, Hkv, D]``. Nothing is written. For equal keys the bits are those of ``paged_attention``.
@@ -36,14 +36,14 @@ def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
     """Two sequences of packed rows, 20 and 280; then a decode over pages of 16."""
     q, k, v = example_rows(r)
     cu, lengths = torch.tensor([0, 20, 300]).int(), torch.tensor([20, 280]).int()
-    yield q, k, v, cu, lengths, cu, None, 0.15, 40, 2.0, r(6).float(), 1
+    yield q, k, v, cu, lengths, cu, None, 0.15, 40, 2.0, r(6).float()
     pool = [x[:288].view(18, 16, 2, 40) for x in (k, v)]
     cu, lengths, table = torch.tensor([0, 1]).int(), torch.tensor([270]).int(), torch.arange(18).int()[None]
-    yield q[:1], *pool, cu, lengths, None, table.flip(1), 0.15, 0, 0.0, None, 0
+    yield q[:1], *pool, cu, lengths, None, table.flip(1), 0.15, 0, 0.0, None
 
 
 @operator(orders={"cpu": SPLITS, "cuda": GPU_SPLITS}, examples=_examples)
-def pod_varlen_attention(
+def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -55,7 +55,6 @@ def pod_varlen_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
-    decode_workers: int = 0,
 ) -> Tensor:
     """Specification: ``paged_attention``'s, without its writing.
 
@@ -69,7 +68,6 @@ def pod_varlen_attention(
         cu_seqlens_k: ``[S + 1]`` int32; keys of a sequence begin at row ``cu_seqlens_k[s]``.
         block_table: ``[S, P]`` int32; exactly one of the two is given.
         scale, window, softcap, sinks: as in ``paged_attention``.
-        decode_workers: as in ``pod_attention``.
 
     Returns:
         ``[T, Hq, D]`` in fp64; the operator returns the dtype of ``q``.
@@ -100,12 +98,12 @@ def _paged(
     return q, unused, unused, *caches, nothing, cu_seqlens_q, kv_lens, block_table
 
 
-@pod_varlen_attention.simulator(SPLITS)
+@varlen_attention.simulator(SPLITS)
 def _simulated(*args: Any) -> Tensor:
-    return simulated(*_paged(*args[:7]), *args[7:11])
+    return simulated(*_paged(*args[:7]), *args[7:])
 
 
-@pod_varlen_attention.fake
+@varlen_attention.fake
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -118,6 +116,5 @@ def _fake(
     window: int,
     softcap: float,
     sinks: Tensor | None,
-    decode_workers: int = 0,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

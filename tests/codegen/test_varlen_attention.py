@@ -1,4 +1,4 @@
-"""``llm42::pod_varlen_attention`` and ``pod_dense_attention``: the bits of the calls they stand for."""
+"""``llm42::varlen_attention``: the bits of paged_attention, whatever the layout and the schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from paged_world import Heads, Runner, World, bits
 from torch import Tensor
 
-from llm42c.codegen.ops import pod_varlen_attention, registry
+from llm42c.codegen.cpu.target import TARGET
+from llm42c.codegen.ops import registry, varlen_attention
 
 registry.load()
 LENGTHS, ROWS = [300, 270, 40, 600, 5], [44, 270, 1, 1, 5]
@@ -57,7 +58,8 @@ def test_bits_of_paged_attention(heads: Heads):
     for arguments in (by_page, by_row):
         for threads, workers in ((1, 0), (1, 1), (2, 0), (2, 1), (3, 2)):
             torch.set_num_threads(threads)
-            got = torch.ops.llm42.pod_varlen_attention(*arguments, workers)
+            with TARGET.step(workers):
+                got = torch.ops.llm42.varlen_attention(*arguments)
             assert torch.equal(bits(got), bits(want)), (threads, workers)
 
 
@@ -65,8 +67,8 @@ def test_reference_is_that_of_paged_attention():
     _, by_page, by_row = calls(Heads(4, 2, 16, torch.float32))
     for arguments in (by_page, by_row):
         filled = [x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
-        want = pod_varlen_attention.pod_varlen_attention.reference(*filled)
-        got = torch.ops.llm42.pod_varlen_attention(*filled)
+        want = varlen_attention.varlen_attention.reference(*filled)
+        got = torch.ops.llm42.varlen_attention(*filled)
         torch.testing.assert_close(got[:-1].double(), want[:-1], rtol=0, atol=2e-5)
 
 
@@ -85,54 +87,17 @@ def test_mistakes_are_refused(mistake: str):
     index, change, message = MISTAKES[mistake]
     _, arguments, _ = calls(Heads())
     arguments[index] = change(arguments[index])
-    with pytest.raises((ValueError, TypeError), match=f"pod_varlen_attention.*({message})"):
-        torch.ops.llm42.pod_varlen_attention(*arguments)
+    with pytest.raises((ValueError, TypeError), match=f"varlen_attention.*({message})"):
+        torch.ops.llm42.varlen_attention(*arguments)
 
 
 def test_keys_beyond_the_rows_are_refused():
     _, _, arguments = calls(Heads())
     arguments[5] = arguments[5] + 10
     with pytest.raises(ValueError, match="but there are 1215"):
-        torch.ops.llm42.pod_varlen_attention(*arguments)
+        torch.ops.llm42.varlen_attention(*arguments)
 
 
 def test_varlen_opcheck():
     _, _, by_row = calls(Heads())
-    torch.library.opcheck(torch.ops.llm42.pod_varlen_attention.default, (*by_row, 1))
-
-
-def dense_calls(dtype: torch.dtype = torch.bfloat16) -> tuple[list[Any], list[Any]]:
-    g = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    mask = torch.rand(3, 1, 1, 300, generator=g) < 0.7
-    prefill = [randn(1, 6, 270, 64), randn(1, 2, 270, 64), randn(1, 2, 270, 64), None, 0.125, True, 0, 0.0]
-    decode = [randn(3, 4, 1, 80), randn(3, 4, 300, 80), randn(3, 4, 300, 80), mask, 0.1, False, 0, 2.0]
-    return prefill, decode
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dense_pair_gives_the_bits_of_its_calls(dtype: torch.dtype):
-    prefill, decode = dense_calls(dtype)
-    torch.set_num_threads(1)
-    want = [torch.ops.llm42.dense_attention(*x) for x in (prefill, decode)]
-    assert all(x.isfinite().all() and x.count_nonzero() for x in want)
-    for threads, workers in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 1)):
-        torch.set_num_threads(threads)
-        got = torch.ops.llm42.pod_dense_attention(*prefill, *decode, workers)
-        for x, y in zip(got, want, strict=True):
-            assert x.stride() == y.stride()
-            assert torch.equal(bits(x), bits(y)), (threads, workers)
-
-
-def test_dense_pair_of_two_dtypes_is_refused():
-    (prefill, _), (_, decode) = dense_calls(), dense_calls(torch.float32)
-    with pytest.raises(TypeError, match="both calls must have one dtype"):
-        torch.ops.llm42.pod_dense_attention(*prefill, *decode)
-
-
-def test_dense_opcheck():
-    prefill, decode = dense_calls()
-    torch.library.opcheck(torch.ops.llm42.pod_dense_attention.default, (*prefill, *decode, 1))
+    torch.library.opcheck(torch.ops.llm42.varlen_attention.default, tuple(by_row))
