@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from llm42c.errors import RequestError
+from llm42c.runtime.drafters import AS_ENGINE, Speculate
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.sampling import SamplingParams
@@ -32,11 +33,18 @@ class Pump:
         self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._mail: dict[str, list[RequestOutput]] = {}
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, stream: bool) -> str:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        stream: bool,
+        speculate: Speculate = AS_ENGINE,
+    ) -> str:
         """Queue a deterministic request; returns its id. Raises RequestError as `Engine.submit` does."""
 
         def enter() -> str:
-            request_id = self.engine.submit(prompt, params, stream=stream)
+            request_id = self.engine.submit(prompt, params, stream=stream, speculate=speculate)
             self._mail[request_id] = []
             return request_id
 

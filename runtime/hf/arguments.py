@@ -32,7 +32,6 @@ _REFUSED_SETTINGS: dict[str, tuple[_Test, str]] = {
     "constraints": (_given, "constrained beam search"),
     "force_words_ids": (_given, "constrained beam search"),
     "guidance_scale": (lambda v: v is not None and v != 1, "classifier-free guidance"),
-    "prompt_lookup_num_tokens": (_given, "prompt lookup decoding"),
     "assistant_early_exit": (_given, "assisted decoding"),
     "token_healing": (bool, "token healing"),
     "output_attentions": (bool, "attention weights"),
@@ -74,6 +73,14 @@ def require_supported(arguments: dict[str, Any], *configs: Any) -> None:
     for name, (test, what) in _REFUSED_SETTINGS.items():
         if test(effective(name, arguments, *configs)):
             raise RequestError(f"{name}: {what} is not supported by a deterministic model")
+
+
+def prompt_lookup(arguments: dict[str, Any], *configs: Any) -> int | None:
+    """`prompt_lookup_num_tokens`: how long drafts from a row's own text may be. Raises RequestError."""
+    count = effective("prompt_lookup_num_tokens", arguments, *configs)
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise RequestError(f"prompt_lookup_num_tokens must be a positive integer, not {count!r}")
+    return count
 
 
 def require_batch(arguments: dict[str, Any]) -> None:

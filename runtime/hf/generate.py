@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from llm42c.errors import RequestError
+from llm42c.runtime.drafters import AS_ENGINE, NgramDrafter
 from llm42c.runtime.hf import arguments as args
 from llm42c.runtime.hf import stopping as stops
 from llm42c.runtime.hf.output import DeterministicOutput
@@ -33,6 +35,7 @@ class Call:
     arguments: dict[str, Any]  # as the caller gave them
     seed: Any
     stopping: stops.Stopping
+    prompt_lookup: int | None = None
     shift_max: bool = True  # max_length and min_length count the padding of a row
     shift_min: bool = True
 
@@ -75,7 +78,10 @@ def prepare(
     tokenizer = arguments.pop("tokenizer", None)
     stop_strings = args.effective("stop_strings", arguments, given, model.generation_config)
     if stop_strings is not None:
-        _hide_stop_strings(arguments, model.generation_config)
+        _hide("stop_strings", arguments, model.generation_config)
+    lookup = args.prompt_lookup(arguments, given, model.generation_config)
+    if lookup is not None:
+        _hide("prompt_lookup_num_tokens", arguments, model.generation_config)
 
     def collect(
         model: Any,
@@ -92,17 +98,22 @@ def prepare(
     args.require_known(model_kwargs)
     criteria = arguments.get("stopping_criteria") or ()
     stopping = stops.prepare(config, int(input_ids.shape[1]), criteria, tokenizer, stop_strings)
-    return Call(model, input_ids, model_kwargs, config, arguments, 0 if seed is None else seed, stopping)
+    seed = 0 if seed is None else seed
+    return Call(model, input_ids, model_kwargs, config, arguments, seed, stopping, lookup)
 
 
-def _hide_stop_strings(arguments: dict[str, Any], default: Any) -> None:
-    """Hugging Face loses the tokenizer on the way to `custom_generate`, so stop strings are ours."""
-    arguments.pop("stop_strings", None)
+def _hide(name: str, arguments: dict[str, Any], default: Any) -> None:
+    """Keep a setting from Hugging Face, because it is ours.
+
+    It loses the tokenizer of stop strings on the way to `custom_generate`, and looks up prompts only in a
+    batch of one.
+    """
+    arguments.pop(name, None)
     if arguments.get("generation_config") is not None:
         arguments["generation_config"] = copy.deepcopy(arguments["generation_config"])
-        arguments["generation_config"].stop_strings = None
-    if default.stop_strings is not None:
-        arguments["stop_strings"] = None
+        setattr(arguments["generation_config"], name, None)
+    if getattr(default, name) is not None:
+        arguments[name] = None
 
 
 def make_rows(call: Call, prompts: Sequence[list[int]]) -> list[Row]:
@@ -147,6 +158,7 @@ def _row(call: Call, index: int, prompt: list[int], seed: int) -> Row:
         row_processor,
         recorder,
         processors if call.wants_scores else None,
+        AS_ENGINE if call.prompt_lookup is None else partial(NgramDrafter, call.prompt_lookup),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm42c.errors import RequestError
+from llm42c.runtime.drafters import AS_ENGINE, Speculate
 from llm42c.runtime.hf.processors import Recorder, RowProcessor, committed_scores
 from llm42c.runtime.hf.stopping import Stopping
 from llm42c.runtime.outputs import RequestOutput
@@ -28,6 +29,7 @@ class Row:
     processor: RowProcessor | None = None
     recorder: Recorder | None = None
     score_processors: list[Any] | None = None  # Hugging Face's whole list, when scores are returned
+    speculate: Speculate = AS_ENGINE
     request_id: str = ""
     tokens: list[int] = field(default_factory=list)  # committed outputs
     logprobs: list[float] = field(default_factory=list)
@@ -100,7 +102,9 @@ class Run:
     def __enter__(self) -> Run:
         try:
             for row in self.rows:
-                row.request_id = self._pump.submit(row.prompt, row.params, stream=self._stream)
+                row.request_id = self._pump.submit(
+                    row.prompt, row.params, stream=self._stream, speculate=row.speculate
+                )
                 self._active[row.request_id] = row
         except BaseException:
             self._abort(self._active)

@@ -18,12 +18,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from toy import EOS, VOCAB, NoisyModel, ToyModel, expected_digest, make_engine, small_config, solo
+from toy import EOS, VOCAB, Flat, NoisyModel, ToyModel, expected_digest, make_engine, small_config, solo
 
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.sampling import SamplingParams
-from llm42c.runtime.speculate import StepTimes
 
 PAGE, WINDOW, CHUNK = 4, 5, 12  # of `small_config`
 PREFIXES = ([], [(13 * j) % VOCAB for j in range(2 * PAGE)], [(13 * j) % VOCAB for j in range(2 * CHUNK + 1)])
@@ -78,13 +77,6 @@ class Hostile:
         self.asked += 1
         kind = self.kinds[self.asked % len(self.kinds)]
         return (ADVERSARY[kind](self.right[len(tokens) :], self.asked % 5) or [])[:k]
-
-
-class Flat(StepTimes):
-    """Every step takes one second, so that drafts always pay."""
-
-    def of(self, num_tokens: int) -> float:
-        return 1.0
 
 
 seen: Counter[str] = Counter()  # over all examples, against vacuity

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy import VOCAB, ToyModel, make_engine, small_config, solo
+from toy import VOCAB, Flat, ToyModel, make_engine, small_config, solo
 
 from llm42c.errors import ConfigError, RequestError
 from llm42c.runtime import speculate
@@ -129,13 +129,6 @@ def test_times_between_measured_sizes_lie_on_a_line() -> None:
     for seconds in (9.0, 3.0, 3.1):  # one late step is no measurement
         times.took(6, seconds)
     assert times.of(6) <= 3.1
-
-
-class Flat(StepTimes):
-    """Every step takes one second, so that drafts always pay."""
-
-    def of(self, num_tokens: int) -> float:
-        return 1.0
 
 
 def test_speculation_changes_no_bit_and_saves_steps() -> None:

@@ -22,6 +22,7 @@ from llm42c.capture.packed import KVCache, PackedInputs
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.speculate import StepTimes
 
 VOCAB = 48
 EOS = 7
@@ -276,6 +277,13 @@ class ToySampler:
         return torch.from_numpy(np.take_along_axis(shifted, ids, axis=1) - total[:, None]), torch.from_numpy(
             ids
         )
+
+
+class Flat(StepTimes):
+    """Every step takes one second, so that drafts always pay."""
+
+    def of(self, num_tokens: int) -> float:
+        return 1.0
 
 
 def toy_decode(ids: list[int]) -> str:

@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import VOCAB, padded, plain, prompt, tokenizer, wrapped
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.generation import logits_process as processors
 
 from llm42c.errors import RequestError
 from llm42c.runtime.hf import arguments as args
+from llm42c.runtime.speculate import StepTimes
 
 PROMPTS = [prompt(9, 1), prompt(3, 2), prompt(14, 3)]
 
@@ -142,7 +149,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "penalty_alpha": {"penalty_alpha": 0.5, "top_k": 4},
     "dola_layers": {"dola_layers": "low"},
     "guidance_scale": {"guidance_scale": 2.0},
-    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
+    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 0},
     "assistant_model": {"assistant_model": object()},
     "constraints": {"constraints": [object()]},
     "force_words_ids": {"force_words_ids": [[5]]},
@@ -165,6 +172,25 @@ def test_refused_by_name(name: str) -> None:
     with pytest.raises(RequestError, match=name) as caught:
         wrapped().generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, **REFUSED[name])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_prompt_lookup_changes_no_bit(in_config: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[3, 4, 5, 6] * 4, [7, 8] * 5]
+    rules: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    plain = wrapped().generate(**padded(prompts), **rules)
+    stats = wrapped().llm42._pump.engine.stats()
+    before = stats.drafted_tokens
+    monkeypatch.setattr(StepTimes, "of", lambda self, num_tokens: 1.0)  # so that drafts always pay
+    lookup = {"prompt_lookup_num_tokens": 3}
+    if in_config:
+        config = GenerationConfig(**rules, **lookup)
+        drafted = wrapped().generate(**padded(prompts), generation_config=config)
+        assert config.prompt_lookup_num_tokens == 3
+    else:
+        drafted = wrapped().generate(**padded(prompts), **rules, **lookup)
+    assert torch.equal(drafted, plain)
+    assert stats.drafted_tokens > before
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache", "memory"])
