@@ -39,6 +39,10 @@ class ContractError(Llm42Error, ValueError):
     """A text that is no contract."""
 
 
+class ReceiptError(Llm42Error, ValueError):
+    """A receipt that was edited, or that another release wrote."""
+
+
 class WeightsError(Llm42Error, ValueError):
     """The model's weights hold NaN or infinity."""
 

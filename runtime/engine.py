@@ -9,7 +9,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
 from llm42c.runtime.processors import Decode, TextState
+from llm42c.runtime.receipt import Receipt, ReplayResult, compare, contract_result, require_receivable
 from llm42c.runtime.request import Proposal, Request, State
 from llm42c.runtime.sampling import (
     MAX_SEED,
@@ -42,6 +43,7 @@ from llm42c.runtime.sampling import (
     shown,
 )
 from llm42c.runtime.scheduler import FastPlan, Scheduler
+from llm42c.runtime.scoring import Scored, scored, scoring_params
 from llm42c.runtime.speculate import Speculator
 from llm42c.runtime.stats import Stats
 
@@ -142,13 +144,17 @@ class Engine:
         contract: str | Contract | None = None,
         stream: bool = True,
         draft: Sequence[int] | None = None,
+        forced: bool = False,
         speculate: Speculate = AS_ENGINE,
+        receipt: bool = False,
     ) -> str:
         """Queue a request; returns its id. Raises RequestError (ContractMismatchError) and changes nothing.
 
         `draft`: tokens that the output probably begins with. They change no bit of it; as far as they are
         right, many are committed in one pass. What lies behind the first wrong one is not looked at.
-        `speculate`: who drafts for this request, as in EngineConfig; by default as the engine says.
+        With `forced` the output is the draft, whatever the model prefers, for the sake of its log-probs.
+        `speculate`: who drafts for this request, as in EngineConfig; by default as the engine says. With
+        `receipt` the finished output has one.
         With `stream=False` only the finished output is delivered, so that even a revoked certificate can be
         repaired before the user sees a token.
         """
@@ -160,6 +166,8 @@ class Engine:
             self._require(contract)
         check_flag("deterministic", deterministic)
         check_flag("stream", stream)
+        check_flag("forced", forced)
+        check_flag("receipt", receipt)
         if request_id is None:
             arrival, request_id = self._next_id()
         else:
@@ -172,9 +180,13 @@ class Engine:
         if self._decode is not None and params.detokenize and (stream or params.stop):
             text = TextState(self._decode, params.stop)
         if draft is not None:
-            if not deterministic:
-                raise RequestError("a draft is for deterministic requests: others commit what they compute")
             draft = check_tokens("the draft", draft, self.limits.vocab_size, max_tokens)
+        if not deterministic and (draft is not None or receipt):
+            raise RequestError("drafts and receipts are for deterministic requests")
+        if forced and len(draft or ()) < max_tokens:
+            raise RequestError("a forced draft must have max_tokens tokens")
+        if receipt:
+            require_receivable(params)
         source = self._drafters if speculate == AS_ENGINE else requested_source(speculate)
         seed = params.seed
         if seed is None:
@@ -193,6 +205,8 @@ class Engine:
             max_pages=self._max_pages,
             text=text,
             draft=draft,
+            forced=forced,
+            wants_receipt=receipt,
             drafter_source=source if deterministic else None,
         )
         try:
@@ -268,14 +282,45 @@ class Engine:
         )
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        return self._complete(
+            lambda: [
+                self.submit(prompt, p, deterministic=deterministic, stream=False)
+                for prompt, p in zip(prompts, each, strict=True)
+            ]
+        )
+
+    def score(self, prompt: Sequence[int], completion: Sequence[int]) -> Scored:
+        """Log-probs of given tokens, with the bits that generating them would give. Raises RequestError."""
+        return self.score_batch([(prompt, completion)])[0]
+
+    def score_batch(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
+        """`score` of each (prompt, completion), together. Raises RequestError, and then scores none."""
+        outputs = self._complete(
+            lambda: [
+                self.submit(prompt, scoring_params(given), stream=False, draft=given, forced=True)
+                for prompt, given in pairs
+            ]
+        )
+        return [scored(output) for output in outputs]
+
+    def replay(self, receipt: Receipt) -> ReplayResult:
+        """Do again what `receipt` says was done, its tokens as one draft, and compare. Raises RequestError
+        where this engine cannot serve the request."""
+        elsewhere = contract_result(receipt, self.contract)
+        if elsewhere is not None:
+            return elsewhere
+        (output,) = self._complete(
+            lambda: [self.submit(receipt.prompt, receipt.params, stream=False, draft=receipt.tokens)]
+        )
+        return compare(receipt, output)
+
+    def _complete(self, submit: Callable[[], list[str]]) -> list[RequestOutput]:
+        """Run what `submit` submits to its end; other requests go on meanwhile."""
         self._refuse_if_closed()
         before = next(self._arrivals)
         others: list[RequestOutput] = []
         try:
-            ids = [
-                self.submit(prompt, p, deterministic=deterministic, stream=False)
-                for prompt, p in zip(prompts, each, strict=True)
-            ]
+            ids = submit()
             done: dict[str, RequestOutput | None] = dict.fromkeys(ids)
             while None in done.values():
                 for output in self.step():
@@ -495,6 +540,8 @@ class Engine:
             output.logprobs = history.logprobs
             output.top_logprobs = history.tops if tops else None
             output.text = delivery.text
+            if request.wants_receipt and request.error is None:
+                output.receipt = Receipt.of(self.contract, request)
         elif history.text is not None:
             shown = history.text.safe_length()
             output.new_text = history.text.text[delivery.characters : shown]

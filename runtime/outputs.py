@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from llm42c.runtime.receipt import Receipt
 
 FinishReason = Literal["stop", "length", "error"]
 # What bounds the length of an output: the request's own max_tokens; without one, the model's context, or the
@@ -36,3 +39,4 @@ class RequestOutput:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] | None = None
     text: str = ""
+    receipt: Receipt | None = None  # when it was asked for

@@ -104,7 +104,9 @@ class Request:
         max_pages: int,
         text: TextState | None,
         draft: list[int] | None = None,
+        forced: bool = False,
         drafter_source: DrafterSource | None = None,
+        wants_receipt: bool = False,
     ) -> None:
         self.id = request_id
         self.arrival = arrival
@@ -118,7 +120,9 @@ class Request:
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.processed = params.processes_logits
         self.draft = draft or []  # outputs that came with the request; emptied by the first wrong one
+        self.forced = self.draft if forced else None  # outputs that are taken whatever the model prefers
         self.drafter_source = drafter_source
+        self.wants_receipt = wants_receipt
         self.seen, self.emitted = RowCounts(0), RowCounts(len(prompt))  # for penalties
 
         self.state = State.WAITING

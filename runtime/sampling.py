@@ -230,7 +230,7 @@ class _Params:
     top_p: Tensor
     min_p: Tensor
     seed: Tensor
-    special: list[int]  # rows that need processing or top log-probs
+    special: list[int]  # rows that need processing, a given token or top log-probs
 
 
 class RowSampler:
@@ -266,7 +266,11 @@ class RowSampler:
             top_p=torch.tensor([x.top_p for x in p], dtype=torch.float32, device=device),
             min_p=torch.tensor([x.min_p for x in p], dtype=torch.float32, device=device),
             seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
-            special=[i for i, r in enumerate(requests) if r.processed or r.params.logprobs is not None],
+            special=[
+                i
+                for i, r in enumerate(requests)
+                if r.processed or r.forced is not None or r.params.logprobs is not None
+            ],
         )
         return self._params
 
@@ -286,7 +290,8 @@ class RowSampler:
         position: Tensor,
         result: Sampled,
     ) -> None:
-        """Redo processed rows on rewritten logits, and collect the most likely tokens where asked for."""
+        """Redo processed rows on rewritten logits, put given tokens in place of chosen ones, and collect the
+        most likely tokens where asked for."""
         todo = [i for i in params.special if rows[i][0].processed and result.tokens[i] >= 0]
         if todo:
             index = torch.tensor(todo, device=logits.device)
@@ -301,6 +306,13 @@ class RowSampler:
             tokens, _ = self._draw(work.to(raw.device), params, position, index)
             logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
             for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
+                result.tokens[i], result.logprobs[i] = token, logprob
+        given = [i for i in params.special if rows[i][0].forced is not None and result.tokens[i] >= 0]
+        if given:
+            index = torch.tensor(given, device=logits.device)
+            tokens = torch.tensor([_given(*rows[i]) for i in given], device=logits.device)
+            logprobs = self._sampler.token_logprobs(logits[index], tokens)
+            for i, token, logprob in zip(given, tokens.tolist(), logprobs.tolist(), strict=True):
                 result.tokens[i], result.logprobs[i] = token, logprob
         wanted = {
             i: min(k, logits.shape[1])
@@ -320,3 +332,9 @@ class RowSampler:
         return {
             i: list(zip(ids[j][:k], values[j][:k], strict=True)) for j, (i, k) in enumerate(wanted.items())
         }
+
+
+def _given(request: Request, length: int) -> int:
+    """The token that a forced request has behind its first `length` ones."""
+    assert request.forced is not None
+    return request.forced[length - request.prompt_len]

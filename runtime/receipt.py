@@ -1,0 +1,182 @@
+"""A receipt: what a deterministic request asked for and got, as a line of JSON that another engine can check.
+
+It holds no text and no log-probs, but a chain of digests over them: link i hashes link i - 1, token i and the
+bits of its log-prob, and the first one everything that was asked. The last field is a digest of all others,
+so an edit anywhere shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from llm42c.errors import Llm42Error, ReceiptError, RequestError
+from llm42c.runtime.contract import Contract
+from llm42c.runtime.outputs import FinishReason
+from llm42c.runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from llm42c.runtime.outputs import RequestOutput
+    from llm42c.runtime.request import Request
+
+VERSION = 1
+# What a receipt says of sampling: all of SamplingParams but code, and what shapes the output's form only.
+_LEFT_OUT = ("logits_processors", "logprobs", "detokenize", "include_stop", "ignore_eos")
+_PARAMS = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """`params` are resolved: a seed, a number of tokens, and every token id that ends the output."""
+
+    contract: Contract
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int]
+    chain: list[str]  # a link for each token
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+    @staticmethod
+    def of(contract: Contract, request: Request) -> Receipt:
+        """The receipt of a request that has ended. Raises RequestError for logits processors."""
+        require_receivable(request.params)
+        assert request.finish_reason is not None
+        resolved = {
+            "max_tokens": request.limit - request.prompt_len,
+            "seed": request.seed,
+            "stop_token_ids": sorted(request.stop_ids),
+        }
+        params = _params_from_json(_params_to_json(request.params) | resolved)
+        prompt, tokens = request.history.tokens[: request.prompt_len], request.outputs
+        chain = links(contract, prompt, params, tokens, request.history.logprobs)
+        return Receipt(contract, prompt, params, tokens, chain, request.finish_reason, request.stop_reason)
+
+    def to_json(self) -> str:
+        """Canonical JSON of one line: sorted keys, no spaces. `sha256` is the digest of all other fields."""
+        body = {
+            "llm42_receipt": VERSION,
+            "contract": json.loads(self.contract.to_json()),
+            "contract_hash": self.contract.hash,
+            "prompt": self.prompt,
+            "params": _params_to_json(self.params),
+            "tokens": self.tokens,
+            "chain": self.chain,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        return _canonical({**body, "sha256": hashlib.sha256(_canonical(body).encode()).hexdigest()})
+
+    @staticmethod
+    def from_json(text: str) -> Receipt:
+        """The inverse of :meth:`to_json`. Raises ReceiptError for what is no receipt, or was edited."""
+        try:
+            values = json.loads(text)
+            version = values["llm42_receipt"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ReceiptError("damaged: this is no receipt of llm42") from None
+        if version != VERSION and isinstance(version, int) and _intact(values):
+            raise ReceiptError(f"this receipt has version {version}; this release of llm42 reads {VERSION}")
+        try:
+            receipt = Receipt(
+                Contract.from_json(json.dumps(values["contract"])),
+                values["prompt"],
+                _params_from_json(values["params"]),
+                values["tokens"],
+                values["chain"],
+                values["finish_reason"],
+                values["stop_reason"],
+            )
+            same = text.removesuffix("\n") == receipt.to_json()
+        except (Llm42Error, ValueError, TypeError, KeyError, AttributeError):
+            same = False
+        if not same:
+            raise ReceiptError("damaged: the receipt is not as it was written")
+        return receipt
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """What came of a replay. `detail` says it in one line."""
+
+    verdict: Literal["exact", "differs", "another contract"]
+    detail: str
+    position: int | None = None  # of the first output that differs
+    fields: tuple[str, ...] = ()  # of the contract, `name: of the receipt -> of the engine`
+
+
+def require_receivable(params: SamplingParams) -> None:
+    """Raises RequestError for logits processors."""
+    if params.logits_processors:
+        raise RequestError("logits processors are code, which a receipt cannot hold")
+
+
+def contract_result(receipt: Receipt, contract: Contract) -> ReplayResult | None:
+    """Why an engine of `contract` cannot say anything about the receipt, if it cannot."""
+    if receipt.contract == contract:
+        return None
+    fields = tuple(receipt.contract.diff(contract))
+    return ReplayResult("another contract", "another contract: " + "; ".join(fields), fields=fields)
+
+
+def compare(receipt: Receipt, output: RequestOutput) -> ReplayResult:
+    """Whether `output`, of the request that the receipt describes, is what the receipt says."""
+    chain = links(receipt.contract, receipt.prompt, receipt.params, output.token_ids, output.logprobs)
+    both = zip(chain, receipt.chain, strict=False)
+    position = next((i for i, (a, b) in enumerate(both) if a != b), min(len(chain), len(receipt.chain)))
+    count = len(receipt.tokens)
+    if chain == receipt.chain and output.token_ids == receipt.tokens and output.error is None:
+        if (output.finish_reason, output.stop_reason) == (receipt.finish_reason, receipt.stop_reason):
+            return ReplayResult("exact", f"exact: {count} tokens and their log-probs, bit for bit")
+        why = f"it ended by {output.finish_reason}, and in the receipt by {receipt.finish_reason}"
+    elif output.error is not None:
+        why = output.error
+    elif output.token_ids[position : position + 1] == receipt.tokens[position : position + 1]:
+        why = "the same token with another log-prob, or after other ones"
+    else:
+        found, said = (t[position : position + 1] for t in (output.token_ids, receipt.tokens))
+        why = f"{found or 'the end'}, and in the receipt {said or 'the end'}"
+    return ReplayResult("differs", f"differs at token {position}: {why}", position)
+
+
+def links(
+    contract: Contract,
+    prompt: list[int],
+    params: SamplingParams,
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+) -> list[str]:
+    """16 hex digits for each token; log-probs count by their float32 bits."""
+    asked = {"contract": contract.hash, "prompt": prompt, "params": _params_to_json(params)}
+    link = hashlib.blake2b(_canonical(asked).encode(), digest_size=8).digest()
+    chain = []
+    for token, logprob in zip(tokens, logprobs, strict=True):
+        link = hashlib.blake2b(link + struct.pack("<qf", token, logprob), digest_size=8).digest()
+        chain.append(link.hex())
+    return chain
+
+
+def _canonical(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def _intact(values: dict[str, Any]) -> bool:
+    body = {k: v for k, v in values.items() if k != "sha256"}
+    return values.get("sha256") == hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def _params_to_json(params: SamplingParams) -> dict[str, Any]:
+    values = {name: getattr(params, name) for name in _PARAMS}
+    bias = values["logit_bias"]
+    return values | {"logit_bias": None if bias is None else sorted(map(list, bias.items()))}
+
+
+def _params_from_json(values: dict[str, Any]) -> SamplingParams:
+    bias = values["logit_bias"]
+    bias = None if bias is None else dict(bias)
+    return SamplingParams(**{name: values[name] for name in _PARAMS} | {"logit_bias": bias}, ignore_eos=True)
