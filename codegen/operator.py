@@ -47,6 +47,14 @@ class Tokens(enum.Enum):
     ROWS = "along the last dimension of the first operand; every other dimension may be divided"
     REDUCED = "over the dimensions that it is told; every other may be divided"
     ALONG = "along its argument `dim`; every other may be divided"
+    VIEW = "a view that keeps each row together, dimensions in any order"
+    PART = "a part of the elements, or all, dimensions in their order"
+    RESHAPE = "all elements in row-major order, as another shape"
+    SIZED = "a fresh tensor of a size that it is told"
+    JOINED = "tensors one behind another along its argument `dim`"
+    PICKED = "elements picked along its argument `dim`; every other may be divided"
+    PRODUCT = "a product of the rows of the first operand with the second"
+    ADDED_PRODUCT = "the first operand plus a product of the second's rows with the third"
 
 
 class Traffic(enum.Enum):

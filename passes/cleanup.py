@@ -18,9 +18,8 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
+from llm42c.passes.traits import is_random
 
-# Parts of names of random functions; a few others match too and only miss a clean-up.
-_RANDOM = ("rand", "bernoulli", "drop", "multinomial", "normal", "exponential", "poisson", "gumbel", "rrelu")
 # Modules whose functions have no effect besides their result (in-place and random ones are excluded by name).
 _PURE_MODULES = (
     "_operator",
@@ -41,20 +40,15 @@ def is_pure(node: fx.Node) -> bool:
         return False
     if node.op == "call_method":
         target = str(node.target)
-        return not target.endswith("_") and not _is_random(target) and target != "item"
+        return not target.endswith("_") and not is_random(target) and target != "item"
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace == "llm42"
     if not isinstance(g.value(node), (torch.Tensor, list, tuple, int, float, torch.SymInt, torch.SymFloat)):
         return False
     called = getattr(node.target, "__name__", "_")
     module = getattr(node.target, "__module__", None) or "torch"
-    if g.name(node) == "sdpa" and g.bind(node)["dropout_p"] != 0.0:
-        return False
-    return module in _PURE_MODULES and not called.startswith("_") and not _is_random(called)
-
-
-def _is_random(called: str) -> bool:
-    return any(part in called for part in _RANDOM)
+    random = g.bind(node)["dropout_p"] != 0.0 if g.name(node) == "sdpa" else is_random(called)
+    return module in _PURE_MODULES and not called.startswith("_") and not random
 
 
 def erase_dead_code(graph: fx.Graph) -> int:

@@ -20,6 +20,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from llm42c.passes.traits import renamed, signature
+
 VALUE = "example_value"
 STAND_INS = 1 << 28
 """Sizes from here on stand for a symbol (``sizes.py``); no dimension of a model is as large."""
@@ -58,59 +60,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 METHODS = frozenset({"view", "expand", "contiguous", "to"})
 _NAME_OF: dict[Any, str] = {fn: name for name, fn in FUNCTIONS.items()}
 
-# Positional order and defaults of arguments, for the functions whose arguments a pass reads.
-_SIGNATURES: dict[str, tuple[tuple[str, Any], ...]] = {
-    "add": (("input", None), ("other", None), ("alpha", 1)),
-    "sub": (("input", None), ("other", None), ("alpha", 1)),
-    "mul": (("input", None), ("other", None)),
-    "div": (("input", None), ("other", None), ("rounding_mode", None)),
-    "pow": (("input", None), ("exponent", None)),
-    "mean": (("input", None), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "sum": (("input", None), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "softmax": (("input", None), ("dim", None), ("dtype", None)),
-    "log_softmax": (("input", None), ("dim", None), ("dtype", None)),
-    "var": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
-    "std": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
-    "var_mean": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
-    "std_mean": (("input", None), ("dim", None), ("unbiased", None), ("keepdim", False)),
-    "norm": (("input", None), ("ord", "fro"), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "linalg_norm": (("input", None), ("ord", None), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "linalg_vector_norm": (("input", None), ("ord", 2), ("dim", None), ("keepdim", False), ("dtype", None)),
-    "normalize": (("input", None), ("ord", 2.0), ("dim", 1), ("eps", 1e-12)),
-    "group_norm": (("input", None), ("num_groups", 1), ("weight", None), ("bias", None), ("eps", 1e-5)),
-    "cumsum": (("input", None), ("dim", None), ("dtype", None)),
-    "cumprod": (("input", None), ("dim", None), ("dtype", None)),
-    "logsumexp": (("input", None), ("dim", None), ("keepdim", False)),
-    "cat": (("tensors", None), ("dim", 0)),
-    "baddbmm": (("input", None), ("batch1", None), ("batch2", None), ("beta", 1), ("alpha", 1)),
-    "addmm": (("input", None), ("mat1", None), ("mat2", None), ("beta", 1), ("alpha", 1)),
-    "matmul": (("input", None), ("other", None)),
-    "mm": (("input", None), ("other", None)),
-    "bmm": (("input", None), ("other", None)),
-    "linear": (("input", None), ("weight", None), ("bias", None)),
-    "gelu": (("input", None), ("approximate", "none")),
-    "dropout": (("input", None), ("p", 0.5), ("training", True), ("inplace", False)),
-    "layer_norm": (
-        ("input", None),
-        ("normalized_shape", None),
-        ("weight", None),
-        ("bias", None),
-        ("eps", 1e-5),
-    ),
-    "rms_norm": (("input", None), ("normalized_shape", None), ("weight", None), ("eps", None)),
-    "embedding": (("input", None), ("weight", None), ("padding_idx", None), ("max_norm", None)),
-    "sdpa": (
-        ("query", None),
-        ("key", None),
-        ("value", None),
-        ("attn_mask", None),
-        ("dropout_p", 0.0),
-        ("is_causal", False),
-        ("scale", None),
-        ("enable_gqa", False),
-    ),
-}
-
 
 def name(node: Any) -> str:
     """Canonical name of what a node computes; "" for placeholders, constants and unknown targets."""
@@ -128,15 +77,14 @@ def name(node: Any) -> str:
 def bind(node: fx.Node) -> dict[str, Any]:
     """Arguments of a node by name, defaults filled in; method and function calls alike.
 
-    Methods name their first argument differently, so it is always taken by position. Unknown keyword
-    arguments are kept under their own name.
+    Names are those of :func:`~llm42c.passes.traits.signature`. Unknown keyword arguments keep their own.
     """
-    signature = _SIGNATURES[name(node)]
-    bound: dict[str, Any] = dict(signature)
-    renamed = {"keepdims": "keepdim", "axis": "dim", "p": "ord" if "ord" in bound else "p"}
-    for (key, _), arg in zip(signature, node.args, strict=False):
+    called = name(node)
+    parameters = signature(FUNCTIONS[called])
+    bound: dict[str, Any] = dict(parameters)
+    for (key, _), arg in zip(parameters, node.args, strict=False):
         bound[key] = arg
-    bound |= {renamed.get(key, key): arg for key, arg in node.kwargs.items()}
+    bound |= {renamed(key, called): arg for key, arg in node.kwargs.items()}
     return bound
 
 
@@ -420,7 +368,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     of_python = getattr(node.target, "__module__", "") == "_operator"  # `and_` is an operator, not a writer
     inplace |= called in _IOPS if of_python else called.endswith("_") and not called.endswith("__")
     written = node.args[0] if node.args else node.kwargs.get("input")
-    return [written] if inplace and isinstance(written, fx.Node) else []
+    leaves = torch.utils._pytree.tree_leaves(written) if inplace else ()  # `_foreach_add_` writes to a list
+    return [n for n in leaves if isinstance(n, fx.Node)]
 
 
 def _asks_for_in_place(node: fx.Node) -> bool:
@@ -440,7 +389,9 @@ def _place_of_inplace(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-_IOPS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul"})
+_IOPS = frozenset(
+    f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+) | {"ilshift", "irshift", "imatmul"}
 
 
 class Effects:

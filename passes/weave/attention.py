@@ -34,6 +34,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c.passes import graph as g
+from llm42c.passes.traits import traits_of
 from llm42c.passes.weave.rules import Call, Rows, State, UnsplittableError, operator_name
 
 _PAGED = "llm42::paged_attention"
@@ -249,9 +250,6 @@ def _sdpa(call: Call) -> tuple[State | tuple[Any, ...], Emit]:
 
 
 _AND = frozenset({"and", "and_", "bitwise_and", "logical_and", "__and__"})
-_PASSING = frozenset(
-    {"expand", "to", "_to_copy", "clone", "slice", "alias", "contiguous", "detach", "getitem"}
-)
 
 
 def is_causal_mask(mask: Any, tokens: int) -> bool:
@@ -268,11 +266,18 @@ def is_causal_mask(mask: Any, tokens: int) -> bool:
     t = g.fake(mask)
     if t.dim() < 2 or t.shape[-1] != tokens or t.shape[-2] != tokens:
         return False
-    if name in _PASSING and is_causal_mask(mask.args[0], tokens):
+    passes_on = traits_of(name).same or name in ("expand", "slice", "getitem")
+    if passes_on and _read_alike(mask.args[0], t) and is_causal_mask(mask.args[0], tokens):
         return True
     order = _closed(mask)
     with unset_fake_temporarily(), torch.no_grad():  # a compiler may be at work around us
         return order is not None and all(_shows_no_later(_evaluate(order, tokens, n)) for n in _SIZES)
+
+
+def _read_alike(of: Any, mask: Tensor) -> bool:
+    """Not one by truth and the other as addends."""
+    t = g.tensor(of)
+    return t is not None and (t.dtype == torch.bool) == (mask.dtype == torch.bool)
 
 
 def _closed(node: fx.Node) -> list[fx.Node] | None:

@@ -26,7 +26,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from llm42c.codegen.operator import Tokens
 from llm42c.passes import graph as g
+from llm42c.passes.traits import tokens_of, traits_of
 
 What = Literal["keys", "index", "tokens", "rows", "counts", "offsets", "empty", "inverse"]
 
@@ -41,20 +43,6 @@ class Sorted:
     groups: int = 0
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_SAME = _names(
-    "to _to_copy clone float int long bfloat16 half contiguous detach alias type_as convert_element_type"
-)
-_ROW_VIEWS = _names(
-    "unsqueeze view reshape _unsafe_view slice chunk split split_with_sizes narrow select getitem"
-)
-_PER_ROW = _names(
-    "add sub mul div neg silu gelu sigmoid tanh exp relu pow clamp clamp_min clamp_max minimum maximum where "
-    "masked_fill ge gt le lt eq ne erf square sqrt rsqrt truediv imul iadd llm42::silu_mul"
-)
 _GROUPED = frozenset({"_grouped_mm", "grouped_mm", "transformers::grouped_mm_fallback"})
 _PUT = frozenset({"index_put", "_unsafe_index_put"})
 
@@ -92,7 +80,7 @@ def sorted_rule(name: str, node: fx.Node, states: dict[fx.Node, Any], rows: Call
         keys: Any = states.get(node.args[3])  # type: ignore[arg-type]
         if isinstance(first, Sorted) and first.what == "rows" and _are(keys, "keys") and first.by is keys.by:
             return first
-    if name in _SAME and isinstance(first, Sorted):
+    if traits_of(name).same and isinstance(first, Sorted):
         return first
     return _each_row(name, node, states)
 
@@ -167,10 +155,10 @@ def _each_row(name: str, node: fx.Node, states: dict[fx.Node, Any]) -> Any:
     outs = [v for v in (values if isinstance(values, (tuple, list)) else (values,)) if isinstance(v, Tensor)]
     whole = [g.fake(n) for n in tensors if not isinstance(states.get(n), Sorted)]
     sorted_dims = {g.fake(n).dim() for n in tensors if isinstance(states.get(n), Sorted)}
-    kept = all(v.dim() and v.shape[0] == size for v in outs)
-    if name in _ROW_VIEWS:
+    kept, tokens = all(v.dim() and v.shape[0] == size for v in outs), tokens_of(name)
+    if name == "getitem" or tokens in (Tokens.PART, Tokens.RESHAPE):
         kept = kept and len(tensors) == 1
-    elif name in _PER_ROW:
+    elif tokens is Tokens.POINTWISE:
         # Aligned from the right: rows stay in front, and nothing else reaches as far.
         kept = kept and sorted_dims == {outs[0].dim()} and all(w.dim() < outs[0].dim() for w in whole)
     else:

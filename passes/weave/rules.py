@@ -26,6 +26,7 @@ from llm42c.codegen.operator import Tokens
 from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import plain_name
+from llm42c.passes.traits import tokens_of
 from llm42c.passes.weave.experts import Sorted, SortedRowsError, sorted_rule
 
 SLACK = 1 << 20  # what sizes add to a multiple of the number of tokens
@@ -187,18 +188,15 @@ def _row_operator(call: Call) -> States:
     return _rows_alike(call, [(call.node.args[0], -1)])
 
 
-def _along_dim(default: int | None) -> Rule:
+def _along_dim(call: Call) -> States:
     """Operators with an argument ``dim`` in second place, which keep the size of that dimension."""
-
-    def rule(call: Call) -> States:
-        dim = call.argument(1, "dim", default)
-        if not isinstance(dim, int) or isinstance(dim, bool):
-            dim = call.argument(2, "dim", default)  # sort.stable(x, stable, dim)
-        if not isinstance(dim, int):
-            raise UnsplittableError("the dimension it works along is not known")
-        return _rows_alike(call, [(call.tensors[0], dim)])
-
-    return rule
+    default = -1 if call.name in ("sort", "argsort") else None
+    dim = call.argument(1, "dim", default)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        dim = call.argument(2, "dim", default)  # sort.stable(x, stable, dim)
+    if not isinstance(dim, int):
+        raise UnsplittableError("the dimension it works along is not known")
+    return _rows_alike(call, [(call.tensors[0], dim)])
 
 
 def _matmul(first: int) -> Rule:
@@ -351,81 +349,50 @@ def _row_operand(call: Call, x: Any) -> Rows:
     return state
 
 
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
-_POINTWISE = _names(
-    "add sub mul div neg abs square sqrt rsqrt reciprocal relu clamp clamp_min clamp_max maximum minimum eq "
-    "ne lt le gt ge to floor ceil round trunc sign rsub and and_ or or_ xor invert logical_and logical_or "
-    "logical_not logical_xor isnan isinf isfinite floor_divide remainder fmod bitwise_and bitwise_or "
-    "bitwise_not bitwise_xor float half bfloat16 double long int bool type_as type exp log cos sin tanh "
-    "sigmoid silu gelu softplus erf expm1 log1p pow mish elu leaky_relu hardswish exp2 log2 where "
-    "masked_fill "
-    "clone contiguous copy _to_copy zeros_like ones_like full_like empty_like lift_fresh_copy detach alias "
-    "truediv floordiv mod nan_to_num dropout native_dropout addcmul lerp neg_ fill "
-    "convert_element_type wait_tensor _c10d_functional::wait_tensor _c10d_functional::all_reduce "
-    "iadd isub imul itruediv"
-)
-_ROW_OPERATORS = _names("native_layer_norm layer_norm rms_norm _fused_rms_norm")
-_REDUCTIONS = _names("sum mean amax amin max min any all prod var std logsumexp argmax argmin norm topk")
-_KEEPING = _names("softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp _safe_softmax")
-_VIEWS = _names(
-    "expand transpose permute select narrow slice unbind t movedim expand_as split chunk split_with_sizes "
-    "unsqueeze squeeze tensor_split one_hot"
-)
-_RESHAPES = _names("view reshape _unsafe_view flatten unflatten ravel view_as reshape_as")
+# Of calls that have a rule for themselves.
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_POINTWISE, _pointwise),
-    **dict.fromkeys(_ROW_OPERATORS, _row_operator),
-    **dict.fromkeys(_REDUCTIONS, _alike),
-    **dict.fromkeys(_KEEPING, _along_dim(None)),
-    **dict.fromkeys(_names("sort argsort"), _along_dim(-1)),
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(_names("mm bmm matmul mv"), _matmul(0)),
-    **dict.fromkeys(_names("addmm baddbmm"), _matmul(1)),
-    **dict.fromkeys(_names("cat concat"), _cat),
-    **dict.fromkeys(_names("new_zeros new_ones new_empty new_full"), _sized),
-    **dict.fromkeys(_names("gather scatter scatter_add"), _index_select),
-    "stack": _alike,
     "linear": _linear,
     "embedding": _embedding,
-    "index_select": _index_select,
     "index": _indexing,
     "getitem": _getitem,
     "as_strided": _as_strided,
+    "_c10d_functional::all_reduce": _pointwise,
+    "_c10d_functional::wait_tensor": _pointwise,
     "_c10d_functional::all_gather_into_tensor": _gather_first,
     "llm42::shard_rows": _shard_rows,
     "llm42::gather_rows": _gather_rows,
     "llm42::all_reduce_add_rms_norm_sharded": _sharded_norm,
 }
-# Of our operators that have no rule of their own.
 _BY_TRAIT: dict[Tokens, Rule] = {
     Tokens.POINTWISE: _pointwise,
     Tokens.ROWS: _row_operator,
     Tokens.REDUCED: _alike,
-    Tokens.ALONG: _along_dim(None),
+    Tokens.ALONG: _along_dim,
+    Tokens.VIEW: _view,
+    Tokens.PART: _view,
+    Tokens.RESHAPE: _reshape,
+    Tokens.SIZED: _sized,
+    Tokens.JOINED: _cat,
+    Tokens.PICKED: _index_select,
+    Tokens.PRODUCT: _matmul(0),
+    Tokens.ADDED_PRODUCT: _matmul(1),
 }
-# Operators that do work on tokens, beside ours: the first of them is where a graph is divided.
-_HEAVY = _names("mm bmm matmul addmm baddbmm linear")
 
 
 def rule_of(name: str) -> Rule | None:
-    """What is known of an operator of ATen, or of ours."""
-    ours = our_operator(name)
-    if name in RULES or ours is None or ours.tokens is None:
-        return RULES.get(name)
-    return _BY_TRAIT[ours.tokens]
+    """What is known of a function of torch, or of an operator of ours."""
+    tokens = tokens_of(name)
+    return RULES.get(name) or (_BY_TRAIT[tokens] if tokens else None)
 
 
 def is_heavy(node: fx.Node) -> bool:
     """A product with a weight (sums over one element, as of positions and frequencies, are not meant)."""
     name = operator_name(node)
-    ours = our_operator(name)
-    if name not in _HEAVY and not (ours is not None and ours.product is not None):
+    ours, tokens = our_operator(name), tokens_of(name)
+    added = tokens is Tokens.ADDED_PRODUCT
+    if not added and tokens is not Tokens.PRODUCT and (ours is None or ours.product is None):
         return False
-    first = node.args[1 if name in ("addmm", "baddbmm") else 0]
+    first = node.args[1 if added else 0]
     return g.tensor(first) is not None and int(g.fake(first).shape[-1]) > 1
 
 
@@ -437,7 +404,7 @@ def divisible(node: fx.Node, tokens: int, known: dict[fx.Node, Rows]) -> Rows | 
         return None
     if t.shape[dims[0]] == tokens:
         return Rows(dims[0])
-    if operator_name(node) not in _RESHAPES:
+    if tokens_of(operator_name(node)) is not Tokens.RESHAPE:
         return None
     try:
         state = _reshape(Call(node, tokens, {}, known))

@@ -111,9 +111,10 @@ def test_masks_known_to_be_causal(name):
     [
         lambda x: None,
         lambda x: _causal(x).transpose(-1, -2) | _causal(x),
+        lambda x: _causal(x).to(x.dtype),  # 1 and 0, to be added
         lambda x: x[:, None] @ x[:, None].mT,
     ],
-    ids=["none", "everything", "computed"],
+    ids=["none", "everything", "numbers", "computed"],
 )
 def test_attention_that_may_look_ahead_is_refused(mask_of):
     with wg.group(), pytest.raises(UnsplittableError, match=r"later|one row|mask"):
