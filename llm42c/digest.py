@@ -91,7 +91,7 @@ def _digest(graph: fx.Graph, gm: nn.Module, weights: Collection[str]) -> str:
         if g.mutated_arguments(node):
             written.append(node)
     output = next(n for n in graph.nodes if n.op == "output")
-    foreign = any(not _is_ours(n) for n in written)
+    foreign = any(not g.is_ours(n) for n in written)
     effects = [digests[n] for n in (graph.nodes if foreign else written)]
     return hashlib.sha256("\n".join([digests[output], *effects]).encode()).hexdigest()[:32]
 
@@ -110,10 +110,6 @@ def _target(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return "" if node.op == "output" else node.target
     return torch.fx.node._get_qualified_name(node.target)
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "llm42"
 
 
 def _deciding(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

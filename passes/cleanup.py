@@ -42,7 +42,7 @@ def is_pure(node: fx.Node) -> bool:
         target = str(node.target)
         return not target.endswith("_") and not is_random(target) and target != "item"
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace == "llm42"
+        return g.is_ours(node)
     if not isinstance(g.value(node), (torch.Tensor, list, tuple, int, float, torch.SymInt, torch.SymFloat)):
         return False
     called = getattr(node.target, "__name__", "_")
@@ -96,7 +96,7 @@ def _shareable(node: fx.Node) -> bool:
 
 def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Case 2. A graph that writes to tensors anywhere but in an operator of ours is left alone."""
-    if writes := [n for n in graph.nodes if g.mutated_arguments(n) and not _is_ours(n)]:
+    if writes := [n for n in graph.nodes if g.mutated_arguments(n) and not g.is_ours(n)]:
         report.miss(writes[0], "in a graph that writes to tensors no call is shared")
         return
     seen: dict[Any, fx.Node] = {}
@@ -120,7 +120,3 @@ def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> 
 def _both_returned(a: fx.Node, b: fx.Node) -> bool:
     """Sharing would hand the caller one tensor twice, and a write to one would show in the other."""
     return all(any(user.op == "output" for user in node.users) for node in (a, b))
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "llm42"

@@ -74,6 +74,14 @@ def name(node: Any) -> str:
     return ""
 
 
+def is_ours(node: fx.Node) -> bool:
+    """A call of an operator of llm42."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.startswith("llm42::")
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "llm42"
+
+
 def bind(node: fx.Node) -> dict[str, Any]:
     """Arguments of a node by name, defaults filled in; method and function calls alike.
 

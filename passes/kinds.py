@@ -90,9 +90,7 @@ def _redistribution(node: fx.Node) -> Kind:
 
 def kind(node: fx.Node) -> Kind:
     """The kind of a call node."""
-    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and str(
-        node.target
-    ).startswith("llm42."):
+    if g.is_ours(node):
         return Kind.OPERATOR
     value = g.value(node)
     tensors = [n for n in node.all_input_nodes if g.tensor(n) is not None]

@@ -48,10 +48,6 @@ def _is_call(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 
 
-def _is_operator(node: fx.Node) -> bool:
-    return node.op == "call_function" and kind(node) is Kind.OPERATOR
-
-
 def _components(members: list[fx.Node], level: dict[fx.Node, int]) -> list[list[fx.Node]]:
     """Connected sets of equal level, each in graph order."""
     parent = {node: node for node in members}
@@ -128,7 +124,7 @@ def find_clusters(graph: fx.Graph) -> list[Cluster]:
 
     A graph that writes to tensors outside of llm42 operators has none: its calls keep their order.
     """
-    if any(g.mutated_arguments(n) and not _is_operator(n) for n in graph.nodes):
+    if any(g.mutated_arguments(n) and not g.is_ours(n) for n in graph.nodes):
         return []
     level = _levels(graph)
     calls = [n for n in graph.nodes if _is_call(n) and kind(n) in _COMPILED]
