@@ -13,7 +13,6 @@ from llm42c.codegen.triton import (
     attention_combine,
     attention_plan,
     dense_attention,
-    dense_tile,
     grouped_linear,
     kv_write,
     linear,
@@ -181,8 +180,8 @@ def kernels(device: Device, dtype: str = "bfloat16", head_dim: int = 128, page: 
 
 def dense_kernels(device: Device, dtype: str, head_dim: int) -> Iterator[Kernel]:
     """Attention over dense keys."""
-    causal = dense_tile.spec_for(device, 4, head_dim, dtype, True, False, False, "")
-    masked = dense_tile.spec_for(device, 4, head_dim, dtype, False, False, False, "bool")
+    causal = dense_attention.spec_for(device, 4, head_dim, dtype, True, False, False, "")
+    masked = dense_attention.spec_for(device, 4, head_dim, dtype, False, False, False, "bool")
     for label, spec in (("", causal), ("/mask", masked)):
         source = dense_attention.emit(spec)
         label = f"dense_attention{label}"

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from llm42c.codegen import device as devices
-from llm42c.codegen.triton import attention, dense_attention, dense_tile, kernel, linear, norm, pod_attention
+from llm42c.codegen.triton import attention, dense_attention, kernel, linear, norm, pod_attention
 from llm42c.codegen.triton import sample as sampling
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 
 H200 = devices.from_table("NVIDIA H200")
-MASKED = dense_tile.spec_for(H200, 4, 128, "bfloat16", False, False, False, "bool")
+MASKED = dense_attention.spec_for(H200, 4, 128, "bfloat16", False, False, False, "bool")
 MMA = re.compile(r"(wgmma\.mma_async\.\S+|mma\.sync\.\S+|tcgen05\.mma\.\S+)")
 
 

@@ -13,7 +13,6 @@ from llm42c.codegen.triton import (
     attention_combine,
     attention_plan,
     dense_attention,
-    dense_tile,
     grouped_linear,
     linear,
     pod_attention,
@@ -34,8 +33,8 @@ def attention(**changes: str) -> AttentionSpec:
     )  # fmt: skip
 
 
-def dense(causal: bool, mask: str) -> dense_tile.DenseSpec:
-    return dense_tile.spec_for(H200, 4, 128, "bfloat16", causal, False, False, mask)
+def dense(causal: bool, mask: str) -> dense_attention.DenseSpec:
+    return dense_attention.spec_for(H200, 4, 128, "bfloat16", causal, False, False, mask)
 
 
 SOURCES: dict[str, Callable[[], str]] = {

@@ -13,7 +13,6 @@ ROWS = tl.constexpr(32)
 KEYS = tl.constexpr(32)
 SPLIT = tl.constexpr(512)
 STAGES = tl.constexpr(1)
-CAUSAL = tl.constexpr(True)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -36,17 +35,17 @@ def finish(row_max, row_sum, acc, sinks_ptr, head):
 
 @triton.jit
 def attend(
-    q_ptr, k_ptr, v_ptr, mask_ptr, first_ptr, out_ptr, q_len, kv_len, heads, q_stride_b, q_stride_h,
-    q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, mask_stride_b,
-    mask_stride_h, mask_stride_q, mask_stride_k, scale, softcap, window,
-    tile, batch_head,
+    q_ptr, k_ptr, v_ptr, mask_ptr, first_ptr, out_ptr, q_len, kv_len, heads,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
+    v_stride_b, v_stride_h, v_stride_t, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    scale, softcap, window, tile, batch_head,
 ):
     """ROWS queries of one head. q: [B, Hq, Sq, D], k, v: [B, Hkv, Sk, D], out: [B, Sq, Hq, D]."""
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     live = row < q_len
-    position = row if CAUSAL else row + (kv_len - q_len)
+    position = row
     dim = tl.arange(0, DIM)
     inside = live[:, None] & (dim < HEAD_DIM)[None, :]
     q_at = q_ptr + batch * q_stride_b + head * q_stride_h
@@ -54,9 +53,7 @@ def attend(
     q = tl.load(q_at, mask=inside, other=0.0)  # [M, D]
     k_at = k_ptr + batch * k_stride_b + head // GROUP * k_stride_h
     v_at = v_ptr + batch * v_stride_b + head // GROUP * v_stride_h
-    end = kv_len
-    if CAUSAL:
-        end = tl.minimum(kv_len, tl.minimum(q_len, tile * ROWS + ROWS))
+    end = tl.minimum(kv_len, tl.minimum(q_len, tile * ROWS + ROWS))
     first = 0
 
     total_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -70,14 +67,13 @@ def attend(
         for start in tl.range(split, high, KEYS, num_stages=STAGES, disable_licm=True):
             key = start + tl.arange(0, KEYS)
             held = key < end
-            k = tl.load(
-                k_at + key[None, :].to(tl.int64) * k_stride_t + dim[:, None],
-                mask=held[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
-            )  # [D, N]
-            score = tl.dot(q, k, input_precision="ieee")
+            k_mask = held[None, :] & (dim < HEAD_DIM)[:, None]
+            k = tl.load(k_at + key[None, :].to(tl.int64) * k_stride_t + dim[:, None], mask=k_mask, other=0.0)
+            score = tl.dot(q, k, input_precision="ieee")  # [M, N]
             score = score * (scale * LOG2E)
             seen = held[None, :] & live[:, None]
             seen = seen & (key[None, :] <= position[:, None])
+            shown = held
             score = tl.where(seen, score, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(score, 1))
             base = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -85,10 +81,8 @@ def attend(
             decay = tl.exp2(row_max - base)
             row_sum = tl.fma(row_sum, decay, tl.sum(weight, 1))
             acc = acc * decay[:, None]
-            v = tl.load(
-                v_at + key[:, None].to(tl.int64) * v_stride_t + dim[None, :],
-                mask=held[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
-            )  # [N, D]
+            v_mask = shown[:, None] & (dim < HEAD_DIM)[None, :]
+            v = tl.load(v_at + key[:, None].to(tl.int64) * v_stride_t + dim[None, :], mask=v_mask, other=0.0)
             acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
             row_max = new_max
         total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
@@ -98,18 +92,19 @@ def attend(
 
 
 @triton.jit(do_not_specialize=[
-    "first_ptr", "mask_ptr", "q_len", "kv_len", "heads", "mask_stride_b", "mask_stride_h", "mask_stride_q",
-    "mask_stride_k", "window",
+    "first_ptr", "mask_ptr", "q_len", "kv_len", "heads",
+    "mask_stride_b", "mask_stride_h", "mask_stride_q", "mask_stride_k", "window",
 ])
 def dense_attention(
-    q_ptr, k_ptr, v_ptr, mask_ptr, first_ptr, out_ptr, q_len, kv_len, heads, q_stride_b, q_stride_h,
-    q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, mask_stride_b,
-    mask_stride_h, mask_stride_q, mask_stride_k, scale, softcap, window,
+    q_ptr, k_ptr, v_ptr, mask_ptr, first_ptr, out_ptr, q_len, kv_len, heads,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
+    v_stride_b, v_stride_h, v_stride_t, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+    scale, softcap, window,
 ):
     """q: [B, Hq, Sq, D], k, v: [B, Hkv, Sk, D], out: [B, Sq, Hq, D]. Program (tile of queries, B · Hq)."""
     attend(
-        q_ptr, k_ptr, v_ptr, mask_ptr, first_ptr, out_ptr, q_len, kv_len, heads, q_stride_b, q_stride_h,
-        q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, mask_stride_b,
-        mask_stride_h, mask_stride_q, mask_stride_k, scale, softcap, window,
-        tl.program_id(0), tl.program_id(1),
+        q_ptr, k_ptr, v_ptr, mask_ptr, first_ptr, out_ptr, q_len, kv_len, heads,
+        q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t,
+        v_stride_b, v_stride_h, v_stride_t, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
+        scale, softcap, window, tl.program_id(0), tl.program_id(1),
     )
