@@ -24,7 +24,7 @@ composed of other operators.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
@@ -70,6 +70,12 @@ class Cost:
 
     bytes: float
     flops: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __str__(self) -> str:
+        return f"{self.bytes / 1e6:.3g} MB, {self.flops / 1e6:.3g} MFLOP"
 
 
 class Operator:
@@ -136,13 +142,12 @@ class Operator:
         """It copies elements and computes nothing."""
         return set(self.orders.values()) == {COPY}
 
-    def cost(self, *args: Any) -> Cost:
+    def cost(self, args: Sequence[Any], results: Any) -> Cost:
         """Of one call: every tensor that goes in or comes out moves once; one operation an element of the
         result, or those of the product. Tensors may be fakes."""
-        results = self.overload(*args)
-        results = results if isinstance(results, tuple) else (results,)
-        moved = [x for x in tree_leaves((args, results)) if isinstance(x, torch.Tensor)]
-        flops = 2 * args[0].numel() * self.product(*args) if self.product else sum(x.numel() for x in results)
+        made = tree_leaves(results)
+        moved = [x for x in (*tree_leaves(args), *made) if isinstance(x, torch.Tensor)]
+        flops = 2 * args[0].numel() * self.product(*args) if self.product else sum(x.numel() for x in made)
         return Cost(float(sum(x.nbytes for x in moved)), float(flops))
 
     def fake(self, function: _F) -> _F:

@@ -19,6 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from llm42c import backend
 from llm42c.codegen.device import Device
+from llm42c.codegen.operator import Cost
 from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.order import Order
 from llm42c.compile.clusters import find_clusters, outline, structural_hash
@@ -26,8 +27,10 @@ from llm42c.compile.computation import operator_name
 from llm42c.compile.dump import Dump
 from llm42c.errors import Llm42Error, OptionsError
 from llm42c.options import Options
+from llm42c.passes import graph as g
 from llm42c.passes.base import Report
 from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
+from llm42c.passes.sizes import PRIMES
 
 if TYPE_CHECKING:
     from llm42c.compile.compiler import ModelCompiler
@@ -86,7 +89,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.graphs:
             return "Dynamo captured no graph.\n"
-        return "\n".join(_page(i, g, len(self.graphs)) for i, g in enumerate(self.graphs))
+        return "\n".join(_page(i, graph, len(self.graphs)) for i, graph in enumerate(self.graphs))
 
 
 @dataclass
@@ -103,13 +106,15 @@ class EngineExplanation:
     """The result of :func:`explain_engine`; ``str()`` gives a readable page.
 
     ``operators`` counts the llm42 operators that are called. ``orders`` has the order of each, which the
-    contract lists by name and version. ``foreign`` counts the calls that are neither operators nor exact:
-    their bits hang on the machine.
+    contract lists by name and version. ``costs`` has what the products of one token with weights move and
+    compute, all calls of an operator together. ``foreign`` counts the calls that are neither operators nor
+    exact: their bits hang on the machine.
     """
 
     report: Report
     operators: dict[str, int]
     orders: dict[str, Order]
+    costs: dict[str, Cost]
     pieces: list[Piece]
     foreign: dict[str, int]
     digest: str
@@ -119,7 +124,8 @@ class EngineExplanation:
         lines = ["the engine's graph", "", self.report.table().rstrip(), "", *_where(self.report)]
         lines.append("operators: " + (_counts(self.operators) or "none"))
         for name, order in self.orders.items():
-            lines.append(f"    {name}: {order} ({order.text})")
+            cost = f"; a token: {self.costs[name]}" if name in self.costs else ""
+            lines.append(f"    {name}: {order} ({order.text}){cost}")
         lines.append("compiled by Inductor, with its reductions fixed: " + ("" if self.pieces else "nothing"))
         lines += [f"    {p.times:>4} × {p.module or '(top)'}: {_counts(p.calls)}" for p in self.pieces]
         lines.append(_FOREIGN + (_counts(self.foreign) or "nothing"))
@@ -149,6 +155,7 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
         compiled.report,
         counts,
         {name: operators()[name].orders[computation.target] for name in counts},
+        _costs(graph),
         list(found.values()),
         computation.foreign,
         compiled.digest,
@@ -246,6 +253,25 @@ def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int], dict[str, 
                 inductor[plain_name(node)] += 1
                 foreign[plain_name(node)] += k in FOREIGN
     return dict(operators.most_common()), dict(inductor.most_common()), dict((+foreign).most_common())
+
+
+def _costs(graph: fx.Graph) -> dict[str, Cost]:
+    """Of products with weights, by operator, in a step of one token. Numbers of rows stand as primes."""
+
+    def of_one_token(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        sizes = [1 if size in PRIMES else size for size in value.shape]
+        return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+    found: dict[str, Cost] = {}
+    for node in filter(g.is_ours, graph.nodes):
+        ours = operators()[operator_name(node)]
+        if ours.product is not None:
+            call = fx.node.map_arg((node.args, node), g.value)
+            args, result = torch.utils._pytree.tree_map(of_one_token, call)
+            found[ours.name] = found.get(ours.name, Cost(0, 0)) + ours.cost(args, result)
+    return found
 
 
 def _page(number: int, graph: GraphExplanation, total: int) -> str:

@@ -65,7 +65,7 @@ def test_the_cost_of_a_product_is_its_own() -> None:
     registry.load()
     x, weight = torch.ones(3, 8), torch.ones(96, 8)
     packed = torch.ops.llm42.linear_pack(weight)
-    cost = registry.operators()["linear_silu_mul"].cost(x, packed, 48)
+    cost = registry.operators()["linear_silu_mul"].cost((x, packed, 48), torch.empty(3, 48))
     assert cost.flops == 2 * 3 * 8 * 96
     assert cost.bytes == 4 * (x.numel() + packed.numel() + 3 * 48)
     assert registry.operators()["rotary"].product is None

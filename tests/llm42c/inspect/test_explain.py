@@ -120,6 +120,12 @@ def test_the_engine_s_page_names_orders_as_the_contract_does_and_foreign_calls()
     assert found.orders.keys() == found.operators.keys()
     assert found.foreign == {}
     assert "    linear: fma-chain/1 (One fp32 chain" in str(found)
+    # Two layers of 2 × (40·64 + 32·40 + 72·40) and the head's 40·101; gate and up are 40·144.
+    assert found.costs["linear"].flops == 2 * (2 * (40 * 64 + 32 * 40 + 72 * 40) + 40 * 101)
+    assert found.costs["linear_silu_mul"].flops == 2 * 2 * 40 * 144
+    assert found.costs["linear_silu_mul"].bytes == 2 * 4 * (40 + 3 * 40 * 48 + 72)
+    assert found.costs.keys() == {"linear", "linear_silu_mul"}
+    assert f"; a token: {found.costs['linear']}" in str(found)
     assert "of these neither ours nor exact: nothing" in str(found)
     torch.manual_seed(0)
     small = {"hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4}
