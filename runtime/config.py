@@ -14,6 +14,7 @@ DEFAULT_BUCKETS = (
     *(96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
 )
 DEFAULT_ROW_BUCKETS = (2, 8, 32, 128, 512)
+WINDOW_ROWS = 128  # of a fast step, for drafts that came with their requests
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,13 @@ class EngineConfig:
         """Every (tokens, rows) that the scheduler can ever run the fast graph at, ascending."""
         found = set()
         for tokens in self.token_buckets:
-            found |= {
-                (tokens, self.row_bucket(tokens, n)) for n in range(1, min(tokens, self.max_num_seqs) + 1)
-            }
+            most = min(tokens, max(self.max_num_seqs, self.window_rows(tokens)))
+            found |= {(tokens, self.row_bucket(tokens, n)) for n in range(1, most + 1)}
         return sorted(found)
+
+    def window_rows(self, num_tokens: int) -> int:
+        """Logits rows that a fast step of `num_tokens` may have because of drafts: for those that came with
+        their requests few buckets are filled, as each is probed."""
+        if num_tokens <= WINDOW_ROWS and num_tokens & (num_tokens - 1) == 0:
+            return num_tokens
+        return min(num_tokens, self.row_bucket(num_tokens, self.max_num_seqs))

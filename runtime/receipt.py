@@ -104,7 +104,7 @@ class Receipt:
 class ReplayResult:
     """What came of a replay. `detail` says it in one line."""
 
-    verdict: Literal["exact", "differs", "another contract"]
+    verdict: Literal["exact", "differs", "another contract", "damaged"]
     detail: str
     position: int | None = None  # of the first output that differs
     fields: tuple[str, ...] = ()  # of the contract, `name: of the receipt -> of the engine`

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from llm42c.runtime.block_pool import BlockPool
 from llm42c.runtime.certificates import Certificates
-from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.config import WINDOW_ROWS, EngineConfig
 from llm42c.runtime.packing import Chunk, Span
 from llm42c.runtime.request import Lease, Proposal, Request, State
 from llm42c.runtime.speculate import Speculator
@@ -59,7 +59,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # both in order of arrival
         self.running: list[Request] = []
         self._deferred: list[Request] = []  # prompts that the verifier has to continue in this step
-        self._windows: set[int] = set()  # requests whose drafts the fast batch of this step holds
+        self._windows: dict[int, int] = {}  # length of the drafts that the fast batch holds, by request
 
     # -- requests come and go --------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Scheduler:
 
     def plan_fast(self) -> FastPlan | None:
         self._admit()
-        self._deferred, self._windows = [], set()
+        self._deferred, self._windows = [], {}
         decodes, prompts = self._candidates()
         if any(r.deterministic for r in prompts):
             plan = self._committing_plan(decodes, prompts)
@@ -286,23 +286,22 @@ class Scheduler:
         """A committing `plan` with windows in place of single rows, in a larger bucket if one commits too."""
         open_spans = [c for c in plan.chunks if _takes_drafts(c) and not c.request.proposal.tokens]
         tokens = sum(c.num_tokens for c in plan.chunks)
-        # No more rows than an undrafted step may have: of such shapes it is known whether they commit.
-        most = self._config.row_bucket(self._buckets[-1], self._config.max_num_seqs)
         rows = sum(c.num_rows for c in plan.chunks)
-        room = min(most - rows, self._buckets[-1] - tokens)
-        sizes = self._draft_sizes(plan.num_tokens, tokens + room)
+        sizes = self._draft_sizes(plan.num_tokens)
+        # Guesses ask for no more rows than a full batch of decodes has.
+        most = self._config.row_bucket(self._buckets[-1], self._config.max_num_seqs) - rows
 
         def guess(requests: list[Request], given: int) -> list[list[int]]:
             larger = [s for s in sizes if s >= tokens + given] or sizes[-1:]
-            return self._speculator.choose(requests, tokens + given, larger, room - given)
+            return self._speculator.choose(requests, tokens + given, larger, most - given)
 
-        drafts = self._drafts(open_spans, room, guess)
+        drafts = self._drafts(open_spans, sizes[-1] - tokens, guess)
         wanted = sum(map(len, drafts))
         if not wanted:
             return plan
         best = next((s for s in sizes if s >= tokens + wanted), sizes[-1])
         for bucket in (s for s in reversed(sizes) if s <= best):
-            left = min(bucket - tokens, wanted)
+            left = max(0, min(bucket - tokens, wanted, self._config.window_rows(bucket) - rows))
             num_rows = self._config.row_bucket(bucket, rows + left)
             if self._certificates.commits((bucket, num_rows)):
                 for span, draft in zip(open_spans, drafts, strict=True):
@@ -312,9 +311,9 @@ class Scheduler:
                 self._certificates.want((bucket, num_rows))
         return plan
 
-    def _draft_sizes(self, least: int, most: int) -> list[int]:
-        """The bucket `least`, and those above it that are made larger for drafts: few, as each is probed."""
-        return [least, *(b for b in self._buckets if least < b < 2 * most and b & (b - 1) == 0)]
+    def _draft_sizes(self, least: int) -> list[int]:
+        """The bucket `least`, and those above it that may be filled by drafts."""
+        return [least, *(b for b in self._buckets if least < b <= WINDOW_ROWS and b & (b - 1) == 0)]
 
     def _drafts(
         self, spans: list[Chunk], room: int, guess: Callable[[list[Request], int], list[list[int]]]
@@ -341,7 +340,7 @@ class Scheduler:
         held = self._grow_for_drafts(request.lease, chunk.end + len(draft))
         added = request.extend_proposal(draft[: held - chunk.end])
         chunk.end += added
-        self._windows.add(id(request))
+        self._windows[id(request)] = added
         return added
 
     # -- the verifier batch ----------------------------------------------------------------------------------
@@ -379,7 +378,10 @@ class Scheduler:
         proposal = request.proposal
         if proposal.drain or _awaits_verifier(proposal, self._config.verify_window):
             return True
-        return id(request) not in self._windows and bool(request.given_draft(1))
+        # A draft so long that the fast batch took little of it fills a step of the verifier too.
+        enough = self._config.verify_tokens
+        taken = self._windows.get(id(request), -1)
+        return taken < enough // 2 and len(request.given_draft(enough)) >= (enough if taken >= 0 else 1)
 
     def _speculating(self) -> Iterator[Request]:
         return (r for r in self.running if r.proposal.tokens)

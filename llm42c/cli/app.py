@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llm42c.cli import bench, cache, demo, generate, inspect, kernels, survey, version
+from llm42c.cli import bench, cache, demo, generate, inspect, kernels, replay, score, survey, version
 
 app = typer.Typer(
     help="Reproducible batched LLM decoding.",
@@ -28,6 +28,8 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("replay")(replay.replay)
+app.command("score")(score.score)
 app.add_typer(bench.app, name="bench")
 app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)

@@ -20,8 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from llm42c.cli.parallel import announced, silent
-from llm42c.errors import ConfigError, ModelNotFoundError
+from llm42c.cli.parallel import announced, read_stdin, silent
+from llm42c.errors import ConfigError, ModelNotFoundError, RequestError
 from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
@@ -182,12 +182,26 @@ def progress_bars() -> Iterator[Report]:
 
 def write_json(path: Path, data: Any) -> None:
     """Raises ConfigError where the file cannot be written. Under `torchrun` rank 0 writes."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`."""
     if silent():
         return
     try:
-        path.write_text(json.dumps(data, indent=2) + "\n")
+        path.write_text(text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_lines(path: Path, errors: str = "strict") -> list[tuple[int, str]]:
+    """Lines of a file, or of stdin for '-', that are not empty, with their numbers. Raises RequestError."""
+    try:
+        text = read_stdin() if str(path) == "-" else path.read_text(encoding="utf-8", errors=errors)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {path}: {error}") from None
+    return [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line]
 
 
 def print_json(data: Any) -> None:

@@ -22,6 +22,7 @@ from llm42c.cli.common import (
     open_engine,
     print_json,
     progress_bars,
+    write_text,
 )
 from llm42c.errors import RequestError
 from llm42c.prompts import Prompt
@@ -66,6 +67,9 @@ def generate(
         int | None, typer.Option("--logprobs", help="With --json: the N likeliest of each step.")
     ] = None,
     json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a prompt.")] = False,
+    receipt: Annotated[
+        Path | None, typer.Option("--receipt", metavar="FILE", help="Write a receipt a prompt, one a line.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
@@ -107,14 +111,17 @@ def generate(
         )
         ids = [Prompt(str(i), text, chat).token_ids(built.tokenizer) for i, text in enumerate(texts)]
         for prompt in ids:
-            built.engine.submit(prompt, params, deterministic=deterministic)
+            built.engine.submit(prompt, params, deterministic=deterministic, receipt=receipt is not None)
         stream = len(ids) == 1 and not json_out
         done: dict[str, RequestOutput] = {}
         if not stream:
             _run(built, done, report=lambda n: report("decoding", n, len(ids) * max_tokens))
     if stream:
         _run(built, done, echo=True)
-    _print(built, [done[key] for key in sorted(done, key=_number)], json_out, stream)
+    outputs = [done[key] for key in sorted(done, key=_number)]
+    if receipt is not None:
+        write_text(receipt, "".join(f"{o.receipt.to_json()}\n" for o in outputs if o.receipt is not None))
+    _print(built, outputs, json_out, stream)
 
 
 def _texts(prompts: list[str], files: list[Path]) -> list[str]:

@@ -1,0 +1,88 @@
+"""`llm42 replay`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm42c.cli import exits
+from llm42c.cli.common import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    FastOption,
+    KvOption,
+    VerifyOption,
+    open_engine,
+    print_json,
+    progress_bars,
+    read_lines,
+)
+from llm42c.errors import ReceiptError, RequestError
+
+if TYPE_CHECKING:
+    from llm42c.runtime.receipt import Receipt, ReplayResult
+
+
+def replay(
+    receipts: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECEIPT...", help="Files with a receipt a line; '-' is stdin."),
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="What the receipts are of.")] = DEFAULT_MODEL,
+    device: DeviceOption = "cpu",
+    fast: FastOption = "pinned",
+    verify: VerifyOption = "auto",
+    kv_mb: KvOption = 256,
+    json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a receipt.")] = False,
+) -> None:
+    """Do again what receipts say was done, in few passes, and compare every token and log-prob bit."""
+    from llm42c.runtime.receipt import Receipt
+
+    lines = [(f"{path}:{n}", text) for path in receipts for n, text in read_lines(path, "surrogateescape")]
+    if not lines:
+        raise RequestError("there is no receipt to replay")
+    read = {name: _read(text) for name, text in lines}
+    first = next((r for r in read.values() if isinstance(r, Receipt)), None)
+    built = None
+    if first is not None:
+        wanted = first.contract
+        with progress_bars() as report:
+            built = open_engine(
+                model,
+                report,
+                dtype=wanted.dtype,
+                device=device,
+                fast=fast,
+                verify=verify,
+                kv_mb=kv_mb,
+                verify_tokens=wanted.verify_tokens,
+                verify_seqs=wanted.verify_seqs,
+                verify_rows=wanted.verify_rows,
+                page_size=wanted.page_size,
+            )
+    exact = True
+    for name, receipt in read.items():
+        if isinstance(receipt, Receipt):
+            assert built is not None
+            result = built.engine.replay(receipt)
+        else:
+            result = receipt
+        exact &= result.verdict == "exact"
+        if json_out:
+            print_json({"receipt": name, **dataclasses.asdict(result)})
+        else:
+            print(f"{name}: {result.detail}")
+    if not exact:
+        raise typer.Exit(exits.FAILED)
+
+
+def _read(text: str) -> Receipt | ReplayResult:
+    from llm42c.runtime.receipt import Receipt, ReplayResult
+
+    try:
+        return Receipt.from_json(text)
+    except ReceiptError as error:
+        return ReplayResult("damaged", str(error))
