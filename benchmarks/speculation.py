@@ -76,7 +76,7 @@ def compare(
         for how in (None, "auto"):
             for group in groups:
                 run(engine, group, params, speculate=how)
-    engine.certificates.settle()
+        engine.certificates.settle()
     plain: list[float] = []
     drafted: list[float] = []
     before = engine.stats().drafted_tokens, engine.stats().accepted_drafts
@@ -107,6 +107,43 @@ def compare(
     }
 
 
+def replays(built: BuiltEngine, prompt: list[int], tokens: int, rounds: int) -> dict[str, Any]:
+    """One row: a completion decoded alone, and replayed from its receipt, in turns."""
+    engine = built.variant(prefix_cache=False)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)
+    decoded: list[float] = []
+    replayed: list[float] = []
+    differ = 0
+    for i in range(rounds + 1):
+        start = time.perf_counter()
+        engine.submit(prompt, params, stream=False, receipt=True)
+        outputs: list[RequestOutput] = []
+        while engine.has_unfinished():
+            outputs += engine.step()
+        decoded.append(time.perf_counter() - start)
+        receipt = outputs[-1].receipt
+        assert receipt is not None
+        start = time.perf_counter()
+        differ += engine.replay(receipt).verdict != "exact"
+        replayed.append(time.perf_counter() - start)
+        if i == 0:  # certificates of the shapes that were met
+            engine.replay(receipt)
+            engine.certificates.settle()
+    decoded, replayed = decoded[1:], replayed[1:]
+    return {
+        "work": "replay",
+        "requests": 1,
+        "new_tokens": tokens,
+        "rounds": rounds,
+        "plain_tok_s": round(tokens / statistics.median(decoded), 1),
+        "speculate_tok_s": round(tokens / statistics.median(replayed), 1),
+        "ratio": round(statistics.median(d / r for d, r in zip(decoded, replayed, strict=True)), 3),
+        "differ": differ,
+        "drafted_a_token": 1.0,
+        "accepted_a_token": 1.0,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
@@ -124,6 +161,8 @@ def main() -> None:
         for name, prompts in (("repetitive", repetitive), ("prose", prose)):
             rows.append(compare(built, name, prompts, requests, arguments.tokens, arguments.rounds) | machine)
             print({k: v for k, v in rows[-1].items() if k not in machine}, flush=True)
+    rows.append(replays(built, prose[0], 512, arguments.rounds) | machine)
+    print({k: v for k, v in rows[-1].items() if k not in machine}, flush=True)
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

@@ -198,15 +198,17 @@ class Speculator:
 
     def _guess(self, request: Request, guesses: _Guesses, k: int) -> list[int]:
         guesses.compare(request.history.tokens)
-        known = [*request.history.tokens, *request.proposal.tokens]
+        pending, known = request.proposal.tokens, request.history.tokens
         start = time.perf_counter()
         if isinstance(guesses.drafter, NgramDrafter):
+            known = [*known, *pending] if pending else known
             guess = guesses.drafter.propose(known, k)
         else:
+            known = [*known, *pending]  # its own, whatever it does with it
             guess = self._in_time(guesses.source, guesses.drafter, known, k)
         took = time.perf_counter() - start
         self._seconds = took if not self._seconds else 0.8 * self._seconds + 0.2 * took
-        guesses.at, guesses.guess = len(known), guess
+        guesses.at, guesses.guess = request.num_tokens, guess
         return guess
 
     def _in_time(self, source: DrafterSource, drafter: Drafter, tokens: list[int], k: int) -> list[int]:

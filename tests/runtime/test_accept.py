@@ -60,6 +60,33 @@ def test_commits_the_agreeing_prefix_and_one_more(count: int, rows: int) -> None
         assert not request.proposal.blocked
 
 
+@pytest.mark.parametrize(("computed", "drafted"), [(c, d) for c in range(3) for d in range(1, 4)])
+def test_no_draft_outlives_its_window(computed: int, drafted: int) -> None:
+    count = computed + drafted
+    for answers in itertools.product([4, 5], repeat=count + 1):
+        request = make([4] * computed)
+        assert request.extend_proposal([4] * drafted) == drafted
+        newest = len(PROMPT) - 1
+        verdict = accept(
+            Span(request, newest, newest + count + 1, newest), answer(list(answers)), 2, VERIFIER
+        )
+        right = next((j for j in range(count) if answers[j] != 4), count)
+        assert request.outputs == list(answers[: right + 1])
+        assert verdict.drafts_accepted == max(0, right - computed)
+        assert verdict.rolled_back == (right < computed), "a wrong draft is no rollback"
+        assert verdict.dropped == (computed - right if right < computed else 0)
+        assert (request.proposal.tokens, request.proposal.drafted) == ([], 0)
+        assert request.lease.num_computed == request.lease.proved == len(request.history.tokens) - 1
+
+
+def test_a_draft_is_followed_up_to_the_end_that_it_proposes() -> None:
+    request = make([])
+    assert request.extend_proposal([4, EOS, 5, 5]) == 1, "the model has no use for what ends the request"
+    assert request.proposal.tokens == [4, EOS]
+    verdict = accept(Span(request, 2, 4, 2), answer([4, EOS]), 2, VERIFIER)
+    assert (request.outputs, verdict.finished, verdict.drafts_accepted) == ([4, EOS], True, 2)
+
+
 def test_a_prompt_chunk_commits_nothing() -> None:
     request = make([])
     request.lease.num_computed = 0

@@ -86,6 +86,7 @@ def fake_request(drafter: Any, tokens: list[int]) -> Any:
 
     class Fake(SimpleNamespace):
         __hash__ = object.__hash__
+        num_tokens = property(lambda self: len(self.history.tokens))
 
     history, proposal = SimpleNamespace(tokens=tokens), SimpleNamespace(tokens=[])
     return Fake(history=history, proposal=proposal, drafter_source=drafter_source(drafter))
