@@ -27,7 +27,7 @@ from llm42c.runtime.contract import Contract, engine_contract
 from llm42c.runtime.drafters import AS_ENGINE, Speculate, drafter_source, requested_source
 from llm42c.runtime.graphs import GraphDevice, GraphedModel
 from llm42c.runtime.intake import Limits, check_flag, check_id, check_limits, check_prompt, check_tokens
-from llm42c.runtime.outputs import RequestOutput
+from llm42c.runtime.outputs import RequestOutput, news_of
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
 from llm42c.runtime.processors import Decode, TextState
@@ -514,39 +514,12 @@ class Engine:
                 del self._requests[request.id]
             elif not request.stream or request.delivery.outputs >= request.num_outputs:
                 continue
-            outputs.append(self._output(request, finished))
+            output = news_of(request, finished)
+            if finished and request.wants_receipt and request.error is None:
+                output.receipt = Receipt.of(self.contract, request)
+            outputs.append(output)
         self._touched.clear()
         return outputs
-
-    def _output(self, request: Request, finished: bool) -> RequestOutput:
-        history, delivery = request.history, request.delivery
-        done, tops = delivery.outputs, request.params.logprobs is not None
-        output = RequestOutput(
-            request.id,
-            history.tokens[request.prompt_len + done :],
-            history.logprobs[done:],
-            history.tops[done:] if tops else None,
-        )
-        delivery.outputs = max(done, request.num_outputs)
-        if finished:
-            output.new_text = delivery.text[delivery.characters :]
-            output.finished = True
-            output.finish_reason = request.finish_reason
-            output.stop_reason = request.stop_reason
-            output.limit = request.limited_by if request.finish_reason == "length" else None
-            output.error = request.error
-            output.prompt_token_ids = history.tokens[: request.prompt_len]
-            output.token_ids = request.outputs
-            output.logprobs = history.logprobs
-            output.top_logprobs = history.tops if tops else None
-            output.text = delivery.text
-            if request.wants_receipt and request.error is None:
-                output.receipt = Receipt.of(self.contract, request)
-        elif history.text is not None:
-            shown = history.text.safe_length()
-            output.new_text = history.text.text[delivery.characters : shown]
-            delivery.characters = max(delivery.characters, shown)
-        return output
 
     def _slots(self, request: Request, start: int, end: int) -> Tensor:
         return torch.from_numpy(slots_of(request, np.arange(start, end), self.config.page_size))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from llm42c.runtime.receipt import Receipt
+    from llm42c.runtime.request import Request
 
 FinishReason = Literal["stop", "length", "error"]
 # What bounds the length of an output: the request's own max_tokens; without one, the model's context, or the
@@ -40,3 +41,33 @@ class RequestOutput:
     top_logprobs: list[TopLogprobs] | None = None
     text: str = ""
     receipt: Receipt | None = None  # when it was asked for
+
+
+def news_of(request: Request, finished: bool) -> RequestOutput:
+    """What the user has not been given yet; from here on it counts as delivered."""
+    history, delivery = request.history, request.delivery
+    done, tops = delivery.outputs, request.params.logprobs is not None
+    output = RequestOutput(
+        request.id,
+        history.tokens[request.prompt_len + done :],
+        history.logprobs[done:],
+        history.tops[done:] if tops else None,
+    )
+    delivery.outputs = max(done, request.num_outputs)
+    if finished:
+        output.new_text = delivery.text[delivery.characters :]
+        output.finished = True
+        output.finish_reason = request.finish_reason
+        output.stop_reason = request.stop_reason
+        output.limit = request.limited_by if request.finish_reason == "length" else None
+        output.error = request.error
+        output.prompt_token_ids = history.tokens[: request.prompt_len]
+        output.token_ids = request.outputs
+        output.logprobs = history.logprobs
+        output.top_logprobs = history.tops if tops else None
+        output.text = delivery.text
+    elif history.text is not None:
+        shown = history.text.safe_length()
+        output.new_text = history.text.text[delivery.characters : shown]
+        delivery.characters = max(delivery.characters, shown)
+    return output
