@@ -191,13 +191,12 @@ def attend(
     stats = torch.empty(lines * 2, dtype=torch.float32, device=q.device)
     some_sinks = stats if sinks is None else kernel.aligned(sinks.float().contiguous())
     programs = choice.programs or plan.items_at_most() * spec.kv_heads
-    table_stride = () if spec.layout == "rows" else (table.stride(0),)
     run = kernel.load("pod_attention", hybrid.emit(spec), device)
     run[(programs,)](
         q, k_cache, v_cache, some_sinks, out, partial, stats,
         cu_seqlens_q, kv_lens, table, plan.items, plan.counts, counters_of(q.device),
         plan.counts if sm_order is None else sm_order,
-        q.stride(0), q.stride(1), *table_stride, plan.decode_base, scale, softcap or 1.0,
+        q.stride(0), q.stride(1), table.stride(0), plan.decode_base, scale, softcap or 1.0,
         choice.prefill_share, choice.decode_share, 1,
         num_warps=spec.warps, num_stages=spec.stages, **kernel.OPTIONS,
         **kernel.registers_for(device, spec.warps),

@@ -30,8 +30,8 @@ from llm42c.codegen.triton.spec import DTYPES, SCHEDULERS, AttentionSpec, defaul
 _ATTENTION = {
     "q_ptr": "*T", "k_cache_ptr": "*T", "v_cache_ptr": "*T", "sinks_ptr": "*fp32", "out_ptr": "*T",
     "partial_ptr": "*fp32", "stats_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "kv_lens_ptr": "*i32",
-    "block_table_ptr": "*i32", "items_ptr": "*i32", "counts_ptr": "*i32", "counters_ptr": "*i32",
-    "sm_order_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "plan_ptr": "*i32",
+    "table_ptr": "*i32", "items_ptr": "*i32", "counts_ptr": "*i32", "counters_ptr": "*i32",
+    "sm_order_ptr": "*i32", "plan_ptr": "*i32",
     "scale": "fp32", "softcap": "fp32",
 }  # fmt: skip
 _SAMPLE = {

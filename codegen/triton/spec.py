@@ -110,6 +110,18 @@ class AttentionSpec:
             "DECODE_TOKENS": self.decode_tokens,
         }
 
+    def decided(self, *names: str) -> dict[str, bool | int | str]:
+        """Of the branches of ``kernels/pod_attention.py``, those called ``names``."""
+        branches: dict[str, bool | int | str] = {
+            "LAYOUT": self.layout,
+            "ONE_PAGE": self.page % self.keys == 0,
+            "CAPPED": self.softcap,
+            "SCHEDULER": self.scheduler,
+            "UNIFORM": self.uniform,
+            "SM": self.sm,
+        }
+        return {name: branches[name] for name in names}
+
     def stride_constants(self) -> dict[str, int]:
         """What the text of the hybrid kernel calls the strides."""
         names = ("K_PAGE", "K_TOKEN", "K_HEAD", "V_PAGE", "V_TOKEN", "V_HEAD")

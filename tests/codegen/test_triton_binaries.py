@@ -76,7 +76,7 @@ def test_metadata_selects_no_binary():
     pytest.importorskip("triton")
     fn = kernel.load("pod_attention", pod_attention.emit(llama()), H200)
     odd = torch.empty(65, dtype=torch.int32)
-    names = ("cu_seqlens_ptr", "kv_lens_ptr", "block_table_ptr")
+    names = ("cu_seqlens_ptr", "kv_lens_ptr", "table_ptr")
     one, other = (specialisations(fn, arguments_of(fn, **dict.fromkeys(names, odd[i:]))) for i in (0, 1))
     assert one == other
     # Control: where queries begin would, and is therefore always a multiple of 16 bytes.

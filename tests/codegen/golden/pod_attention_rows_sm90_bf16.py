@@ -52,8 +52,8 @@ def finish(row_max, row_sum, acc, sinks_ptr, head):
 @triton.jit
 def attend(
     q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
-    cu_seqlens_ptr, kv_lens_ptr, cu_seqlens_k_ptr, item_ptr, kv_head,
-    q_stride_t, q_stride_h, scale, softcap,
+    cu_seqlens_ptr, kv_lens_ptr, table_ptr, item_ptr, kv_head,
+    q_stride_t, q_stride_h, table_stride, scale, softcap,
     ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):
     """One work item: TOKENS tokens of a sequence and one KV head, over all keys or over one split."""
@@ -84,7 +84,7 @@ def attend(
         split_begin = only_split
         split_end = only_split + 1
 
-    first_key = tl.load(cu_seqlens_k_ptr + sequence).to(tl.int64)
+    first_key = tl.load(table_ptr + sequence).to(tl.int64)
     k_ptr = k_cache_ptr + kv_head.to(tl.int64) * K_HEAD
     v_ptr = v_cache_ptr + kv_head.to(tl.int64) * V_HEAD
     total_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -104,7 +104,7 @@ def attend(
             k = tl.load(
                 k_ptr + k_at[None, :] + dim[:, None],
                 mask=held[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
-            )  # [D, N]
+            )
             score = tl.dot(q, k, input_precision="ieee")  # [M, N]
             score = score * (scale * LOG2E)
             seen = key[None, :] <= position[:, None]  # the positions of rows that are kept are before the end
@@ -120,7 +120,7 @@ def attend(
             v = tl.load(
                 v_ptr + v_at[:, None] + dim[None, :],
                 mask=held[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
-            )  # [N, D]
+            )
             acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
             row_max = new_max
         total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
@@ -154,40 +154,56 @@ def draw(counters_ptr, decode_first, prefills, decodes):
     return role, index
 
 
+@triton.jit
+def take(counters_ptr, counts_ptr, sm, prefill_share, decode_share):
+    """The next item, as `draw` gives it. Counts are read for every item: registers are dear in the loop."""
+    prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
+    decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
+    ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
+    decode_first = ticket % (prefill_share + decode_share) >= prefill_share
+    return draw(counters_ptr, decode_first, prefills, decodes)
+
+
+@triton.jit
+def run(
+    role, index, q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
+    cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr, decode_base,
+    q_stride_t, q_stride_h, table_stride, scale, softcap,
+):
+    """The item that has been taken."""
+    item = index // KV_HEADS + tl.where(role == 1, decode_base, 0)
+    attend(
+        q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
+        cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr + item * 4, index % KV_HEADS,
+        q_stride_t, q_stride_h, table_stride, scale, softcap, PREFILL_ROWS, PREFILL_TOKENS,
+    )
+
+
 @triton.jit(do_not_specialize=[
-    "cu_seqlens_ptr", "kv_lens_ptr", "cu_seqlens_k_ptr", "decode_base", "prefill_share",
+    "cu_seqlens_ptr", "kv_lens_ptr", "table_ptr", "table_stride", "decode_base", "prefill_share",
     "decode_share", "one",
 ])
 def pod_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
-    cu_seqlens_ptr, kv_lens_ptr, cu_seqlens_k_ptr, items_ptr, counts_ptr, counters_ptr, sm_order_ptr,
-    q_stride_t, q_stride_h, decode_base, scale, softcap, prefill_share, decode_share, one,
+    cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr, counts_ptr, counters_ptr, sm_order_ptr,
+    q_stride_t, q_stride_h, table_stride, decode_base, scale, softcap, prefill_share, decode_share, one,
 ):
     """Resident programs draw items until none is left, in roles by the tickets of their SM."""
     program = tl.program_id(0)
     sm = smid() % MAX_SMS
-    prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
-    decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
-    ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
-    role, index = draw(
-        counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
-    )
+    role, index = take(counters_ptr, counts_ptr, sm, prefill_share, decode_share)
     while role < 2:
+        # `one` is 1, but the compiler does not know: the loop is there for disable_licm, which keeps the
+        # tile's addresses from being hoisted out of the work loop at a cost of 40 to 60 registers.
         for _ in tl.range(0, one, disable_licm=True):
-            item = index // KV_HEADS + tl.where(role == 1, decode_base, 0)
-            attend(
-                q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
-                cu_seqlens_ptr, kv_lens_ptr, cu_seqlens_k_ptr, items_ptr + item * 4, index % KV_HEADS,
-                q_stride_t, q_stride_h, scale, softcap,
-                PREFILL_ROWS, PREFILL_TOKENS,
+            run(
+                role, index, q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
+                cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr, decode_base,
+                q_stride_t, q_stride_h, table_stride, scale, softcap,
             )
-        prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
-        decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
-        ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
-        role, index = draw(
-            counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
-        )
-    # The last program to finish leaves the counters as it found them: zero.
+        role, index = take(counters_ptr, counts_ptr, sm, prefill_share, decode_share)
+    # The last program to finish leaves the counters as it found them: zero. Its addition acquires what the
+    # others' have released, which is their draws.
     finished = tl.atomic_add(counters_ptr + 2, 1, sem="acq_rel")
     if finished == tl.num_programs(0) - 1:
         tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))

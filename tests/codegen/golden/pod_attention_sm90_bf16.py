@@ -48,7 +48,7 @@ def finish(row_max, row_sum, acc, sinks_ptr, head):
 @triton.jit
 def attend(
     q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
-    cu_seqlens_ptr, kv_lens_ptr, block_table_ptr, item_ptr, kv_head,
+    cu_seqlens_ptr, kv_lens_ptr, table_ptr, item_ptr, kv_head,
     q_stride_t, q_stride_h, table_stride, scale, softcap,
     ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):
@@ -80,7 +80,7 @@ def attend(
         split_begin = only_split
         split_end = only_split + 1
 
-    pages_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
+    pages_ptr = table_ptr + sequence.to(tl.int64) * table_stride
     k_ptr = k_cache_ptr + kv_head.to(tl.int64) * (HEAD_DIM * PAGE)
     v_ptr = v_cache_ptr + kv_head.to(tl.int64) * (HEAD_DIM * PAGE)
     total_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -95,6 +95,8 @@ def attend(
         for block in tl.range(low, (high + KEYS - 1) // KEYS, num_stages=STAGES, disable_licm=NO_HOISTING):
             key = block * KEYS + tl.arange(0, KEYS)
             held = (key >= begin) & (key < end)
+            # Sixteen keys lie in one page, so they are fetched together, in wide loads; what stands after
+            # the last key is looked at by nobody. Values must not be fetched there: 0 times NaN is NaN.
             near = (key // 16 * 16 < end) & (key // 16 * 16 + 16 > begin)  # [N]
             page = tl.load(pages_ptr + key // PAGE, mask=near, other=0).to(tl.int64)
             page = tl.max_constancy(page, 16)
@@ -103,7 +105,7 @@ def attend(
             k = tl.load(
                 k_ptr + k_at[None, :] + dim[:, None] * PAGE,
                 mask=near[None, :] & (dim < HEAD_DIM)[:, None], other=0.0,
-            )  # [D, N]
+            )
             score = tl.dot(q, k, input_precision="ieee")  # [M, N]
             score = score * (scale * LOG2E)
             seen = key[None, :] <= position[:, None]  # the positions of rows that are kept are before the end
@@ -119,7 +121,7 @@ def attend(
             v = tl.load(
                 v_ptr + v_at[:, None] + dim[None, :],
                 mask=held[:, None] & (dim < HEAD_DIM)[None, :], other=0.0,
-            )  # [N, D]
+            )
             acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
             row_max = new_max
         total_max, total_sum, total = fold(total_max, total_sum, total, row_max, row_sum, acc)
@@ -153,40 +155,56 @@ def draw(counters_ptr, decode_first, prefills, decodes):
     return role, index
 
 
+@triton.jit
+def take(counters_ptr, counts_ptr, sm, prefill_share, decode_share):
+    """The next item, as `draw` gives it. Counts are read for every item: registers are dear in the loop."""
+    prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
+    decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
+    ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
+    decode_first = ticket % (prefill_share + decode_share) >= prefill_share
+    return draw(counters_ptr, decode_first, prefills, decodes)
+
+
+@triton.jit
+def run(
+    role, index, q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
+    cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr, decode_base,
+    q_stride_t, q_stride_h, table_stride, scale, softcap,
+):
+    """The item that has been taken."""
+    item = index // KV_HEADS + tl.where(role == 1, decode_base, 0)
+    attend(
+        q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
+        cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr + item * 4, index % KV_HEADS,
+        q_stride_t, q_stride_h, table_stride, scale, softcap, PREFILL_ROWS, PREFILL_TOKENS,
+    )
+
+
 @triton.jit(do_not_specialize=[
-    "cu_seqlens_ptr", "kv_lens_ptr", "block_table_ptr", "table_stride", "decode_base", "prefill_share",
+    "cu_seqlens_ptr", "kv_lens_ptr", "table_ptr", "table_stride", "decode_base", "prefill_share",
     "decode_share", "one",
 ])
 def pod_attention(
     q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
-    cu_seqlens_ptr, kv_lens_ptr, block_table_ptr, items_ptr, counts_ptr, counters_ptr, sm_order_ptr,
+    cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr, counts_ptr, counters_ptr, sm_order_ptr,
     q_stride_t, q_stride_h, table_stride, decode_base, scale, softcap, prefill_share, decode_share, one,
 ):
     """Resident programs draw items until none is left, in roles by the tickets of their SM."""
     program = tl.program_id(0)
     sm = smid() % MAX_SMS
-    prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
-    decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
-    ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
-    role, index = draw(
-        counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
-    )
+    role, index = take(counters_ptr, counts_ptr, sm, prefill_share, decode_share)
     while role < 2:
+        # `one` is 1, but the compiler does not know: the loop is there for disable_licm, which keeps the
+        # tile's addresses from being hoisted out of the work loop at a cost of 40 to 60 registers.
         for _ in tl.range(0, one, disable_licm=True):
-            item = index // KV_HEADS + tl.where(role == 1, decode_base, 0)
-            attend(
-                q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
-                cu_seqlens_ptr, kv_lens_ptr, block_table_ptr, items_ptr + item * 4, index % KV_HEADS,
+            run(
+                role, index, q_ptr, k_cache_ptr, v_cache_ptr, sinks_ptr, out_ptr, partial_ptr, stats_ptr,
+                cu_seqlens_ptr, kv_lens_ptr, table_ptr, items_ptr, decode_base,
                 q_stride_t, q_stride_h, table_stride, scale, softcap,
-                PREFILL_ROWS, PREFILL_TOKENS,
             )
-        prefills = tl.load(counts_ptr, volatile=True) * KV_HEADS
-        decodes = tl.load(counts_ptr + 1, volatile=True) * KV_HEADS
-        ticket = tl.atomic_add(counters_ptr + TICKETS + sm, 1, sem="relaxed")
-        role, index = draw(
-            counters_ptr, ticket % (prefill_share + decode_share) >= prefill_share, prefills, decodes
-        )
-    # The last program to finish leaves the counters as it found them: zero.
+        role, index = take(counters_ptr, counts_ptr, sm, prefill_share, decode_share)
+    # The last program to finish leaves the counters as it found them: zero. Its addition acquires what the
+    # others' have released, which is their draws.
     finished = tl.atomic_add(counters_ptr + 2, 1, sem="acq_rel")
     if finished == tl.num_programs(0) - 1:
         tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
