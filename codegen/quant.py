@@ -249,6 +249,13 @@ def _read_i4(blocks: Tensor) -> Values:
     return Values(_flat(_nibbles(blocks[..., 8:])), header[..., 0], header[..., 1])
 
 
+def join_i4(q: Tensor, scale: Tensor, minimum: Tensor, group: int) -> Tensor:
+    """q: [N, K] of four bits, scale and minimum: [N, K / group] fp32 → blocks of ``i4_<group>``."""
+    header = torch.stack([scale, minimum], -1).float().contiguous().view(torch.uint8)  # [N, G, 8]
+    low, high = q.unflatten(1, (-1, group // STEP, 2, STEP // 2)).unbind(3)
+    return torch.cat([header, (low | (high << 4)).flatten(2)], 2).flatten(1)
+
+
 def _read_k(blocks: Tensor, high: Tensor | None, low: Tensor) -> Values:
     """Q4_K and Q5_K: eight groups of 32, scales and minima of six bits in twelve bytes."""
     s = blocks[..., 4:16]

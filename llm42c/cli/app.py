@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llm42c.cli import bench, cache, demo, generate, inspect, kernels, replay, score, survey, version
+from llm42c.cli import bench, cache, demo, generate, inspect, kernels, quantize, replay, score, survey, version
 
 app = typer.Typer(
     help="Reproducible batched LLM decoding.",
@@ -35,6 +35,7 @@ app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)
 app.command("contract")(inspect.contract)
 app.command("inspect")(kernels.inspect)
+app.command("quantize")(quantize.quantize)
 app.command("survey")(survey.survey)
 app.command("cache")(cache.cache)
 app.command("version")(version.version)

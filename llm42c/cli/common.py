@@ -45,7 +45,10 @@ def _is_there(context: typer.Context, name: str) -> str:
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", callback=_is_there, help="A folder, a hub id, or 'smollm2'.")
+    str,
+    typer.Argument(
+        metavar="MODEL", callback=_is_there, help="A folder, a GGUF file, a hub id, or 'smollm2'."
+    ),
 ]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help=f"{', '.join(_DTYPES)}; default: the checkpoint's own.")

@@ -7,39 +7,20 @@ rest, norms and biases, is small and becomes bf16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm42c import quantised
 from llm42c.codegen import quant
+from llm42c.hub.quantised_folder import QuantisedFolder, assembled
 
 _PLAIN = frozenset({"F32", "F16", "BF16"})
 
 
-@dataclass(frozen=True)
-class Unpacked:
-    """What the folder will hold."""
-
-    config: Any
-    generation_config: Any
-    tokenizer: Any
-    state: dict[str, Tensor]
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the files into ``folder``, which exists. Raises OSError or SafetensorError."""
-        import safetensors.torch
-
-        for part in (self.config, self.generation_config, self.tokenizer):
-            part.save_pretrained(folder)
-        safetensors.torch.save_file(self.state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def unpack(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> Unpacked:
+def unpack(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> QuantisedFolder:
     """The model in a GGUF file; ``dtype`` is that of the rest.
 
     Raises ValueError (FormatError among them) or OSError for a file that cannot be read, WeightsError for
@@ -50,16 +31,10 @@ def unpack(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> Unpacked:
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     config = AutoConfig.from_pretrained(**where)
-    config.dtype = dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     state, formats = _read(GGUFReader(gguf), model, dtype)
-    for name, format in formats.items():
-        quantised.replace(model, name, format, dtype)
-    _require_whole(model, state)
-    config.quantization_config = {"quant_method": quantised.METHOD, "formats": formats}
-    config.architectures = [type(model).__name__]
-    return Unpacked(config, model.generation_config, AutoTokenizer.from_pretrained(**where), state)
+    return assembled(model, AutoTokenizer.from_pretrained(**where), state, formats)
 
 
 def _read(reader: Any, model: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -94,8 +69,6 @@ def _read(reader: Any, model: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor
             raise quant.FormatError(f"{tensor.name}: {error}") from None
         state[name] = blocks[_rows(processor, tensor.name, len(blocks))]
         formats[name.removesuffix(".weight")] = format
-    if model.config.tie_word_embeddings:
-        _tie(model, formats)
     return state, formats
 
 
@@ -106,24 +79,3 @@ def _rows(processor: Any, name: str, count: int) -> Tensor:
     if moved.shape != numbers.shape or not np.array_equal(np.sort(moved, 0), numbers):
         raise quant.FormatError(f"{name}: transformers changes the values of this weight, not only its rows")
     return torch.from_numpy(moved[:, 0].copy())
-
-
-def _tie(model: Any, formats: dict[str, str]) -> None:
-    """The output layer has the embedding's format, since it is its weight."""
-    modules: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(outputs, nn.Linear) and (format := formats.get(modules[id(inputs)])):
-        formats[modules[id(outputs)]] = format
-
-
-def _require_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Every parameter is there, in its shape. Raises FormatError."""
-    given = set(state)
-    for name, parameter in model.named_parameters():
-        if name in state and state[name].shape != parameter.shape:
-            shapes = f"{tuple(state[name].shape)} in the file, {tuple(parameter.shape)} in the model"
-            raise quant.FormatError(f"the shape of {name} does not fit: {shapes}")
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = sorted({name for name, _ in model.named_parameters(remove_duplicate=False)} - given - tied)
-    if missing:
-        raise quant.FormatError(f"the file lacks {missing[0]} ({len(missing)} of the model's weights)")

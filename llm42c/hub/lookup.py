@@ -27,6 +27,14 @@ def cached(name: str) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) else None
 
 
+def download(name: str) -> Path:
+    """The folder of a model's configuration, tokenizer and safetensors, fetched unless they are there."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return Path(snapshot_download(name, allow_patterns=patterns))
+
+
 @functools.cache
 def ask(name: str, seconds: float) -> str | None:
     """None if the hub has the model; else, after at most so many ``seconds``, what stands in the way.

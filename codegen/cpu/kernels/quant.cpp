@@ -27,7 +27,8 @@ struct Tile {
   int32_t* words;     // four values of k
   float* scale;       // of a step
   float* sum;         // scale times the step's sum
-  int32_t* negative;  // minus the sums of halves of a step
+  int32_t* negative;  // minus the step's sum of integers
+  int32_t* halves;    // minus those of its halves: [along k][half][R]
 };
 
 struct Integers;
@@ -36,14 +37,14 @@ struct Integers;
 class Quantised {
  public:
   Quantised(int64_t rows, int64_t k) : k_(k), steps_(k / kStep), rows_(rows) {
-    data_ = scratch<Integers>(rows * (k / 4 + 4 * steps_));
+    data_ = scratch<Integers>(rows * (k / 4 + 5 * steps_));
   }
   Tile tile(int64_t row) const {
     float* scale = data_ + rows_ * (k_ / 4);
     float* sum = scale + rows_ * steps_;
-    float* negative = sum + rows_ * steps_;
+    int32_t* negative = reinterpret_cast<int32_t*>(sum + rows_ * steps_);
     return {reinterpret_cast<int32_t*>(data_) + row * (k_ / 4), scale + row * steps_, sum + row * steps_,
-            reinterpret_cast<int32_t*>(negative) + row * 2 * steps_};
+            negative + row * steps_, negative + rows_ * steps_ + 2 * row * steps_};
   }
 
  private:
@@ -72,7 +73,8 @@ void quantise_step(const T* x, const Tile& tile, int64_t s, int64_t r, int64_t r
   for (int u = 0; u < kStep / 4; u++) std::memcpy(tile.words + (s * (kStep / 4) + u) * rows + r, q + 4 * u, 4);
   tile.scale[s * rows + r] = scale;
   tile.sum[s * rows + r] = scale * float(-(halves[0] + halves[1]));
-  for (int h = 0; h < 2; h++) tile.negative[(2 * s + h) * rows + r] = halves[h];
+  tile.negative[s * rows + r] = halves[0] + halves[1];
+  for (int h = 0; h < 2; h++) tile.halves[(2 * s + h) * rows + r] = halves[h];
 }
 
 // R rows times one panel -> c: [R, kColumns].
@@ -93,10 +95,8 @@ void tile_product(const uint8_t* panel, int64_t k, const Tile& x, float* c) {
         I16 sum[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          int32_t negative = 0;
-          if (F::kOffset) negative = x.negative[(2 * s + first / 16) * R + r];
-          if (F::kOffset && kFold == kStep) negative += x.negative[(2 * s + 1) * R + r];
-          sum[r] = I16::set1(negative * F::kOffset);
+          const int32_t* negative = kFold == kStep ? x.negative + s * R : x.halves + (2 * s + first / 16) * R;
+          sum[r] = I16::set1(F::kOffset ? negative[r] * F::kOffset : 0);
         }
 #pragma GCC unroll 8
         for (int u = first / 4; u < (first + kFold) / 4; u++, words += R) {

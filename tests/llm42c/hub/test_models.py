@@ -140,8 +140,8 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 def test_an_alias_is_unpacked_once_by_many(alias: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def unpack(gguf: Path, target: Path, as_is: bool) -> bool:
-        calls.append(gguf)
+    def unpack(target: Path, parts: Any) -> bool:
+        calls.append(target)
         target.mkdir()
         return True
 
@@ -152,13 +152,13 @@ def test_an_alias_is_unpacked_once_by_many(alias: Path, monkeypatch: pytest.Monk
         thread.start()
     for thread in threads:
         thread.join()
-    assert calls == [alias]
+    assert len(calls) == 1
     assert len(found) == 8
     assert len(set(found)) == 1
 
 
 def test_another_file_is_another_model(alias: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_unpack", lambda gguf, target, _: target.mkdir() is None)
+    monkeypatch.setattr(models, "_unpack", lambda target, _: target.mkdir() is None)
     first = models.resolve("fake")
     alias.write_bytes(b"other weights")
     assert models.resolve("fake") != first

@@ -1,0 +1,58 @@
+"""A model's weights quantised, as a folder that :mod:`llm42c.quantised` reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm42c.codegen import quant
+from llm42c.errors import ConfigError, WeightsError
+from llm42c.hub.quantised_folder import QuantisedFolder, assembled
+from llm42c.quantised import formats as formats_of
+
+FORMATS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+def quantise(model: Any, tokenizer: Any, format: str) -> tuple[QuantisedFolder, list[str]]:
+    """The folder of ``model`` with its linears and embeddings in ``format``, and what stays as it is: names
+    of weights that are neither, or whose rows no whole number of blocks holds.
+
+    Rounding is that of the ``gguf`` package. Raises ConfigError for a format that it cannot make,
+    WeightsError for a model whose weights are quantised already.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"the format must be one of {', '.join(FORMATS)}, not {format!r}")
+    if there := formats_of(model):
+        raise WeightsError(f"the weights are quantised already ({', '.join(there)}): quantise the original")
+    state: dict[str, Tensor] = {}
+    formats: dict[str, str] = {}
+    block = quant.format_of(format).block
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        if name == f"{owner}.weight" and _takes_blocks(module) and parameter.shape[1] % block == 0:
+            state[name], formats[owner] = _blocks(parameter, format), format
+        else:
+            state[name] = parameter.detach().cpu().contiguous()
+    kept = [name for name, tensor in state.items() if tensor.dtype != torch.uint8 and tensor.dim() > 1]
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        skeleton = type(model)(config).to(model.dtype)
+    skeleton.generation_config = model.generation_config
+    return assembled(skeleton, tokenizer, state, formats), kept
+
+
+def _takes_blocks(module: nn.Module) -> bool:
+    scaled = isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")
+    return type(module) in (nn.Linear, nn.Embedding) or scaled
+
+
+def _blocks(weight: Tensor, format: str) -> Tensor:
+    """[n, k] → [n, bytes of a row]."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[format.upper()]
+    return torch.from_numpy(gguf.quants.quantize(weight.detach().float().cpu().numpy(), kind))
