@@ -80,6 +80,9 @@ TILES = Order(
     "One fp32 chain of a tile's matrix instructions for each output element, k ascending; inside an "
     "instruction as the device's generation adds.",
 )
+GPU_GROUPS = Order(
+    "int8-groups-device", 1, "As int8-groups; SiLU with the exponential function of the device's compiler."
+)
 TREE = Order("row-tree", 1, "A row is one program; its sum is the tree of the program's reduction.")
 GPU_SPLITS = Order(
     "splits512-mma",

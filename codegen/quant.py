@@ -36,6 +36,11 @@ class Values:
     inner: Tensor | None = None  # [N, K / group] uint8 or int8
     inner_minimum: Tensor | None = None  # what is taken away; ``outer_minimum`` is added where there is none
 
+    def rows(self, index: Tensor) -> Values:
+        """Those of the weight's rows."""
+        others = (self.outer_minimum, self.inner, self.inner_minimum)
+        return Values(self.q[index], self.outer[index], *(None if x is None else x[index] for x in others))
+
     def scale(self, group: int) -> Tensor:
         """[N, K / group] in fp32, exact."""
         return _times(self.outer, self.inner, self.q.shape[1] // group)

@@ -3,7 +3,7 @@
 x is quantised too, row by row: 32 values of k are integers of eight bits times one fp32 scale. Within a group
 that shares a scale of the weight, the sum of products of integers is exact, so it has no order; the groups'
 terms are one chain of fused multiply-adds in fp32. An element's bits depend on its own row and column alone,
-and are the same on every target.
+and on a GPU are those of a CPU, but for SiLU, whose exponential is another there.
 
 Weights are packed by ``codegen/quant.py``. Several stand side by side in one call, each in its own format.
 """
@@ -20,7 +20,7 @@ from llm42c.codegen import quant, simulate
 from llm42c.codegen.examples import ROWS, Numbers
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.ops.activation import silu_mul
-from llm42c.codegen.order import GROUPS, POINTWISE
+from llm42c.codegen.order import GPU_GROUPS, GROUPS, POINTWISE
 
 _K, _N = 512, 40  # of examples
 
@@ -66,7 +66,7 @@ def _weights(packed: Sequence[Tensor], formats: str, sizes: Sequence[int]) -> li
 
 
 @operator(
-    orders={"cpu": GROUPS, "cuda": GROUPS},
+    orders={"cpu": GROUPS, "cuda": GPU_GROUPS},
     tokens=Tokens.ROWS,
     product=lambda x, packed, formats, sizes, bias, residual, gated: sum(sizes),
     examples=_examples,

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from llm42c.cli import bench, cache, demo, generate, inspect, kernels, quantize, replay, score, survey, version
+from llm42c.cli import (
+    bench,
+    cache,
+    demo,
+    generate,
+    inspect,
+    kernels,
+    quantize,
+    replay,
+    score,
+    survey,
+    version,
+)
 
 app = typer.Typer(
     help="Reproducible batched LLM decoding.",
