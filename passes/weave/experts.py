@@ -158,7 +158,7 @@ def _each_row(name: str, node: fx.Node, states: dict[fx.Node, Any]) -> Any:
     kept, tokens = all(v.dim() and v.shape[0] == size for v in outs), tokens_of(name)
     if name == "getitem" or tokens in (Tokens.PART, Tokens.RESHAPE):
         kept = kept and len(tensors) == 1
-    elif tokens is Tokens.POINTWISE:
+    elif tokens is Tokens.POINTWISE or (tokens is Tokens.ROWS and min(sorted_dims) > 1):
         # Aligned from the right: rows stay in front, and nothing else reaches as far.
         kept = kept and sorted_dims == {outs[0].dim()} and all(w.dim() < outs[0].dim() for w in whole)
     else:
