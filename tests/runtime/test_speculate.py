@@ -12,6 +12,7 @@ import pytest
 from toy import VOCAB, Flat, ToyModel, make_engine, small_config, solo
 
 from llm42c.errors import ConfigError, RequestError
+from llm42c.parallel.ranks import Ranks
 from llm42c.runtime import speculate
 from llm42c.runtime.drafters import NgramDrafter, drafter_source
 from llm42c.runtime.sampling import SamplingParams
@@ -229,3 +230,29 @@ def test_what_cannot_draft_is_refused() -> None:
         small_config(speculate=3)
     with pytest.raises(RequestError, match="propose"):
         make_engine().submit(PROMPT, speculate=3)  # type: ignore[arg-type]
+
+
+def test_ranks_take_the_first_one_s_drafts() -> None:
+    """Step times and late drafters differ between processes, and their batches must not."""
+
+    class Two(Ranks):
+        told: list[Any] = []  # noqa: RUF012
+
+        def share(self, value: Any) -> Any:
+            if self.rank == 0:
+                Two.told.append(value)
+            return Two.told[-1]
+
+    class Never:
+        def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+            raise AssertionError("only the first rank asks")
+
+    right = list(range(20))
+    drafts = []
+    for rank, drafter in ((0, Oracle(right)), (1, Never())):
+        speculator = Speculator(VOCAB, Stats(), Two(rank, 2))
+        speculator.times.took(1, 1.0)
+        drafts.append(speculator.choose([fake_request(drafter, right[:5])], 1, [1, 2, 4, 8], 7))
+        assert speculator._stats.drafter_failures == 0
+    assert drafts[0] == drafts[1]
+    assert drafts[0][0] == right[5 : 5 + len(drafts[0][0])] != []
