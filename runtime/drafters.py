@@ -33,6 +33,8 @@ class DrafterSource:
         self.make = make
         self.failures = 0  # in a row
         self.late: threading.Thread | None = None  # that was asked and did not come back in time
+        self.seconds = 0.0  # of the last guess
+        self.pause, self.resume = 0, 0  # steps without a question, and the step after them
 
 
 class NgramDrafter:

@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -34,8 +34,7 @@ MARGIN = 1.03  # by how much drafts must be faster than none
 GROWTH = 0.06  # of a step's time by a row, relative to the smallest measured one, until it is measured
 SAMPLES, STALE = 5, 512  # steps of a size that are remembered, and for how many steps
 MEMORY = 0.9  # of what a guess showed, when the next one is seen
-CHEAP = 0.01  # a share of a step that guessing may always take
-RETRY = 32  # steps after which a costly drafter that did not pay is asked again
+FIRST_PAUSE, LONGEST_PAUSE = 32, 4096  # steps for which a drafter that did not pay is not asked
 
 
 class StepTimes:
@@ -80,6 +79,11 @@ class _Guesses:
     guess: list[int] = field(default_factory=list)
 
     @property
+    def ours(self) -> bool:
+        """Whether its guesses need no check and take no time."""
+        return type(self.drafter) is NgramDrafter
+
+    @property
     def chance(self) -> float:
         """That a guessed token is right if those before it are."""
         return self.hits / (self.hits + self.misses)
@@ -104,8 +108,7 @@ class Speculator:
         self._stats = stats
         self._ranks = ranks
         self._guesses: WeakKeyDictionary[Request, _Guesses] = WeakKeyDictionary()
-        self._seconds = 0.0  # of one guess
-        self._idle = 0  # steps since a costly drafter was asked
+        self._turn = 0
 
     def choose(
         self, requests: Sequence[Request], num_tokens: int, sizes: Sequence[int], room: int
@@ -129,38 +132,30 @@ class Speculator:
         return drafts
 
     def _fill(self, requests: Sequence[Request], room: int) -> list[list[int]]:
-        drafts = []
-        for request in requests:
-            guesses = self._of(request)
-            drafts.append([] if guesses is None else self._guess(request, guesses, min(LONGEST_DRAFT, room)))
-            room -= len(drafts[-1])
+        drafts: list[list[int]] = [[] for _ in requests]
+        for i, _, guess in self._ask(requests, room, BUDGET_S):
+            drafts[i] = guess[:room]
+            room -= len(drafts[i])
         return drafts
 
     def _choose(
         self, requests: Sequence[Request], num_tokens: int, sizes: Sequence[int], room: int
     ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
-        asked = [(i, g) for i, r in enumerate(requests) if (g := self._of(r)) is not None]
         base = self.times.of(sizes[0])
-        if not asked or not base:
-            return drafts
-        cost = self._seconds * len(asked)
-        self._idle += 1
-        if cost > CHEAP * base and self._idle < RETRY:
-            best = max(g.chance for _, g in asked)
-            gain = best / (1 - best + 1e-6) * len(asked)
-            if all(num_tokens + min(gain, s - num_tokens) <= num_tokens * (self.times.of(s) + cost) / base
-                   for s in sizes):  # fmt: skip
-                return drafts
-        self._idle = 0
-        most = min(LONGEST_DRAFT, room)
-        found = {i: self._guess(requests[i], g, most) for i, g in asked}
-        steps = [(g.chance ** (j + 1), i) for i, g in asked for j in range(len(found[i]))]
+        if not base:
+            return drafts  # nothing is measured yet
+        found = {i: (g, guess) for i, g, guess in self._ask(requests, room, base)}
+        steps = [(g.chance ** (j + 1), i) for i, (g, guess) in found.items() for j in range(len(guess))]
         steps.sort(key=lambda s: -s[0])
         del steps[room:]
-        counts = self._best_count(steps, num_tokens, sizes, base)
-        for _, i in steps[:counts]:
-            drafts[i] = found[i][: len(drafts[i]) + 1]
+        count = self._best_count(steps, num_tokens, sizes, base)
+        gains = dict.fromkeys(found, 0.0)
+        for chance, i in steps[:count]:
+            drafts[i] = found[i][1][: len(drafts[i]) + 1]
+            gains[i] += chance
+        for i, (guesses, _) in found.items():
+            self._judge(guesses, gains[i] * base / num_tokens)
         return drafts
 
     def _best_count(
@@ -183,10 +178,21 @@ class Speculator:
 
     # -- drafters --------------------------------------------------------------------------------------------
 
+    def _ask(
+        self, requests: Sequence[Request], room: int, budget: float
+    ) -> Iterator[tuple[int, _Guesses, list[int]]]:
+        """Index, drafter and guess of each request that has a drafter, until `budget` seconds are spent."""
+        self._turn += 1
+        end = time.perf_counter() + budget
+        for i, request in enumerate(requests):
+            guesses = self._of(request)
+            if guesses is not None and time.perf_counter() <= end:
+                yield i, guesses, self._guess(request, guesses, min(LONGEST_DRAFT, room))
+
     def _of(self, request: Request) -> _Guesses | None:
-        """The request's drafter, if it has one that may still be asked."""
+        """The request's drafter, if it has one that may be asked."""
         source = request.drafter_source
-        if source is None or source.failures >= MOST_FAILURES:
+        if source is None or source.failures >= MOST_FAILURES or source.resume > self._turn:
             return None
         guesses = self._guesses.get(request)
         if guesses is None:
@@ -199,17 +205,21 @@ class Speculator:
     def _guess(self, request: Request, guesses: _Guesses, k: int) -> list[int]:
         guesses.compare(request.history.tokens)
         pending, known = request.proposal.tokens, request.history.tokens
-        start = time.perf_counter()
-        if isinstance(guesses.drafter, NgramDrafter):
-            known = [*known, *pending] if pending else known
-            guess = guesses.drafter.propose(known, k)
+        if guesses.ours:
+            guess = guesses.drafter.propose([*known, *pending] if pending else known, k)
         else:
-            known = [*known, *pending]  # its own, whatever it does with it
-            guess = self._in_time(guesses.source, guesses.drafter, known, k)
-        took = time.perf_counter() - start
-        self._seconds = took if not self._seconds else 0.8 * self._seconds + 0.2 * took
-        guesses.at, guesses.guess = request.num_tokens, guess
-        return guess
+            guess = self._in_time(guesses.source, guesses.drafter, [*known, *pending], k)
+        guesses.at, guesses.guess = request.num_tokens, list(guess)
+        return guesses.guess
+
+    def _judge(self, guesses: _Guesses, worth: float) -> None:
+        """A foreign drafter that takes more time than its guess is worth pauses, each time for longer."""
+        source = guesses.source
+        if guesses.ours or source.seconds <= worth:
+            source.pause = 0
+        else:
+            source.pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * source.pause))
+            source.resume = self._turn + source.pause
 
     def _in_time(self, source: DrafterSource, drafter: Drafter, tokens: list[int], k: int) -> list[int]:
         """A foreign drafter's guess, checked. What fails or comes late is no guess, and is counted."""
@@ -224,8 +234,10 @@ class Speculator:
                 box.append(error)
 
         thread = threading.Thread(target=ask, name="llm42-drafter", daemon=True)
+        start = time.perf_counter()
         thread.start()
         thread.join(BUDGET_S)
+        source.seconds = time.perf_counter() - start
         guess = box[0] if box else TimeoutError(f"no guess within {BUDGET_S} s")
         if isinstance(guess, BaseException):
             source.late = thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -207,6 +208,26 @@ def test_a_bad_drafter_hurts_nobody(name: str, mode: dict[str, Any]) -> None:
     harmless = name in ("spoils its input", "endless")
     assert (engine.stats().drafter_failures == 0) == harmless
     assert engine.stats().drafter_failures <= speculate.MOST_FAILURES
+
+
+def test_a_drafter_slower_than_it_is_worth_is_asked_ever_more_seldom() -> None:
+    class Slow:
+        asked = 0
+
+        def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+            Slow.asked += 1
+            time.sleep(0.002)
+            return [0] * k
+
+    speculator, tokens = Speculator(VOCAB, Stats()), list(range(5))
+    for size in SIZES:
+        speculator.times.took(size, 0.001)
+    requests = [fake_request(Slow(), tokens) for _ in range(4)]
+    for _ in range(1000):
+        speculator.choose(requests, 4, SIZES[2:], 28)
+        tokens.append(1)
+    assert 4 <= Slow.asked <= 4 * 8, "one question each, after pauses of 32, 64, 128 … steps"
+    assert speculator._stats.drafter_failures == 0
 
 
 def test_a_drafter_that_cannot_be_made_loses_its_turn() -> None:
