@@ -40,7 +40,11 @@ SUBSTITUTION = Order(
 RANKS = Order("ranks-ascending", 1, "Over the ranks, ascending, in fp32, rounded once.")
 
 CHAIN = Order(
-    "fma-chain", 1, "One fp32 chain of fused multiply-adds for each output element, from zero, k ascending."
+    "fma-chain",
+    2,
+    "One fp32 chain of fused multiply-adds for each output element, from zero, k ascending. Of bf16 "
+    "numbers, every step takes zero for denormals and gives zero for what rounds to less than the least "
+    "normal number, the sign kept, and an odd k is padded with zeros.",
 )
 GROUPS = Order(
     "int8-groups",

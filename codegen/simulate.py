@@ -53,6 +53,26 @@ def _sum_to_odd(x: Tensor, y: Tensor, total: Tensor) -> Tensor:
     return torch.where((error != 0) & (bits % 2 == 0), moved, bits).view(torch.float64)
 
 
+_TINY = 2.0**-126  # the least normal number of fp32, and of bf16
+_ROUNDS_TO_TINY = _TINY - 2.0**-151  # with 24 bits and exponents without end; halfway, the even one is taken
+
+
+def without_denormals(x: Tensor) -> Tensor:
+    """Zero for denormals, the sign kept."""
+    return torch.where(x.abs() < _TINY, torch.copysign(torch.zeros_like(x), x), x)
+
+
+def _fma_of_bf16(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """As :func:`_fma`, of bf16 numbers a and b that are not denormal, with zero for what would be denormal.
+
+    What counts is whether the sum, rounded as if exponents had no end, is less than the least normal number.
+    So near to that, fp64 holds the sum of 16 bits and 24 exactly.
+    """
+    total = a * b + c
+    zero = torch.copysign(torch.zeros_like(total), total)
+    return torch.where(total.abs() < _ROUNDS_TO_TINY, zero, _fma(a, b, c))
+
+
 def div(a: _Real, b: _Real) -> Tensor:
     """round(a / b)."""
     return (fp32(a).double() / fp32(b).double()).float()
@@ -66,27 +86,32 @@ def sqrt(x: Tensor) -> Tensor:
 def chain(a: Tensor, b: Tensor, taken: Tensor | None = None) -> Tensor:
     """a, b: [..., K], broadcast → [...]: ``acc = fma(a[k], b[k], acc)`` from 0, k ascending.
 
-    taken: [..., K] bool: what is not takes no part.
+    Of two bf16 tensors: without denormals, an odd K padded with zeros. taken: [..., K] bool: what is not
+    takes no part.
     """
+    step = _fma
+    if a.dtype == b.dtype == torch.bfloat16:
+        step = _fma_of_bf16
+        a, b = (torch.nn.functional.pad(without_denormals(x.float()), (0, x.shape[-1] % 2)) for x in (a, b))
     a, b = fp32(a).double(), fp32(b).double()
     shape = torch.broadcast_shapes(a.shape, b.shape)
     a, b = a.expand(shape), b.expand(shape)
     steps = [a, b] if taken is None else [a, b, taken.expand(shape)]
-    return _chains(steps)
+    return _chains(steps, step)
 
 
-def _chains(steps: list[Tensor]) -> Tensor:
+def _chains(steps: list[Tensor], fused: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """A few thousand chains at a time, which stay in the cache."""
     shape = steps[0].shape[:-1]
     if shape.numel() > _BLOCK:
         dim = next(d for d, size in enumerate(shape) if size > 1)
         size = max(1, _BLOCK // shape[dim + 1 :].numel())
         parts = zip(*(x.split(size, dim) for x in steps), strict=True)
-        return torch.cat([_chains(list(part)) for part in parts], dim)
+        return torch.cat([_chains(list(part), fused) for part in parts], dim)
     acc = torch.zeros(shape, dtype=torch.float64)
     for k in range(steps[0].shape[-1]):
         x, y, *taken = (step[..., k] for step in steps)
-        total = _fma(x, y, acc)
+        total = fused(x, y, acc)
         acc = torch.where(taken[0], total, acc) if taken else total
     return acc.float()
 

@@ -45,11 +45,17 @@ inline void check_dtype(const at::Tensor& t, const at::Tensor& like, const char*
                    " as x, got ", t.scalar_type());
 }
 
+inline at::DimVector packed_sizes(Dtype dtype, int64_t n, int64_t k) {
+  const int64_t panels = gemm::panel_count(n), width = gemm::panel_width();
+  if (dtype == Dtype::bf16) return {panels, (k + 1) / 2, width, 2};
+  return {panels, k, width};
+}
+
 inline at::Tensor linear_pack(const at::Tensor& weight) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "linear_pack: expected weight [N, K], got ", weight.sizes());
   const Dtype dtype = dtype_of(weight, "linear_pack");
   const int64_t n = weight.size(0), k = weight.size(1);
-  at::Tensor packed = at::empty({gemm::panel_count(n), k, gemm::panel_width()}, weight.options());
+  at::Tensor packed = at::empty(packed_sizes(dtype, n, k), weight.options());
   gemm::pack(dtype, weight.const_data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.mutable_data_ptr(),
              at::get_num_threads());
   return packed;
@@ -62,10 +68,9 @@ inline void check_not_negative(int64_t value, const char* op, const char* name) 
 inline void check_packed(const at::Tensor& packed, int64_t n, int64_t k, const char* op) {
   check_not_negative(n, op, "n");
   check_not_negative(k, op, "k");
-  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == gemm::panel_count(n) && packed.size(1) == k &&
-                    packed.size(2) == gemm::panel_width() && packed.is_contiguous(),
-                    op, ": expected linear_pack of a weight [", n, ", ", k, "], that is a contiguous tensor [",
-                    gemm::panel_count(n), ", ", k, ", ", gemm::panel_width(), "], got ", packed.sizes());
+  const at::DimVector sizes = packed_sizes(dtype_of(packed, op), n, k);
+  TORCH_CHECK_VALUE(packed.sizes() == sizes && packed.is_contiguous(), op, ": expected linear_pack of a weight [", n,
+                    ", ", k, "], that is a contiguous tensor ", at::IntArrayRef(sizes), ", got ", packed.sizes());
 }
 
 inline at::Tensor linear_unpack(const at::Tensor& packed, int64_t n, int64_t k) {

@@ -27,18 +27,22 @@ import torch
 from llm42c.codegen import cache
 
 SOURCE_DIR = Path(__file__).parent
-ISAS = ("native", "avx512", "avx2", "portable")
+ISAS = ("native", "avx512_bf16", "avx512", "avx2", "portable")
 ISA_VARIABLE = "LLM42_ISA"
+_AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 _ISA_FLAGS = {
     "native": ["-march=native"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "avx512_bf16": [*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
+    "avx512": _AVX512_FLAGS,
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # The portable form of vec.h; the compiler may still vectorise its loops with what the CPU has.
     "portable": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
 }
 # Flags of /proc/cpuinfo that a CPU must have to run the library of an instruction set.
+_AVX512_NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}
 NEEDS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+    "avx512_bf16": _AVX512_NEEDS | {"avx512_bf16", "avx512_vnni"},
+    "avx512": _AVX512_NEEDS,
     "avx2": {"avx2", "fma", "f16c"},
 }
 # Contraction is off: a fused multiply-add happens exactly where a kernel writes one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llm42c.codegen.packing import Packing
@@ -10,10 +11,11 @@ PANEL = 48  # columns
 
 
 class Panels(Packing):
-    """Columns side by side for each k; the order inside of a panel follows the instruction set, so a packed
-    weight is for this process, not for a file."""
+    """Columns side by side for each k, of bf16 for each two; the same for every instruction set."""
 
     def linear_pack(self, weight: Tensor) -> Tensor:
-        """→ [ceil(N / PANEL), K, PANEL]"""
+        """→ [ceil(N / PANEL), K, PANEL], of bf16 [ceil(N / PANEL), ceil(K / 2), PANEL, 2]"""
         n, k = weight.shape
+        if weight.dtype == torch.bfloat16:
+            return weight.new_empty(-(-n // PANEL), -(-k // 2), PANEL, 2)
         return weight.new_empty(-(-n // PANEL), k, PANEL)

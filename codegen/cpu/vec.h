@@ -5,6 +5,13 @@
 // W8    eight words of 32 bits
 // B64   64 bytes, and I16 sixteen 32-bit integers, for products of bytes
 //
+// Chains of products of bf16 numbers take them in pairs, and denormals for zero (docs/orders.md). x is kept as
+// kPairSteps values of type PairX for each pair, and
+//
+//   acc = fma(pair_factor(x[step]), pair_factor<step>(pairs), acc)    for each step, ascending
+//
+// is the chain, in the Vec acc. Where kPairsByMode, the thread has to be in FlushMode (kernels/parallel.h).
+//
 // Every kernel is written in terms of these, so the bits of a result do not depend on whether it runs on
 // AVX-512, AVX2 or anything else: each lane operation is one correctly rounded IEEE operation, and
 // horizontal sums have one fixed tree. Contraction is switched off in the build; fma() is the only FMA.
@@ -58,6 +65,11 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// Two bf16 numbers that follow one another in a chain of products: the first stands in the high half.
+struct bf16x2 {
+  uint32_t bits;
+};
+inline bf16x2 pair_of(bf16 first, bf16 second) { return {uint32_t(first.bits) << 16 | second.bits}; }
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bf16_to_float(x.bits); }
 inline float to_float(f16 x) { return f16_to_float(x.bits); }

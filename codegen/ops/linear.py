@@ -1,7 +1,8 @@
 """Matrix products with one order of summation for any number of rows.
 
 ``y[m, n] = Σ_k x[m, k] · w[n, k]`` is one chain of fused multiply-adds in fp32, ``acc = fma(x, w, acc)``
-from ``acc = 0`` over k ascending; a bias is then added in fp32 and the result rounded to ``x.dtype`` once.
+from ``acc = 0`` over k ascending; a bias is then added in fp32 and the result rounded to ``x.dtype`` once. In
+a chain of bf16 numbers, denormals are zero.
 Every output element has its own chain, so its bits depend on its own row and column alone: not on the
 number of rows, the row's position, threads, tiles or instruction set.
 

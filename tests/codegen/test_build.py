@@ -180,7 +180,7 @@ def test_a_process_killed_while_it_builds(
 
 
 def test_an_unknown_instruction_set() -> None:
-    with pytest.raises(ValueError, match="expected one of native, avx512, avx2, portable"):
+    with pytest.raises(ValueError, match="expected one of native, avx512_bf16, avx512, avx2, portable"):
         build.build("sse2")
 
 
@@ -266,6 +266,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         show("linear", ops.linear(x, packed, b, n), ops.linear_dense(x, w, None))
         show("unpack", ops.linear_unpack(packed, n, k))
         show("fused", ops.linear_add(x, packed, None, r, n), ops.linear_silu_mul(x, packed, n // 2))
+    if dtype == torch.bfloat16:  # all bit patterns, and results near the denormals
+        for k, low, high in ((6, 0, 256), (578, 56, 72)):
+            x, w = (torch.randint(low << 7, high << 7, (s, k), generator=g) for s in (33, 1000))
+            w += torch.randint(2, w.shape, generator=g) << 15
+            x, w = (t.to(torch.uint16).view(dtype) for t in (x, w))
+            show("patterns", ops.linear_dense(x, w, None), ops.linear(x, ops.linear_pack(w), None, 1000))
     x, r = torch.randn(9, 577, generator=g).to(dtype), torch.randn(9, 577, generator=g).to(dtype)
     w = torch.randn(577, generator=g).to(dtype)
     show("norm", ops.rms_norm(x, w, 1e-5, 0.0, True), *ops.add_rms_norm(x, r, w, 1e-5, 1.0, False))
@@ -281,8 +287,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 def test_bits_are_the_same_on_every_instruction_set() -> None:
     flags = build.cpu_features().split()
     isas = ["native", "portable"]
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags):
-        isas.append("avx2")
+    if build.NEEDS["avx512"] <= set(flags):
+        isas += ["avx2", "avx512"]
     results = {}
     for isa in isas:
         command = [sys.executable, "-c", BITS, isa]

@@ -171,7 +171,15 @@ def test_panels_hold_the_weight_and_zeros() -> None:
     packed = ops.linear_pack(weight)
     assert packed.shape == (2, 7, PANEL)
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -50 % PANEL)).view(2, PANEL, 7).transpose(1, 2)
-    assert torch.equal(packed.sort(-1).values, padded.sort(-1).values)
+    assert torch.equal(packed, padded)
+    assert torch.equal(ops.linear_pack(weight.t().contiguous().t()), packed)
+
+
+def test_panels_of_bf16_hold_pairs_with_the_first_in_the_high_half() -> None:
+    weight = torch.randn(50, 7).bfloat16()
+    packed = ops.linear_pack(weight)
+    padded = torch.nn.functional.pad(weight, (0, 1, 0, -50 % PANEL)).view(2, PANEL, 4, 2).transpose(1, 2)
+    assert torch.equal(packed, padded.flip(-1))
     assert torch.equal(ops.linear_pack(weight.t().contiguous().t()), packed)
 
 

@@ -18,7 +18,7 @@ from llm42c.codegen.order import GROUPS
 
 registry.load()
 ops = torch.ops.llm42
-ISAS = ("native", "avx512", "avx2", "portable")
+ISAS = build.ISAS
 simulated = linear_q.simulators[GROUPS]
 
 

@@ -230,5 +230,6 @@ def test_instruction_sets_show_in_one_header() -> None:
     assert found == {"vec.h", "vec"}
 
 
-def test_avx512_form_compiles(tmp_path: Path) -> None:
-    compile_header(tmp_path, "avx512")
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16"])
+def test_avx512_form_compiles(tmp_path: Path, isa: str) -> None:
+    compile_header(tmp_path, isa)

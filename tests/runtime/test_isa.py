@@ -13,7 +13,7 @@ import pytest
 from llm42c.codegen.cpu import build
 
 # What torch itself is told to use, so that the process is that of a machine without more.
-TORCH = {"avx512": "avx512", "avx2": "avx2", "portable": "default"}
+TORCH = {"avx512_bf16": "avx512", "avx512": "avx512", "avx2": "avx2", "portable": "default"}
 
 
 def _runs(isa: str, threads: tuple[int, ...]) -> list[dict[str, object]]:

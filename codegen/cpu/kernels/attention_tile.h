@@ -6,7 +6,6 @@
 #pragma once
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 
 #include "element.h"
 
@@ -61,14 +60,6 @@ struct HeadShape {
   int64_t width() const { return panels() * 16; }
   int64_t panel_dim(int64_t panel) const { return std::max<int64_t>(0, std::min(panel * 16, dim - 16)); }
 };
-
-// f(0), ..., f(N - 1) with constant arguments, so that arrays indexed by them become registers.
-template <int N, class F>
-[[gnu::always_inline]] inline void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
 
 // Makes the compiler forget what it has read through p: it broadcasts again instead of running out of
 // registers.

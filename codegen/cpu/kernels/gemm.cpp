@@ -1,7 +1,7 @@
-// The matrix product. Every output element is one chain acc = fma(x[k], w[k], acc), k ascending from
-// acc = 0: vector lanes are different columns, and a chain interrupted at a block of k is stored and
-// taken up again exactly. So the blocking below is free to follow m, n, k, the caches and the number of
-// threads without changing a bit.
+// The matrix product. Every output element is one chain acc = fma(x[k], w[k], acc), k ascending from acc = 0;
+// of bf16, with zeros for denormals and in pairs of k. Vector lanes are different columns, and a chain
+// interrupted at a block of k is stored and taken up again exactly. So the blocking below is free to follow m,
+// n, k, the caches and the number of threads without changing a bit.
 #include "gemm.h"
 
 #include "gemm_pack.h"
@@ -16,44 +16,47 @@ constexpr int64_t kBlockBytes = 24 << 10;      // weights of one panel and one b
 constexpr int64_t kNearBlockBytes = 12 << 10;  // or these together with the block that follows
 constexpr int64_t kMaxRows = 256;              // rows whose partial sums are kept while a panel is read once
 constexpr int64_t kMacsPerThread = 1 << 15;    // below this, waking a thread costs more than it saves
-constexpr int64_t kChunkElements = 1 << 24;    // of x, converted to fp32 at a time
+constexpr int64_t kChunkElements = 1 << 24;    // of x, converted at a time
 
-struct WidenedX;
+struct KeptX;
 struct Partials;
 struct DenseBlock;
 struct Merged;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Length of the blocks of k: as few as fit `bytes`, of about equal size.
-template <class T>
-int64_t block_k(int64_t k, int64_t bytes) {
-  const int64_t most = bytes / int64_t(kPanel * sizeof(T));
-  return k <= most ? k : ceil_div(k, ceil_div(k, most));
+// Length of the blocks of `depth` Weights: as few as fit `bytes`, of about equal size.
+template <class Weight>
+int64_t block_length(int64_t depth, int64_t bytes) {
+  const int64_t most = bytes / int64_t(kPanel * sizeof(Weight));
+  return depth <= most ? depth : ceil_div(depth, ceil_div(depth, most));
 }
 
 template <class T>
 struct Job {
+  using Weight = typename Product<T>::Weight;
+  static constexpr int kDepth = Product<T>::kDepth;
   const Problem& p;
-  const float* x;  // [m, k] in fp32, rows lda apart
-  int64_t lda;
+  Rows<T> x;  // [m, depth]
+  const int64_t depth = ceil_div(p.k, kDepth);  // Weights in a column
 
-  const T* panel_at(int64_t panel) const { return static_cast<const T*>(p.packed) + panel * p.k * kPanel; }
+  const Weight* panel_at(int64_t panel) const { return static_cast<const Weight*>(p.packed) + panel * depth * kPanel; }
 
-  // Weights [kc, kPanel] of one panel from k0 on.
-  const T* block(int64_t panel, int64_t k0, int64_t kc) const {
-    if (p.packed) return panel_at(panel) + k0 * kPanel;
-    T* out = reinterpret_cast<T*>(scratch<DenseBlock>(kBlockBytes / int64_t(sizeof(float))));
-    const int64_t n0 = panel * kPanel;
+  // Weights [count, kPanel] of one panel from `first` on.
+  const Weight* block(int64_t panel, int64_t first, int64_t count) const {
+    if (p.packed) return panel_at(panel) + first * kPanel;
+    auto* out = reinterpret_cast<Weight*>(scratch<DenseBlock>(kBlockBytes / int64_t(sizeof(float))));
+    const int64_t n0 = panel * kPanel, k0 = first * kDepth, kc = count * kDepth;
     const T* w = static_cast<const T*>(p.dense) + n0 * p.stride_n + k0 * p.stride_k;
     const int64_t ahead = k0 + kc < p.k ? kc * p.stride_k : kPanel * p.stride_n - k0 * p.stride_k;
-    pack_panel<T>({w, p.stride_n, p.stride_k}, p.n - n0, kc, ahead, out);
+    pack_panel<T>({w, p.stride_n, p.stride_k, p.n - n0, p.k - k0}, count, ahead, out);
     return out;
   }
 
   // Rows m0..m1 of x times one panel -> c: [m1 - m0, kPanel]. The packed weights that are read after each
   // block are fetched meanwhile, evenly spread over its tiles; after this panel comes panel `next`.
   void product(int64_t panel, int64_t next, int64_t m0, int64_t m1, float* c) const {
+    const FloatMode<Product<T>::kFlush> mode;
     m1 - m0 > kRows ? product<true>(panel, next, m0, m1, c) : product<false>(panel, next, m0, m1, c);
   }
 
@@ -61,18 +64,18 @@ struct Job {
   void product(int64_t panel, int64_t next, int64_t m0, int64_t m1, float* c) const {
     if (p.k == 0) std::fill(c, c + (m1 - m0) * kPanel, 0.f);
     const int64_t tiles = ceil_div(m1 - m0, kRows);
-    const int64_t block_len = block_k<T>(p.k, kNear ? kNearBlockBytes : kBlockBytes);
-    for (int64_t k0 = 0; k0 < p.k; k0 += block_len) {
-      const int64_t kc = std::min(block_len, p.k - k0);
-      const T* w = block(panel, k0, kc);
-      const T* follow = !p.packed ? w : k0 + kc < p.k ? w + kc * kPanel : panel_at(next);
-      const int64_t share = p.packed ? kc * kPanel / tiles : 0;  // weights for each tile to fetch
-      const int64_t step = share * int64_t(sizeof(T)) / kc / passes(int(std::min<int64_t>(m1 - m0, kRows)));
+    const int64_t length = block_length<Weight>(depth, kNear ? kNearBlockBytes : kBlockBytes);
+    for (int64_t first = 0; first < depth; first += length) {
+      const int64_t count = std::min(length, depth - first);
+      const Weight* w = block(panel, first, count);
+      const Weight* follow = !p.packed ? w : first + count < depth ? w + count * kPanel : panel_at(next);
+      const int64_t share = p.packed ? count * kPanel / tiles : 0;  // weights for each tile to fetch
+      const int64_t step = share * int64_t(sizeof(Weight)) / count / passes(int(ceil_div(m1 - m0, tiles)));
       for (int64_t i = 0; i < tiles; i++) {
-        const int64_t m = m0 + i * kRows;
-        const Prefetch fetch{reinterpret_cast<const char*>(follow + i * share), step};
-        tile_rows<kNear>(std::min<int64_t>(kRows, m1 - m), x + m * lda + k0, lda, w, kc, c + (m - m0) * kPanel, k0 > 0,
-                         fetch);
+        const int64_t m = m0 + (m1 - m0) * i / tiles, end = m0 + (m1 - m0) * (i + 1) / tiles;
+        const Rows<T> rows{x.x + m * x.stride + first * Product<T>::kSteps, x.stride};
+        tile_rows<T, kNear>(end - m, rows, w, count, c + (m - m0) * kPanel, first > 0,
+                            {reinterpret_cast<const char*>(follow + i * share), step});
       }
     }
   }
@@ -130,15 +133,17 @@ struct Grid {
   }
 };
 
-// x in fp32: in place when it already is, else in the caller's scratch.
+// x as products keep it: in place when that is fp32, else in the caller's scratch.
 template <class T>
 Job<T> make_job(const Problem& p, int threads) {
+  using X = typename Product<T>::X;
   const T* x = static_cast<const T*>(p.x);
-  if constexpr (std::is_same_v<T, float>) return {p, x, p.x_stride};
-  float* wide = scratch<WidenedX>(p.m * p.k);
+  if constexpr (std::is_same_v<T, X>) return {p, {x, p.x_stride}};
+  const int64_t stride = ceil_div(p.k, Product<T>::kDepth) * Product<T>::kSteps;
+  X* kept = reinterpret_cast<X*>(scratch<KeptX>(p.m * stride));
   parallel_rows(p.m, p.m * p.k, 1 << 15, threads,
-                [&](int64_t m) { widen(x + m * p.x_stride, p.k, wide + m * p.k); });
-  return {p, wide, p.k};
+                [&](int64_t m) { Product<T>::keep(x + m * p.x_stride, p.k, kept + m * stride); });
+  return {p, {kept, stride}};
 }
 
 template <class T>
@@ -183,7 +188,7 @@ void run_silu_mul_in_two(const Problem& p, int threads) {
   });
 }
 
-// run(part) for parts of the rows that bound the memory for x in fp32.
+// run(part) for parts of the rows that bound the memory for x.
 template <class T, class F>
 void in_chunks(const Problem& p, F run) {
   const int64_t rows = std::max(kMaxRows, kChunkElements / std::max<int64_t>(p.k, 1) / kMaxRows * kMaxRows);
@@ -205,19 +210,23 @@ int64_t panel_count(int64_t n) { return ceil_div(n, kPanel); }
 void pack(Dtype dtype, const void* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, void* packed,
           int threads) {
   with_element(dtype, [&]<class T>(T) {
+    const int64_t depth = ceil_div(k, Product<T>::kDepth);
     parallel_rows(panel_count(n), n * k, 1 << 14, threads, [&](int64_t panel) {
       const int64_t n0 = panel * kPanel;
       const T* w = static_cast<const T*>(weight) + n0 * stride_n;
-      pack_panel<T>({w, stride_n, stride_k}, n - n0, k, 64, static_cast<T*>(packed) + n0 * k);
+      auto* out = static_cast<typename Product<T>::Weight*>(packed) + n0 * depth;
+      pack_panel<T>({w, stride_n, stride_k, n - n0, k}, depth, 64, out);
     });
   });
 }
 
 void unpack(Dtype dtype, const void* packed, int64_t n, int64_t k, void* weight, int threads) {
   with_element(dtype, [&]<class T>(T) {
+    const int64_t depth = ceil_div(k, Product<T>::kDepth);
     parallel_rows(n, n * k, 1 << 14, threads, [&](int64_t row) {
       const int column = int(row % kPanel);
-      unpack_column(static_cast<const T*>(packed) + (row - column) * k, column, k, static_cast<T*>(weight) + row * k);
+      const auto* panel = static_cast<const typename Product<T>::Weight*>(packed) + (row - column) * depth;
+      unpack_column<T>(panel, column, k, static_cast<T*>(weight) + row * k);
     });
   });
 }

@@ -7,8 +7,8 @@ namespace llm42::gemm {
 int64_t panel_width();
 int64_t panel_count(int64_t n);
 
-// weight [n, k] at the given strides (in elements) <-> packed [panel_count, k, panel_width], where
-// columns past n are zero.
+// weight [n, k] at the given strides (in elements) <-> packed [panel_count, k, panel_width], for bf16
+// [panel_count, ceil(k / 2), panel_width, 2], where what the weight does not have is zero.
 void pack(Dtype dtype, const void* weight, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k, void* packed,
           int threads);
 void unpack(Dtype dtype, const void* packed, int64_t n, int64_t k, void* weight, int threads);

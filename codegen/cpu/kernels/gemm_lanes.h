@@ -1,8 +1,7 @@
-// The shape of the matrix kernel's tiles, and the decoding of packed weights.
+// The shape of the matrix kernel's tiles, and what products of each dtype are made of.
 //
-// A packed weight is a sequence of panels of kPanel output columns: packed[panel][k][column]. Where a
-// register holds 8 floats, every 16 bf16 columns are stored as 8 words of 32 bits, column i in the low
-// half and column i + 8 in the high half, so that a shift and a mask decode two registers from one load.
+// A packed weight is a sequence of panels of kPanel output columns, on every instruction set:
+// packed[panel][k][column], and for bf16 packed[panel][k / 2][column] in pairs. An odd k is padded with zeros.
 #pragma once
 #include <type_traits>
 
@@ -11,29 +10,38 @@
 namespace llm42::gemm {
 
 inline constexpr int kPanel = 48;
-inline constexpr int kRows = kRegisters / 4;  // of 3 registers: three quarters of them are accumulators
 inline constexpr int kVecs = kPanel / kLanes;
+inline constexpr int kRows = kLanes == 16 ? 8 : 6;  // of a tile
 
 template <class T>
-inline constexpr bool kInterleaved = kLanes == 8 && std::is_same_v<T, bf16>;
+struct Product {
+  using Weight = T;  // an element of packed weights; kDepth of k stand in it
+  using X = float;   // what x is kept as; kSteps of them meet a Weight, one after the other
+  static constexpr int kDepth = 1, kSteps = 1;
+  static constexpr bool kFlush = false;  // whether it is computed in FlushMode
 
-// Register V of the kPanel weights of one k.
-template <int V, class T>
-inline Vec decode(const T* row) {
-  if constexpr (!kInterleaved<T>)
-    return Vec::load(row + kLanes * V);
-  else if constexpr (V % 2)
-    return Vec::load_odd(row + kLanes * (V - 1));
-  else
-    return Vec::load_even(row + kLanes * V);
-}
+  static Vec broadcast(X x) { return Vec::set1(x); }
+  template <int Step>
+  static Vec weights(const T* p) {
+    return Vec::load(p);
+  }
+  // x[k] for k < n to out, padded to whole Weights.
+  static void keep(const T* x, int64_t n, X* out) { widen(x, n, out); }
+};
 
-// Where column c of a panel stands among the kPanel weights of one k.
-template <class T>
-inline constexpr int slot(int c) {
-  if (!kInterleaved<T>) return c;
-  const int i = c % 16;
-  return c - i + (i < 8 ? 2 * i : 2 * (i - 8) + 1);
-}
+template <>
+struct Product<bf16> {
+  using Weight = bf16x2;
+  using X = PairX;
+  static constexpr int kDepth = 2, kSteps = kPairSteps;
+  static constexpr bool kFlush = kPairsByMode;
+
+  static auto broadcast(X x) { return pair_factor(x); }
+  template <int Step>
+  static auto weights(const bf16x2* p) {
+    return pair_factor<Step>(p);
+  }
+  static void keep(const bf16* x, int64_t n, X* out) { keep_pairs(x, n, out); }
+};
 
 }  // namespace llm42::gemm

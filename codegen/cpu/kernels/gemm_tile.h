@@ -1,14 +1,19 @@
 // The innermost kernel: a few rows of x times one panel of weights over one block of k.
 #pragma once
-#include <utility>
+#include <algorithm>
 
 #include "gemm_lanes.h"
 
 namespace llm42::gemm {
 
-// Passes over the panel that a tile of `rows` rows takes: as many registers at once as leave kRows * 3
-// accumulators.
-inline constexpr int passes(int rows) { return rows * kVecs <= 3 * kRows ? 1 : 2; }
+// Passes over the panel that a tile of `rows` rows takes: as many columns at once as there are registers for
+// accumulators and factors, less one, without which compilers spill.
+inline constexpr int passes(int rows) {
+  const auto registers = [&](int vecs) { return rows * vecs + std::min(rows, vecs) + 1; };
+  int n = 1;
+  while (kVecs % n || registers(kVecs / n) >= kRegisters) n++;
+  return n;
+}
 
 // Weights to fetch while a tile is computed: from `next` on, `step` bytes for every k, into L1 (near) or
 // L2. L1 is better when every weight is used by several tiles: then there is time to fill it. When memory
@@ -18,15 +23,21 @@ struct Prefetch {
   int64_t step;
 };
 
-template <bool kNear>
-inline void prefetch(const char* p) {
-  __builtin_prefetch(p, 0, kNear ? 3 : 2);
-}
+// A row of x, as Product<T>::keep() leaves it, and those below it.
+template <class T>
+struct Rows {
+  const typename Product<T>::X* x;
+  int64_t stride;
+};
 
-// kR rows of x times registers kV0..kV0+kN-1 of a panel. x: rows lda apart; w: [kc, kPanel];
-// c: [kR, kPanel] partial sums, continued from if `resume`.
-template <int kR, int kV0, int kN, bool kNear, class T>
-inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, bool resume, Prefetch fetch) {
+// kR rows of x times registers kV0..kV0+kN-1 of a panel. w: [count, kPanel]; c: [kR, kPanel] partial sums,
+// continued from if `resume`.
+template <class T, int kR, int kV0, int kN, bool kNear>
+inline void tile(Rows<T> x, const typename Product<T>::Weight* w, int64_t count, float* c, bool resume,
+                 Prefetch fetch) {
+  using P = Product<T>;
+  constexpr int kLine = 64, kBytes = kN * kLanes * int(sizeof *w) / (kNear ? 2 : 1);
+  constexpr int kLines = (kBytes + kLine - 1) / kLine;
   Vec acc[kR][kN];
 #pragma GCC unroll 8
   for (int r = 0; r < kR; r++)
@@ -34,34 +45,36 @@ inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, 
     for (int v = 0; v < kN; v++) acc[r][v] = resume ? Vec::load(c + r * kPanel + (kV0 + v) * kLanes) : Vec::zero();
   // Not unrolled: the body has enough chains, and longer bodies make compilers spill accumulators.
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < kc; k++) {
-    prefetch<kNear>(fetch.next);
-    if constexpr (kN == kVecs) prefetch<kNear>(fetch.next + fetch.step / 2);
-    fetch.next += fetch.step;
-    const T* row = w + k * kPanel;
-    Vec a[kR];
-    if constexpr (kR < kN) {
+  for (int64_t i = 0; i < count; i++) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kR; r++) a[r] = Vec::set1(x[r * lda + k]);
-      [&]<int... V>(std::integer_sequence<int, V...>) {
-        const auto column = [&](int v, Vec b) {
+    for (int line = 0; line < kLines; line++) __builtin_prefetch(fetch.next + line * kLine, 0, kNear ? 3 : 2);
+    fetch.next += fetch.step;
+    const auto* row = w + i * kPanel + kV0 * kLanes;
+    const auto* xi = x.x + i * P::kSteps;
+    unrolled<P::kSteps>([&](auto step) {
+      using Factor = decltype(P::template weights<step>(row));
+      if constexpr (kR < kN) {
+        Factor a[kR];
+#pragma GCC unroll 8
+        for (int r = 0; r < kR; r++) a[r] = P::broadcast(xi[r * x.stride + step]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kN; v++) {
+          const Factor b = P::template weights<step>(row + v * kLanes);
 #pragma GCC unroll 8
           for (int r = 0; r < kR; r++) acc[r][v] = fma(a[r], b, acc[r][v]);
-        };
-        (column(V, decode<kV0 + V>(row)), ...);
-      }(std::make_integer_sequence<int, kN>{});
-    } else {
-      Vec b[kN];
-      [&]<int... V>(std::integer_sequence<int, V...>) {
-        ((b[V] = decode<kV0 + V>(row)), ...);
-      }(std::make_integer_sequence<int, kN>{});
+        }
+      } else {
+        Factor b[kN];
 #pragma GCC unroll 8
-      for (int r = 0; r < kR; r++) {
-        const Vec a = Vec::set1(x[r * lda + k]);
+        for (int v = 0; v < kN; v++) b[v] = P::template weights<step>(row + v * kLanes);
 #pragma GCC unroll 8
-        for (int v = 0; v < kN; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
+        for (int r = 0; r < kR; r++) {
+          const Factor a = P::broadcast(xi[r * x.stride + step]);
+#pragma GCC unroll 8
+          for (int v = 0; v < kN; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
+        }
       }
-    }
+    });
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kR; r++)
@@ -70,16 +83,16 @@ inline void tile(const float* x, int64_t lda, const T* w, int64_t kc, float* c, 
 }
 
 // `rows` <= kRows rows times the whole panel.
-template <bool kNear, int kR = kRows, class T>
-inline void tile_rows(int64_t rows, const float* x, int64_t lda, const T* w, int64_t kc, float* c, bool resume,
-                      Prefetch fetch) {
+template <class T, bool kNear, int kR = kRows>
+inline void tile_rows(int64_t rows, Rows<T> x, const typename Product<T>::Weight* w, int64_t count, float* c,
+                      bool resume, Prefetch fetch) {
   if constexpr (kR > 1) {
-    if (rows < kR) return tile_rows<kNear, kR - 1>(rows, x, lda, w, kc, c, resume, fetch);
+    if (rows < kR) return tile_rows<T, kNear, kR - 1>(rows, x, w, count, c, resume, fetch);
   }
   constexpr int kN = kVecs / passes(kR);
-  tile<kR, 0, kN, kNear>(x, lda, w, kc, c, resume, fetch);
-  if constexpr (kN < kVecs)
-    tile<kR, kN, kVecs - kN, kNear>(x, lda, w, kc, c, resume, {fetch.next + kc * fetch.step, fetch.step});
+  unrolled<passes(kR)>([&](auto pass) {
+    tile<T, kR, pass * kN, kN, kNear>(x, w, count, c, resume, {fetch.next + pass * count * fetch.step, fetch.step});
+  });
 }
 
 }  // namespace llm42::gemm

@@ -13,24 +13,25 @@
 
 namespace llm42 {
 
-// While it lives, the calling thread rounds to nearest and keeps subnormal numbers. A program may have set
-// something else (torch.set_flush_denormal, a library linked with -ffast-math), and for some of the threads
-// only: the bits of a row would then depend on who computes it.
-class IeeeMode {
+// While it lives, the calling thread rounds to nearest, and keeps subnormal numbers or (`Flush`) takes and gives
+// zero for them. A program may have set something else (torch.set_flush_denormal, a library linked with
+// -ffast-math), and for some of the threads only: the bits of a row would then depend on who computes it.
+template <bool Flush>
+class FloatMode {
  public:
-  IeeeMode() : before_(read()) {
-    if (before_ & kDeviations) write(before_ & ~kDeviations);
+  FloatMode() : before_(read()) {
+    if (before_ != wanted()) write(wanted());
   }
-  ~IeeeMode() {
-    if (before_ & kDeviations) write(before_);
+  ~FloatMode() {
+    if (before_ != wanted()) write(before_);
   }
-  IeeeMode(const IeeeMode&) = delete;
-  IeeeMode& operator=(const IeeeMode&) = delete;
+  FloatMode(const FloatMode&) = delete;
+  FloatMode& operator=(const FloatMode&) = delete;
 
  private:
 #if defined(__SSE__)
   using Word = unsigned;
-  static constexpr Word kDeviations = 0x8000 | 0x6000 | 0x0040;  // flush to zero, rounding, denormals are zero
+  static constexpr Word kFlush = 0x8000 | 0x0040, kRounding = 0x6000;  // flush to zero, denormals are zero
   static Word read() { return _mm_getcsr(); }
   static void write(Word word) {
     asm volatile("" ::: "memory");
@@ -39,7 +40,7 @@ class IeeeMode {
   }
 #elif defined(__aarch64__)
   using Word = uint64_t;
-  static constexpr Word kDeviations = 0x1000000 | 0xc00000 | 0x80000;  // FZ, RMode, FZ16
+  static constexpr Word kFlush = 0x1000000 | 0x80000, kRounding = 0xc00000;  // FZ, FZ16; RMode
   static Word read() {
     Word word;
     asm volatile("mrs %0, fpcr" : "=r"(word));
@@ -48,12 +49,15 @@ class IeeeMode {
   static void write(Word word) { asm volatile("msr fpcr, %0" ::"r"(word) : "memory"); }
 #else
   using Word = unsigned;
-  static constexpr Word kDeviations = 0;
+  static constexpr Word kFlush = 0, kRounding = 0;
   static Word read() { return 0; }
   static void write(Word) {}
 #endif
+  Word wanted() const { return (before_ & ~(kFlush | kRounding)) | (Flush ? kFlush : 0); }
   const Word before_;
 };
+using IeeeMode = FloatMode<false>;
+using FlushMode = FloatMode<true>;
 
 // f(thread, team) on `threads` threads; on the caller alone, without a parallel region, for one.
 template <class F>

@@ -1,27 +1,30 @@
 // Sixteen rows of a matrix as columns. Moves bits only.
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 namespace llm42 {
 
-// Eight elements of sixteen rows, `stride` apart: out[i * out_stride + j] = rows[j * stride + i]. With `kFar`,
-// rows j and j + 8 become neighbours instead. `ahead` elements further on is what is read next.
-template <bool kFar = false, class T>
-inline void transpose_16x8(const T* rows, int64_t stride, int64_t ahead, T* out, int64_t out_stride) {
+// Eight elements of sixteen rows, `stride` apart: out[i * out_stride + j] = rows[j * stride + i]; of bf16 to
+// bf16x2, eight pairs. `ahead` elements further on is what is read next.
+template <class In, class Out>
+inline void transpose_16x8(const In* rows, int64_t stride, int64_t ahead, Out* out, int64_t out_stride) {
   W8 r[8];
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (sizeof(Out) == 4) {
     for (int half = 0; half < 16; half += 8) {
       for (int j = 0; j < 8; j++) {
-        const T* row = rows + (half + j) * stride;
+        const In* row = rows + (half + j) * stride;
         __builtin_prefetch(row + ahead, 0, 2);
         r[j] = W8::load(row);
+        if constexpr (std::is_same_v<Out, bf16x2>) r[j] = r[j].halves_swapped();
       }
       transpose(r);
       for (int i = 0; i < 8; i++) r[i].store(out + i * out_stride + half);
     }
   } else {  // two rows are transposed as one of words
     for (int j = 0; j < 8; j++) {
-      const T *low = rows + (kFar ? j : 2 * j) * stride, *high = low + (kFar ? 8 : 1) * stride;
+      const In *low = rows + 2 * j * stride, *high = low + stride;
       __builtin_prefetch(low + ahead, 0, 2);
       __builtin_prefetch(high + ahead, 0, 2);
       r[j] = W8::interleaved(low, high);

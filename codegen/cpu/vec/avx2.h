@@ -18,10 +18,15 @@ struct V8 {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16))};
   }
   static V8 load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
-  // The even, and the odd ones of sixteen values.
-  static V8 load_even(const bf16* p) { return {_mm256_castsi256_ps(_mm256_slli_epi32(W8::load(p).v, 16))}; }
-  static V8 load_odd(const bf16* p) {
-    return {_mm256_castsi256_ps(_mm256_and_si256(W8::load(p).v, _mm256_set1_epi32(int(0xffff0000u))))};
+  // The low, and the high halves of 32-bit words.
+  static V8 load_low(const void* p) { return {_mm256_castsi256_ps(_mm256_slli_epi32(W8::load(p).v, 16))}; }
+  static V8 load_high(const void* p) {
+    // The mask stays in memory: a register for it would be one accumulator less.
+    alignas(32) static const uint16_t kHigh[] = {0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff,
+                                                 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff};
+    V8 r;
+    asm("vpand %2, %1, %0" : "=x"(r.v) : "x"(W8::load(p).v), "m"(kHigh));
+    return r;
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const {
@@ -41,6 +46,7 @@ struct V8 {
 using Vec = V8;
 
 inline V8 fma(V8 a, V8 b, V8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+#include "vec/pairs_by_mode.h"
 inline V8 max(V8 a, V8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline V8 min(V8 a, V8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline V8 round_even(V8 a) { return {_mm256_round_ps(a.v, 0x08)}; }

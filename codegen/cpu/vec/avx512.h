@@ -2,7 +2,11 @@
 #pragma once
 #include "vec/words_x86.h"
 
+#if defined(__AVX512BF16__)
+#define LLM42_ISA_NAME "avx512_bf16"
+#else
 #define LLM42_ISA_NAME "avx512"
+#endif
 
 namespace llm42 {
 
@@ -18,9 +22,9 @@ struct V16 {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))};
   }
   static V16 load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-  // The even, and the odd ones of 32 values.
-  static V16 load_even(const bf16* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
-  static V16 load_odd(const bf16* p) {
+  // The low, and the high halves of 32-bit words.
+  static V16 load_low(const void* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+  static V16 load_high(const void* p) {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000u))))};
   }
   // All 16 values in an order of lanes that is cheap to load; restore_bf16_pairs() undoes it.
@@ -43,6 +47,25 @@ struct V16 {
 using Vec = V16;
 
 inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+#if defined(__AVX512BF16__)
+using PairX = bf16x2;
+inline constexpr int kPairSteps = 1;
+inline constexpr bool kPairsByMode = false;
+struct Pairs {
+  __m512i v;
+};
+inline Pairs pair_factor(PairX x) { return {_mm512_set1_epi32(int(x.bits))}; }
+template <int Step>
+inline Pairs pair_factor(const bf16x2* p) {
+  return {_mm512_loadu_si512(p)};
+}
+// vdpbf16ps: first the high halves, then the low ones.
+inline V16 fma(Pairs a, Pairs b, V16 c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+#else
+#include "vec/pairs_by_mode.h"
+#endif
+
 // a > b ? a : b, as the SSE instruction: b when either is NaN.
 inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V16 min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }

@@ -12,7 +12,7 @@ struct V16 {
     return {V8::load(p), V8::load(p + 8)};
   }
   // All 16 values in an order of lanes that is cheap to load; restore_bf16_pairs() undoes it.
-  static V16 load_bf16_pairs(const bf16* p) { return {V8::load_even(p), V8::load_odd(p)}; }
+  static V16 load_bf16_pairs(const bf16* p) { return {V8::load_low(p), V8::load_high(p)}; }
   template <class T>
   void store(T* p) const {
     lo.store(p), hi.store(p + 8);

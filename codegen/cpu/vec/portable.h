@@ -29,6 +29,9 @@ struct W8 {
     return map([&](int i) { return a[i] | uint32_t(b[i]) << 16; });
   }
   void store(void* p) const { std::memcpy(p, v, sizeof v); }
+  W8 halves_swapped() const {
+    return map([&](int i) { return v[i] << 16 | v[i] >> 16; });
+  }
   friend W8 operator^(W8 a, W8 b) {
     return map([&](int i) { return a.v[i] ^ b.v[i]; });
   }
@@ -62,8 +65,9 @@ struct V8 {
   static V8 load(const T* p) {
     return map([&](int i) { return to_float(p[i]); });
   }
-  static V8 load_even(const bf16* p) { return map([&](int i) { return to_float(p[2 * i]); }); }
-  static V8 load_odd(const bf16* p) { return map([&](int i) { return to_float(p[2 * i + 1]); }); }
+  // The low, and the high halves of 32-bit words, in the order of W8::interleaved().
+  static V8 load_low(const bf16* p) { return map([&](int i) { return to_float(p[2 * i]); }); }
+  static V8 load_high(const bf16* p) { return map([&](int i) { return to_float(p[2 * i + 1]); }); }
   template <class T>
   void store(T* p) const {
     for (int i = 0; i < 8; i++) p[i] = from_float<T>(v[i]);
@@ -78,6 +82,36 @@ using Vec = V8;
 inline V8 fma(V8 a, V8 b, V8 c) {
   return V8::map([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
 }
+
+// A number of a chain of bf16 products.
+struct Flushed {
+  V8 v;
+};
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
+
+using PairX = float;
+inline constexpr int kPairSteps = 2;
+inline constexpr bool kPairsByMode = false;
+inline Flushed pair_factor(PairX x) { return {V8::set1(flushed(x))}; }
+template <int Step>
+inline Flushed pair_factor(const bf16x2* p) {
+  return {V8::map([&](int i) { return flushed(float_of_bits(Step ? p[i].bits << 16 : p[i].bits & 0xffff0000u)); })};
+}
+
+// What rounds to less than the least normal number, had exponents no end, becomes zero. Only where fmaf gives
+// just that number is there a doubt, and the sum is exact in fp64 then.
+inline V8 fma(Flushed a, Flushed b, V8 c) {
+  bool doubt = false;
+  V8 r = fma(a.v, b.v, c);
+  for (int i = 0; i < 8; i++) {
+    doubt |= std::fabs(r.v[i]) == 0x1p-126f;
+    r.v[i] = flushed(r.v[i]);
+  }
+  for (int i = 0; doubt && i < 8; i++)
+    if (std::fabs(double(a.v.v[i]) * b.v.v[i] + c.v[i]) < 0x1p-126 - 0x1p-151) r.v[i] = std::copysign(0.f, r.v[i]);
+  return r;
+}
+
 inline V8 max(V8 a, V8 b) { return V8::map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 inline V8 min(V8 a, V8 b) { return V8::map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline V8 round_even(V8 a) { return V8::map([&](int i) { return __builtin_nearbyintf(a.v[i]); }); }

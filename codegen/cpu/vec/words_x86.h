@@ -19,6 +19,7 @@ struct W8 {
     return {_mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b))};
   }
   void store(void* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  W8 halves_swapped() const { return {_mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_srli_epi32(v, 16))}; }
   friend W8 operator^(W8 a, W8 b) { return {_mm256_xor_si256(a.v, b.v)}; }
 };
 

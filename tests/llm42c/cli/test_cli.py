@@ -125,7 +125,7 @@ def test_explain_is_about_the_graph_that_generate_runs(
     printed = capsys.readouterr().out
     assert printed.startswith("the engine's graph")
     assert "merge_linears fired in:" in printed
-    assert "    linear: fma-chain/1 (One fp32 chain" in printed
+    assert "    linear: fma-chain/2 (One fp32 chain" in printed
     assert "compiled by Inductor" in printed
     assert "every call has a fixed order" in printed
     assert cli.main(["explain", model, "--pipeline", "compile"]) == 0
