@@ -63,10 +63,11 @@ LANES = Order(
 )
 SPLITS = Order(
     "splits256",
-    1,
-    "Splits of 256 absolute positions, folded from the left. In a split, scores are chains of fused "
-    "multiply-adds over the head's dimension, exponentials of key j are summed in lane j % 16 and then in "
-    "the tree of lanes16, and outputs are chains over the visible keys, ascending.",
+    2,
+    "Splits of 256 absolute positions, folded from the left. In a split, scores are chains as fma-chain over "
+    "the head's dimension, exponentials of key j are summed in lane j % 16 and then in the tree of lanes16, "
+    "and outputs are chains of fused multiply-adds over the visible keys, ascending, with the exponentials "
+    "in fp32.",
 )
 DRAW = Order(
     "gumbel-lanes16",

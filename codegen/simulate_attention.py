@@ -48,9 +48,8 @@ def attend(
 
     The result has q's dtype. A row that sees no key is 0.
     """
-    q, k, v = q.float(), k.float(), v.float()
-    none = q.new_zeros(*q.shape[:2], 1)
-    whole = _Partial(none - torch.inf, none, torch.zeros_like(q))
+    none = torch.zeros(*q.shape[:2], 1)
+    whole = _Partial(none - torch.inf, none, torch.zeros(q.shape))
     for begin in range(0, k.shape[1], SPLIT):
         keys = slice(begin, begin + SPLIT)
         added = None if bias is None else bias[..., keys]
@@ -68,7 +67,7 @@ def _split(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, heads: Heads, bias:
     s = s.masked_fill(~visible, -torch.inf)
     m = s.masked_fill(s.isnan(), -torch.inf).amax(-1, keepdim=True)
     p = simulate.exp_nonpositive(s - torch.where(m == -torch.inf, 0.0, m))
-    o = simulate.chain(p[:, :, None], v.mT[:, None], visible[:, :, None])  # hidden values may be NaN
+    o = simulate.chain(p[:, :, None], v.float().mT[:, None], visible[:, :, None])  # hidden values may be NaN
     return _Partial(m, simulate.lane_sum(p), o)
 
 

@@ -2,7 +2,7 @@
 //
 // Order of reduction for one query row and head, whatever shares the call: the keys are taken in splits
 // of kSplit absolute positions. In a split, each score is one chain fma over the head dimension,
-// ascending; the maximum is exact; the exponentials of key j are summed in lane j % 16, ascending, then
+// ascending (of bf16, with zeros for denormals); the maximum is exact; the exponentials of key j are summed in lane j % 16, ascending, then
 // in the tree of hsum(); each output element is one chain fma over the visible keys, ascending. Splits
 // are folded from the left. Hidden keys take no part in any of it.
 #pragma once

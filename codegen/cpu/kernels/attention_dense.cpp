@@ -57,12 +57,12 @@ struct DenseCall {
     return first;
   }
 
-  void load_queries(const Work& work, float* q) const {
+  void load_queries(const Work& work, const TileScratch& t) const {
     for (int r = 0; r < work.job->rows; r++) {
       const int64_t row = work.job->row0 + r;
-      widen(static_cast<const T*>(p.q) + work.job->sequence * p.q_batch + q_head(work, row) * p.q_head +
+      Score<T>::keep(static_cast<const T*>(p.q) + work.job->sequence * p.q_batch + q_head(work, row) * p.q_head +
                 row / group * p.q_token,
-            h.dim, q + r * h.dim);
+            h.dim, t.query<T>(r, h.dim));
     }
   }
 
@@ -147,7 +147,7 @@ struct DenseCall {
     const Job& job = *work.job;
     const TileScratch t = TileScratch::of_this_thread(h, plan.max_rows);
     const SharedTile* tile = job.shared < 0 ? nullptr : &plan.shared[size_t(job.shared)];
-    load_queries(work, t.q);
+    load_queries(work, t);
     const Horizon& horizon = plan.sequences[size_t(job.sequence)].horizon;
     run_job<T>(job, tile, horizon, group, h, t, partials + work.head * plan.partials,
                Keys{*this, work, t, p.kv_len - horizon.keys});

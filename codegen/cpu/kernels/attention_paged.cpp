@@ -32,11 +32,11 @@ struct PagedCall {
     }
   }
 
-  void load_queries(const Sequence& s, const Job& job, int64_t head, float* q) const {
+  void load_queries(const Sequence& s, const Job& job, int64_t head, const TileScratch& t) const {
     for (int r = 0; r < job.rows; r++) {
       const int64_t row = job.row0 + r, token = s.first_token + row / group;
       const T* from = static_cast<const T*>(p.q) + token * p.q_token + (head * group + row % group) * p.q_head;
-      widen(from, h.dim, q + r * h.dim);
+      Score<T>::keep(from, h.dim, t.query<T>(r, h.dim));
     }
   }
 
@@ -132,7 +132,7 @@ struct PagedCall {
     const Sequence& s = plan.sequences[size_t(job.sequence)];
     const TileScratch t = TileScratch::of_this_thread(h, plan.max_rows);
     const SharedTile* tile = job.shared < 0 ? nullptr : &plan.shared[size_t(job.shared)];
-    load_queries(s, job, work.head, t.q);
+    load_queries(s, job, work.head, t);
     run_job<T>(job, tile, s.horizon, group, h, t, partials + work.head * plan.partials,
                Keys{*this, work, following, t});
     for (int r = 0; !tile && r < job.rows; r++)

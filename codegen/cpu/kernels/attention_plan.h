@@ -178,6 +178,12 @@ struct TileScratch {
   Mask* mask;
   void* units;  // [kSplit * (dim + 16)] elements of up to 4 bytes
 
+  // Where the queries from a row on are kept.
+  template <class T>
+  auto* query(int64_t row, int64_t dim) const {
+    return reinterpret_cast<typename Score<T>::X*>(q) + row * (dim / Score<T>::kDepth * Score<T>::kSteps);
+  }
+
   struct Tag {};
   static TileScratch of_this_thread(const HeadShape& h, int64_t rows) {
     const auto align = [](int64_t n) { return (n + 15) / 16 * 16; };
@@ -238,7 +244,7 @@ inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horiz
       } else if (first_split) {
         to = {t.m + r0, t.l + r0, t.o + r0 * h.width()};
       }
-      attend<T>(n, h, kv, ahead, t.q + r0 * h.dim, spans, masked ? t.mask : nullptr, t.s, to.m, to.l, to.o);
+      attend<T>(n, h, kv, ahead, t.query<T>(r0, h.dim), spans, masked ? t.mask : nullptr, t.s, to.m, to.l, to.o);
       for (int r = 0; !tile && !first_split && r < n; r++)
         fold(h, {t.m + r0 + r, t.l + r0 + r, t.o + (r0 + r) * h.width()},
              {to.m + r, to.l + r, to.o + r * h.width()});

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "element.h"
+#include "parallel.h"
 
 namespace llm42::attention {
 
@@ -37,6 +38,34 @@ struct SplitKV {
   int64_t k_stride, v_stride;
 };
 
+// What scores of each dtype are made of: queries are kept as X, kSteps of them for kDepth dimensions.
+template <class T>
+struct Score {
+  using X = float;
+  static constexpr int kDepth = 1, kSteps = 1;
+  static constexpr bool kFlush = false;
+
+  static V16 broadcast(X x) { return V16::set1(x); }
+  template <int Step>
+  static V16 keys(const T* k, int64_t) {
+    return load(k);
+  }
+  static void keep(const T* q, int64_t dim, X* out) { widen(q, dim, out); }
+};
+template <>
+struct Score<bf16> {
+  using X = PairX;
+  static constexpr int kDepth = 2, kSteps = kPairSteps;
+  static constexpr bool kFlush = kPairsByMode;
+
+  static auto broadcast(X x) { return pair_factor(x); }
+  template <int Step>
+  static auto keys(const bf16* k, int64_t stride) {
+    return pair_factor<Step>(k, k + stride);
+  }
+  static void keep(const bf16* q, int64_t dim, X* out) { keep_pairs(q, dim, out); }
+};
+
 // The keys of a split that a row sees: [lo, hi), and in them those whose bit is set.
 struct Span {
   int lo = 0, hi = 0;
@@ -63,7 +92,8 @@ struct HeadShape {
 
 // Makes the compiler forget what it has read through p: it broadcasts again instead of running out of
 // registers.
-[[gnu::always_inline]] inline const float* reread(const float* p) {
+template <class T>
+[[gnu::always_inline]] inline const T* reread(const T* p) {
   asm("" : "+r"(p));
   return p;
 }
@@ -74,11 +104,12 @@ template <class T, int Count>
   for (int i = 0; i < Count; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
-// s[r][16 u + lane] = scale * <q[r], key> for `Units` units of keys from `unit` on. Meanwhile the keys of
-// the split `ahead`, which is computed next, are fetched.
+// s[r][16 u + lane] = <q[r], key> for `Units` units of keys from `unit` on. Meanwhile the keys of the split
+// `ahead`, which is computed next, are fetched.
 template <class T, int Rows, int Units>
-[[gnu::noinline]] void score_units(int64_t dim, float scale, const float* q, const SplitKV<T>& kv,
+[[gnu::noinline]] void score_units(int64_t dim, const typename Score<T>::X* q, const SplitKV<T>& kv,
                                    const SplitKV<T>& ahead, int unit, float* s) {
+  using S = Score<T>;
   V16 acc[Units][Rows];
   const T *key[Units], *next[Units];
   unrolled<Units>([&](auto u) {
@@ -86,34 +117,36 @@ template <class T, int Rows, int Units>
     next[u] = ahead.k_lines[unit + u];
     unrolled<Rows>([&](auto r) { acc[u][r] = V16::zero(); });
   });
-  for (const float* end = q + dim; q < end; q++) {
-    const float* qd = q;
+  const int64_t length = dim / S::kDepth * S::kSteps;
+  for (const auto* end = q + length; q < end; q += S::kSteps) {
+    const auto* qd = q;
     unrolled<Units>([&](auto u) {
-      prefetch<T, kUnit>(next[u]);
-      next[u] += kUnit;
-      const V16 x = load_lanes<T>(key[u]);
-      key[u] += kv.k_stride;
-      qd = reread(qd);
-      unrolled<Rows>([&](auto r) { acc[u][r] = fma(V16::set1(qd[r * dim]), x, acc[u][r]); });
+      prefetch<T, S::kDepth * kUnit>(next[u]);
+      next[u] += S::kDepth * kUnit;
+      unrolled<S::kSteps>([&](auto step) {
+        const auto x = S::template keys<step>(key[u], kv.k_stride);
+        qd = reread(qd);
+        unrolled<Rows>([&](auto r) { acc[u][r] = fma(S::broadcast(qd[r * length + step]), x, acc[u][r]); });
+      });
+      key[u] += S::kDepth * kv.k_stride;
     });
   }
   unrolled<Units>([&](auto u) {
-    unrolled<Rows>([&](auto r) {
-      (restore_lanes<T>(acc[u][r]) * V16::set1(scale)).store(s + r * kSplit + (unit + u) * kUnit);
-    });
+    unrolled<Rows>([&](auto r) { restore_lanes<T>(acc[u][r]).store(s + r * kSplit + (unit + u) * kUnit); });
   });
 }
 
 template <class T, int Rows>
-inline void scores(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* q, int begin,
-                   int end, float* s) {
+inline void scores(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const typename Score<T>::X* q,
+                   int begin, int end, float* s) {
   constexpr int kWide = std::min(4, std::max(1, kAccumulators / Rows));
+  const FloatMode<Score<T>::kFlush> mode;
   int u = begin;
-  for (; u + kWide <= end; u += kWide) score_units<T, Rows, kWide>(h.dim, h.scale, q, kv, ahead, u, s);
+  for (; u + kWide <= end; u += kWide) score_units<T, Rows, kWide>(h.dim, q, kv, ahead, u, s);
   if constexpr (kWide > 2)
-    for (; u + 2 <= end; u += 2) score_units<T, Rows, 2>(h.dim, h.scale, q, kv, ahead, u, s);
+    for (; u + 2 <= end; u += 2) score_units<T, Rows, 2>(h.dim, q, kv, ahead, u, s);
   if constexpr (kWide > 1)
-    for (; u < end; u++) score_units<T, Rows, 1>(h.dim, h.scale, q, kv, ahead, u, s);
+    for (; u < end; u++) score_units<T, Rows, 1>(h.dim, q, kv, ahead, u, s);
 }
 
 inline void hide(float* s, const Span& span, const uint16_t* visible) {
@@ -125,16 +158,18 @@ inline void hide(float* s, const Span& span, const uint16_t* visible) {
       if (!(visible[u] >> j & 1)) s[u * kUnit + j] = -INFINITY;
 }
 
-// Scores to exponentials, in place; m: their maximum, l: their sum. A row that sees nothing: -inf and 0.
+// Products to exponentials of scores, in place; m: their maximum, l: their sum. A row that sees nothing: -inf
+// and 0.
 inline void softmax(const HeadShape& h, float* s, const Span& span, const uint16_t* visible, const float* bias,
                     float& m, float& l) {
   const int begin = span.lo & ~15, end = (span.hi + 15) & ~15;
-  if (h.softcap > 0.f) {
-    const V16 cap = V16::set1(h.softcap);
-    for (int j = begin; j < end; j += 16) (cap * tanh(V16::load(s + j) / cap)).store(s + j);
+  const V16 scale = V16::set1(h.scale), cap = V16::set1(h.softcap);
+  for (int j = begin; j < end; j += 16) {
+    V16 x = V16::load(s + j) * scale;
+    if (h.softcap > 0.f) x = cap * tanh(x / cap);
+    if (bias) x = x + V16::load(bias + j);
+    x.store(s + j);
   }
-  if (bias)
-    for (int j = begin; j < end; j += 16) (V16::load(s + j) + V16::load(bias + j)).store(s + j);
   hide(s, span, visible);
   V16 top = V16::set1(-INFINITY);
   for (int j = begin; j < end; j += 16) top = max(V16::load(s + j), top);  // passes over NaN: it comes back below
@@ -234,8 +269,8 @@ inline void add_masked(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T
 
 // One split for `Rows` rows: m[r], l[r] and o[r][width] (unnormalised) are overwritten.
 template <class T, int Rows>
-inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* q,
-                        const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
+inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead,
+                        const typename Score<T>::X* q, const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
   int lo = kSplit, hi = 0;
   for (int r = 0; r < Rows; r++)
     if (!spans[r].empty()) lo = std::min(lo, spans[r].lo), hi = std::max(hi, spans[r].hi);
@@ -253,8 +288,8 @@ inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<
 }
 
 template <class T>
-inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead, const float* q,
-                   const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
+inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead,
+                   const typename Score<T>::X* q, const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
   switch (rows) {
     case 1: return attend_rows<T, 1>(h, kv, ahead, q, spans, mask, s, m, l, o);
     case 2: return attend_rows<T, 2>(h, kv, ahead, q, spans, mask, s, m, l, o);

@@ -1,5 +1,7 @@
 // AVX-512: a register holds sixteen lanes.
 #pragma once
+#include <array>
+
 #include "vec/words_x86.h"
 
 #if defined(__AVX512BF16__)
@@ -60,10 +62,26 @@ template <int Step>
 inline Pairs pair_factor(const bf16x2* p) {
   return {_mm512_loadu_si512(p)};
 }
+// Sixteen pairs whose halves stand in two rows.
+template <int Step>
+inline Pairs pair_factor(const bf16* first, const bf16* second) {
+  static constexpr auto places = [] {
+    std::array<uint16_t, 32> p{};
+    for (uint16_t i = 0; i < 16; i++) p[2 * i] = i, p[2 * i + 1] = uint16_t(16 + i);
+    return p;
+  }();
+  const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)second));
+  const __m512i both = _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)first), 1);
+  return {_mm512_permutexvar_epi16(_mm512_loadu_si512(places.data()), both)};
+}
 // vdpbf16ps: first the high halves, then the low ones.
 inline V16 fma(Pairs a, Pairs b, V16 c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 #else
 #include "vec/pairs_by_mode.h"
+template <int Step>
+inline V16 pair_factor(const bf16* first, const bf16* second) {
+  return V16::load(Step ? second : first);
+}
 #endif
 
 // a > b ? a : b, as the SSE instruction: b when either is NaN.

@@ -38,6 +38,16 @@ inline V16 select_lt(V16 x, V16 y, V16 a, V16 b) {
 inline V16 low_bits_to_exponent(V16 a) { return {low_bits_to_exponent(a.lo), low_bits_to_exponent(a.hi)}; }
 // x = m * 2^e for normal x > 0, with m in [sqrt(1/2), sqrt(2)); returns e.
 inline V16 split_exponent(V16 x, V16& m) { return {split_exponent(x.lo, m.lo), split_exponent(x.hi, m.hi)}; }
+// Sixteen pairs whose halves stand in two rows, for a chain in V16; its lanes are those of load_bf16_pairs().
+struct Pairs16 {
+  decltype(pair_factor(PairX{})) lo, hi;
+};
+template <int Step>
+inline Pairs16 pair_factor(const bf16* first, const bf16* second) {
+  const V16 x = V16::load_bf16_pairs(Step ? second : first);
+  return {pair_factor(x.lo), pair_factor(x.hi)};
+}
+inline V16 fma(decltype(pair_factor(PairX{})) a, Pairs16 b, V16 c) { return {fma(a, b.lo, c.lo), fma(a, b.hi, c.hi)}; }
 inline V16 restore_bf16_pairs(V16 a) {
   zip(a.lo, a.hi);
   return a;

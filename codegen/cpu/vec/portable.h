@@ -93,6 +93,9 @@ using PairX = float;
 inline constexpr int kPairSteps = 2;
 inline constexpr bool kPairsByMode = false;
 inline Flushed pair_factor(PairX x) { return {V8::set1(flushed(x))}; }
+inline Flushed pair_factor(V8 x) {
+  return {V8::map([&](int i) { return flushed(x.v[i]); })};
+}
 template <int Step>
 inline Flushed pair_factor(const bf16x2* p) {
   return {V8::map([&](int i) { return flushed(float_of_bits(Step ? p[i].bits << 16 : p[i].bits & 0xffff0000u)); })};
