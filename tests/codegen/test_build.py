@@ -271,7 +271,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x, w = (torch.randint(low << 7, high << 7, (s, k), generator=g) for s in (33, 1000))
             w += torch.randint(2, w.shape, generator=g) << 15
             x, w = (t.to(torch.uint16).view(dtype) for t in (x, w))
-            show("patterns", ops.linear_dense(x, w, None), ops.linear(x, ops.linear_pack(w), None, 1000))
+            show("patterns", ops.linear(x, ops.linear_pack(w), None, 1000), ops.linear_dense(-x, w, None))
     x, r = torch.randn(9, 577, generator=g).to(dtype), torch.randn(9, 577, generator=g).to(dtype)
     w = torch.randn(577, generator=g).to(dtype)
     show("norm", ops.rms_norm(x, w, 1e-5, 0.0, True), *ops.add_rms_norm(x, r, w, 1e-5, 1.0, False))
