@@ -25,7 +25,7 @@ def require_room() -> None:
     raise RecompileLimitError(
         f"torch.compile has reached its limit of {limit} graphs for one function, and would run other sizes "
         "eagerly, where a row's bits depend on its batch: compile with dynamic=True, so that one graph "
-        "serves all sizes, or with a higher recompile_limit="
+        "serves all sizes, or raise torch._dynamo.config.recompile_limit"
     )
 
 

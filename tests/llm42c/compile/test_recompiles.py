@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,18 +12,21 @@ import torch
 from llm42c.errors import RecompileLimitError
 
 
-def _static(limit: int = 4, **options: Any) -> Any:
+@pytest.fixture
+def limit_of_4() -> Iterator[None]:
+    with torch._dynamo.config.patch(recompile_limit=4):  # torch 2.11 has no torch.compile(recompile_limit=)
+        yield
+
+
+def _static(**options: Any) -> Any:
     """A function with a graph for every size."""
     torch._dynamo.reset()
     return torch.compile(
-        lambda x: torch.softmax(x, -1),
-        backend="llm42",
-        dynamic=False,
-        recompile_limit=limit,
-        options=options or None,
+        lambda x: torch.softmax(x, -1), backend="llm42", dynamic=False, options=options or None
     )
 
 
+@pytest.mark.usefixtures("limit_of_4")
 def test_the_last_graph_is_refused() -> None:
     compiled = _static()
     for rows in (2, 3, 4):
@@ -33,6 +37,7 @@ def test_the_last_graph_is_refused() -> None:
     compiled(torch.ones(3, 7))  # what was compiled goes on
 
 
+@pytest.mark.usefixtures("limit_of_4")
 def test_without_the_promise_there_is_no_limit() -> None:
     """The control: this is where Dynamo turns to eager code without an error."""
     compiled = _static(reductions="free")
@@ -40,6 +45,7 @@ def test_without_the_promise_there_is_no_limit() -> None:
         compiled(torch.ones(rows, 7))
 
 
+@pytest.mark.usefixtures("limit_of_4")
 def test_each_function_has_its_own_limit() -> None:
     compiled, other = _static(), torch.compile(lambda x: x + 1, backend="llm42", dynamic=False)
     for rows in (2, 3, 4):
