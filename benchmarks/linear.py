@@ -15,7 +15,9 @@ import argparse
 import csv
 import ctypes
 import itertools
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -250,10 +252,11 @@ def main() -> None:
             table += step
     if args.csv:
         with args.csv.open("a" if args.append else "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(table[0])))
+            writer = csv.DictWriter(file, fieldnames=[*asdict(table[0]), "command"])
             if not args.append:
                 writer.writeheader()
-            writer.writerows(asdict(row) for row in table)
+            command = f"LLM42_ISA={build.chosen_isa()} python {shlex.join(sys.argv)}"
+            writer.writerows(asdict(row) | {"command": command} for row in table)
 
 
 if __name__ == "__main__":
