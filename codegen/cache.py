@@ -84,7 +84,7 @@ def _try(path: Path) -> None:
 def write(path: Path, data: bytes | str, *, seal: bool = False) -> bool:
     """Put a file into the cache, all of it or nothing; False where that cannot be done.
 
-    ``seal`` appends a SHA-256 for :func:`is_sealed`: for files whose readers would not notice that a crash of
+    ``seal`` appends a SHA-256 for :func:`sealed`: for files whose readers would not notice that a crash of
     the machine has left holes in them.
     """
     content = data.encode() if isinstance(data, str) else data
@@ -110,13 +110,14 @@ def _make(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether the file is there and whole, as ``write(..., seal=True)`` left it."""
+def sealed(path: Path) -> bytes | None:
+    """What ``write(..., seal=True)`` put there; None if the file is not there, or not whole."""
     try:
         content = path.read_bytes()
     except OSError:
-        return False
-    return len(content) > _SEAL and hashlib.sha256(content[:-_SEAL]).digest() == content[-_SEAL:]
+        return None
+    data = content[:-_SEAL]
+    return data if data and hashlib.sha256(data).digest() == content[-_SEAL:] else None
 
 
 @functools.cache

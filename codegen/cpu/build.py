@@ -178,12 +178,12 @@ def build(isa: str | None = None) -> Path:
     require_isa(isa)
     name = f"llm42_cpu_{isa}_{build_key(isa)}.so"
     out = cache.folder() / "kernels" / name
-    if cache.is_sealed(out):
+    if cache.sealed(out) is not None:
         return out
     if cache.place("kernels") is not None:
         try:
             with filelock.FileLock(str(out) + ".lock"):
-                if not cache.is_sealed(out):
+                if cache.sealed(out) is None:
                     _compile(out, isa)
             return out
         except OSError as error:
@@ -199,7 +199,7 @@ def _build_aside(name: str, isa: str) -> Path:
     with _aside_lock:
         try:
             out = cache.temporary() / name
-            if not cache.is_sealed(out):
+            if cache.sealed(out) is None:
                 _compile(out, isa)
         except OSError as error:
             raise BuildError(

@@ -58,10 +58,11 @@ class CapturedGraph:
     @property
     def weights(self) -> frozenset[str]:
         """Attributes of ``gm`` that are parameters and buffers of the model: its weights' digest has them."""
-        return _weights(self.parameter_names)
+        return model_attributes(self.parameter_names)
 
 
-def _weights(parameter_names: dict[str, str]) -> frozenset[str]:
+def model_attributes(parameter_names: dict[str, str]) -> frozenset[str]:
+    """The attributes of a captured graph that are parameters and buffers of the model."""
     return frozenset(a for a, name in parameter_names.items() if not name.startswith(_CONSTANT))
 
 
@@ -285,7 +286,7 @@ def _capture(model: nn.Module, batch: PackedInputs, cache: KVCache, attention: s
         example_inputs=list(kept.values()),
         parameter_names=parameter_names,
         kv_spec=_check_attention(model, gm, len(cache.k)),
-        digest=graph_digest(gm, _weights(parameter_names)),
+        digest=graph_digest(gm, model_attributes(parameter_names)),
     )
 
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from llm42c import versions
-from llm42c.backend import require_shards
-from llm42c.capture.dynamo import CapturedGraph, KVSpec, capture_packed, new_kv_cache
+from llm42c.capture.dynamo import KVSpec, new_kv_cache
 from llm42c.capture.packed import KVCache, PackedInputs
-from llm42c.capture.support import context_limit, unsupported
+from llm42c.capture.support import context_limit
 from llm42c.codegen import targets
-from llm42c.compile import inductor
 from llm42c.compile.added_passes import find_passes
 from llm42c.compile.computation import Computation, computation_of
 from llm42c.compile.dump import Dump
 from llm42c.compile.piecewise import PiecewiseProgram, compile_piecewise
+from llm42c.compile.rewriter import Rewriter
+from llm42c.compile.stored import Rewritten
 from llm42c.compile.weights import WeightStore
 from llm42c.device import CPU, device_of_model, dtype_of_model, load_operators, target_of
 from llm42c.digest import graph_digest, require_finite, weights_digest
@@ -33,8 +33,7 @@ from llm42c.errors import ConfigError
 from llm42c.options import Options, TokenWeave
 from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.parallel.tensor_parallel import divide
-from llm42c.passes import pipeline
-from llm42c.passes.base import PACKED, STOCK, Context, Pass, PositionInput, Report
+from llm42c.passes.base import PACKED, STOCK, Pass, Report
 
 if TYPE_CHECKING:
     from llm42c.weave.option import PackedWeaving
@@ -132,7 +131,6 @@ class ModelCompiler:
         self.token_weave: TokenWeave = token_weave
         self.residual_shards = residual_shards
         self.model = model
-        self.strict = strict
         self.ranks = ranks
         self.device = device_of_model(model)
         target = target_of(self.device)
@@ -142,7 +140,13 @@ class ModelCompiler:
         self.division = divide(model, ranks)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
             kernels = pool.submit(target.prepare)
-            self.captured: CapturedGraph = capture_packed(model)
+            self._rewriter = Rewriter(
+                model,
+                self.passes,
+                strict=strict,
+                residual_shards=residual_shards,
+                stored=ranks.size == 1 and token_weave == "off",
+            )
             kernels.result()
         load_operators(self.device)
         ranks.meet("the captured model")
@@ -179,16 +183,10 @@ class ModelCompiler:
         """Give the model its parameters back exactly."""
         self.weights.restore()
 
-    def _placeholder(self, name: str) -> str:
-        nodes = [n for n in self.captured.gm.graph.nodes if n.op == "placeholder"]
-        return next(n.name for n, i in zip(nodes, self.captured.inputs, strict=True) if i == name)
-
-    def _context(self, target: str, positions: PositionInput) -> Context:
-        return Context(
-            target=target,
-            positions=positions,
-            residual_shards=self.residual_shards and target == PACKED,
-        )
+    @property
+    def kv_spec(self) -> list[KVSpec]:
+        """Keys and values of each attention call."""
+        return self._rewriter.kv_spec
 
     def _weaving(self, gm: fx.GraphModule, whole: PiecewiseProgram) -> PackedWeaving:
         from llm42c.weave.option import weave_packed  # sympy and networkx, for those who ask
@@ -196,61 +194,40 @@ class ModelCompiler:
         with self.ranks.watch("the weaving plan"):
             return weave_packed(gm, self.token_weave, whole)
 
-    def _computation(
-        self, gm: fx.GraphModule, target: str, positions: PositionInput, program: PiecewiseProgram
-    ) -> Computation:
+    def _computation(self, rewritten: Rewritten, target: str, program: PiecewiseProgram) -> Computation:
         """Of the graph without residual shards, which divide the same arithmetic and change no bit."""
         if self.residual_shards and target == PACKED:
-            gm = _copy(self.captured.gm)
-            context = replace(self._context(target, positions), residual_shards=False)
-            pipeline.run(gm, context, added=self.passes)
-            self.weights.materialise(gm)
-        return computation_of(gm, self.captured.weights, bool(program.clusters), self.device)
+            rewritten = self._rewriter.rewrite(target, residual_shards=False)
+            self.weights.materialise(rewritten.gm)
+        return computation_of(rewritten.gm, rewritten.weights, bool(program.clusters), self.device)
 
     def _compile(self, form: Form, release: bool) -> CompiledModel:
         if form == "stock":
             self.weights.restore()  # it reads the originals, which a packed form may have released
-        gm = _copy(self.captured.gm)
         config = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-        limit = context_limit(self.model)
-        positions = PositionInput(self._placeholder("positions"), limit)
         target = PACKED if form == "pinned" else STOCK
         dump = Dump.for_options(Options(), target)
-        report = pipeline.run(gm, self._context(target, positions), dump.graph, self.passes)
-        report.notes += inductor.notes() if target == PACKED else []
-        dump.report(report)
-        if self.residual_shards and form == "pinned":
-            require_shards(report)
-        if self.strict and report.unplaced:
-            events = "; ".join(f"{e.node} ({e.module}): {e.reason}" for e in report.unplaced[:3])
-            reason = f"no fixed order of reduction is known for {events}"
-            raise unsupported(self.model, reason, "docs/compile.md")
-        self.ranks.require_same(f"the {form} graph", graph_digest(gm, self.captured.weights))
+        rewritten = self._rewriter.rewritten(target, dump)
+        gm = rewritten.gm
+        self.ranks.require_same(f"the {form} graph", graph_digest(gm, rewritten.weights))
         self.weights.materialise(gm, (*self._graphs.values(), gm) if release else ())
         with dump.generated_code():
             program = compile_piecewise(gm, "fixed" if form == "pinned" else "free")
         dump.write("program.py", program.source)
         weaving = self._weaving(gm, program) if form == "pinned" and self.token_weave != "off" else None
-        computation = self._computation(gm, target, positions, program)
+        computation = self._computation(rewritten, target, program)
         self._graphs[form] = gm
         return CompiledModel(
             form=form,
             vocab_size=config.vocab_size,
-            max_position_embeddings=limit,
+            max_position_embeddings=context_limit(self.model),
             dtype=dtype_of_model(self.model),
             digest=f"{computation.graph}-{form}",
             computation=computation,
             program=program,
-            report=report,
-            _inputs=self.captured.inputs,
-            _kv_spec=self.captured.kv_spec,
+            report=rewritten.report,
+            _inputs=rewritten.inputs,
+            _kv_spec=rewritten.kv_spec,
             weaving=weaving,
             device=self.device,
         )
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph on the same tensors; passes may rewrite one without touching the other."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph)

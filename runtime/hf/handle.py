@@ -193,7 +193,7 @@ class Handle:
         with _own_modes(self.model):
             compiler = ModelCompiler(self.model, keep_originals=keep, passes=passes)
             if "kv_cache_bytes" not in options and "num_pages" not in options:
-                options["kv_cache_bytes"] = self._kv_budget(compiler.captured.kv_spec)
+                options["kv_cache_bytes"] = self._kv_budget(compiler.kv_spec)
             self._built = build_engine(self.model, compiler=compiler, **options)
         self.compilations += 1
         self._pump = Pump(self._built.engine)

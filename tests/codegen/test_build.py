@@ -146,7 +146,7 @@ def test_a_damaged_library_is_built_again(content: bytes | None, tiny: Path) -> 
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
     assert build.build() == path
-    assert cache.is_sealed(path)
+    assert cache.sealed(path) is not None
 
 
 def test_a_process_killed_while_it_builds(
@@ -175,7 +175,7 @@ def test_a_process_killed_while_it_builds(
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True
     )
-    assert cache.is_sealed(Path(done.stdout.strip()))
+    assert cache.sealed(Path(done.stdout.strip())) is not None
     assert done.stderr == ""
 
 

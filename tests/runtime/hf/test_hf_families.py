@@ -43,7 +43,7 @@ def test_one_graph_and_eager_tokens(family: str) -> None:
     assert len(set(ours[:, 37:].reshape(-1).tolist())) > 20
     compiler = wrapped(family).llm42._built.compiler
     assert wrapped(family).llm42.compilations == 1
-    assert len(compiler.captured.kv_spec) == 2
+    assert len(compiler.kv_spec) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
