@@ -1,8 +1,11 @@
 """Which shapes of the fast graph give the verifier's bits, and how that is known.
 
-A shape is certified by `Probe` (see probe.py), which compares it with the verifier graph bit for bit; a
-certificate may be revoked by an audit at any time. States are kept on disk by contract and machine, so that a
-restart need not probe again.
+A shape is certified by construction where every call of the graph has a fixed order and gives each row from
+that row alone (`PackedModel.dependence`): then each shape, and the verifier graph's own independence of rows,
+is spot-checked along the way. Elsewhere it is certified by `Probe` (see probe.py) first, which compares it
+with the verifier graph bit for bit. A certificate may be revoked by an audit, or a spot check, at any time;
+from then on nothing is certified by construction. What probes found is kept on disk by contract and machine,
+so that a restart need not probe again.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from llm42c.runtime.stats import Stats
 _log = logging.getLogger(__name__)
 
 SPECULATIVE: Status = "speculative"
+CERTIFIED: Status = "certified"
+CONSTRUCTED = "certified by construction"
 NOTICE_STEPS = 8  # between looks at what other processes revoked
 _DEPENDENT = (
     "the verifier graph is not row independent: the bits of a row change with its place in the batch, its "
@@ -70,8 +75,32 @@ class Certificates:
         self._unsaved: set[Shape] = set()  # their probes failed, which may pass
         self._pages: dict[Shape | None, int] = {}  # of the probes that found no difference
         self._until_notice = NOTICE_STEPS
+        # What is certified by construction and by no probe yet (None: the verifier graph's rows).
+        self._given: set[Shape | None] = set()
+        self._unchecked: OrderedDict[Shape | None, None] = OrderedDict()  # of these, what has been used
+        self.spot_checking = False  # the current probe is one that nobody waits for
+        self._trusts_rows = ranks.size == 1 and probe.verifier.dependence is None
+        self._trusts_shapes = probe.fast.dependence is None and probe.fast.digest == probe.verifier.digest
         self._store = self._open_store()
         self._load()
+        self._give()
+
+    def _give(self) -> None:
+        """Certify by construction what no probe has settled, unless one has ever been revoked here."""
+        if not self._trusts_rows or "revoked" in self.status.values():
+            return
+        if not self.verifier_checked:
+            self.verifier_checked = True
+            self._given.add(None)
+            self._unchecked[None] = None
+        if self._trusts_shapes and self.enabled:
+            given = [shape for shape in self._config.shapes() if shape not in self.status]
+            self.status |= dict.fromkeys(given, CERTIFIED)
+            self._given |= set(given)
+
+    def states(self) -> dict[Shape, str]:
+        """The state of every known shape, in words."""
+        return {s: CONSTRUCTED if s in self._given else v for s, v in self.status.items()}
 
     def commits(self, shape: Shape) -> bool:
         """Whether results of this shape are final for deterministic requests."""
@@ -97,17 +126,18 @@ class Certificates:
         """Pages that admissions should leave free, for a probe to find while so many requests run."""
         return self._probe.pages_for(num_running) if self._short else 0
 
-    def advance(self) -> bool:
+    def advance(self, spare: bool = False) -> bool:
         """Run one forward of probing, if any is wanted; returns whether there was something to do. There is
-        not while requests leave too few pages.
+        not while requests leave too few pages. With time to `spare`, one of a spot check otherwise.
 
         A probe's exception is not raised but recorded: the shape stays speculative; for the verifier graph it
         is in `check_error`, and the next deterministic request tries again. Raises IntegrityError if the
         verifier graph's rows turn out to depend on their surroundings, RankFailureError if a rank failed
         alone.
         """
-        self._begin()
-        if self._current is None:
+        self._begin(spare)
+        self.spot_checking &= len(self._queue) == 1  # others wait for it now
+        if self._current is None or (self.spot_checking and not spare):
             return False
         try:
             verdict = next(self._current)
@@ -120,6 +150,8 @@ class Certificates:
             self._begin()
             return True
         if self._probe.starved:
+            if self.spot_checking:
+                return False
             self._short = True
             self.waited += 1
             return False
@@ -131,8 +163,13 @@ class Certificates:
             self._begin()
         return True
 
-    def _begin(self) -> None:
-        """Turn to the next probe that is wanted, if none is under way."""
+    def _begin(self, spare: bool = False) -> None:
+        """Turn to the next probe that is wanted, or else to a spot check, if none is under way."""
+        if spare and not self._queue and self._unchecked:
+            target, _ = self._unchecked.popitem(last=False)
+            if target in self._given:
+                self._queue[target] = None
+                self.spot_checking = True
         if not self._queue:
             self._short, self.waited = False, 0
         elif self._current is None:
@@ -142,6 +179,11 @@ class Certificates:
     def _failed(self, error: Exception) -> None:
         target, _ = self._queue.popitem(last=False)
         self._stats.probe_failures += 1
+        spot_check, self.spot_checking = self.spot_checking, False
+        if target is None and spot_check:
+            _log.warning("a spot check failed: %s: %s", type(error).__name__, error)
+            return
+        self._given.discard(target)
         if target is None:
             self.check_error = error
             _log.warning("the verifier graph could not be checked: %s: %s", type(error).__name__, error)
@@ -154,8 +196,20 @@ class Certificates:
         )
 
     def _settle(self, target: Shape | None, verdict: bool) -> None:
+        self._stats.spot_checks += self.spot_checking
+        self.spot_checking = False
         if verdict:
             self._pages[target] = self._probe.pages
+        if target is not None and not verdict and target in self._given:
+            _log.error(
+                "certificate of the fast graph at %s revoked: a spot check found other bits; unaudited "
+                "results are taken back",
+                named([target]),
+            )
+            self.revoke({target})
+            self.learned.add(target)
+            return
+        self._given.discard(target)
         if target is not None:
             self.status[target] = "certified" if verdict else SPECULATIVE
             self._stats.probes += 1
@@ -170,7 +224,7 @@ class Certificates:
 
     def convict_verifier(self) -> None:
         """Remember on disk that the verifier graph's rows depend on their surroundings."""
-        self.verifier_checked = False
+        self.verifier_checked = self._trusts_rows = False
         if self._store is not None and self._ranks.rank == 0:
             self._store.save(Stored(verifier="dependent"), revoking=True)
 
@@ -182,9 +236,16 @@ class Certificates:
                 raise error
             progress()
 
-    def settle_all(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Check the verifier graph, and probe every shape that the scheduler can ever run; as `settle`."""
+    def settle_all(self, progress: Callable[[], None] = lambda: None, full: bool = False) -> None:
+        """Check the verifier graph, and probe every shape that the scheduler can ever run; as `settle`.
+
+        With `full` also what is certified by construction.
+        """
         self.may_run(deterministic=True)
+        if full:
+            self._queue |= dict.fromkeys(sorted(self._given, key=lambda s: s or (0, 0)))
+            self._unchecked.clear()
+            self.spot_checking = False
         if self.enabled:
             for shape in self._config.shapes():
                 self.want(shape)
@@ -193,6 +254,8 @@ class Certificates:
     # -- audits ----------------------------------------------------------------------------------------------
 
     def origin_id(self, shape: Shape) -> int:
+        if shape in self._given and shape not in self._ids:
+            self._unchecked[shape] = None
         return self._ids.setdefault(shape, len(self._ids) + 1)
 
     def shape_of(self, origin: int) -> Shape | None:
@@ -203,6 +266,14 @@ class Certificates:
 
         The probe that one of them passed was too weak, or the machine has changed since.
         """
+        if self.spot_checking:  # what is begun says nothing of what is revoked
+            self._queue.popitem(last=False)
+            self._current, self.spot_checking = None, False
+        if None in self._given:
+            self.verifier_checked = False
+        self._trusts_rows = False
+        self._unchecked.clear()
+        self._given.clear()
         self.status = {s: v for s, v in self.status.items() if v != "certified"}
         self.status |= dict.fromkeys(shapes, "revoked")
         self._unsaved -= shapes
@@ -245,8 +316,9 @@ class Certificates:
             self._learn(mine, self._ranks.share(found))
 
     def _known(self) -> Stored:
-        kept = {s: v for s, v in self.status.items() if s not in self._unsaved}
-        verifier: Verifier = "independent" if self.verifier_checked else "unchecked"
+        kept = {s: v for s, v in self.status.items() if s not in self._unsaved | self._given}
+        probed = self.verifier_checked and None not in self._given
+        verifier: Verifier = "independent" if probed else "unchecked"
         return Stored(kept, verifier, self._pages)
 
     def _learn(self, mine: Stored, together: Stored) -> None:
@@ -267,7 +339,10 @@ class Certificates:
         self._pages = dict(states.pages)
         self.status = dict.fromkeys(self._unsaved, SPECULATIVE) | dict(proved.shapes)
         self.verifier_checked = proved.verifier == "independent"
-        for shape in [s for s in self._queue if s in self.status]:
+        self._given.clear()
+        self._give()
+        self.spot_checking &= next(iter(self._queue), ...) in self._given
+        for shape in [s for s in self._queue if s in self.status and s not in self._given]:
             if shape == next(iter(self._queue)):
                 self._current = None
             del self._queue[shape]

@@ -49,6 +49,7 @@ from llm42c.runtime.stats import Stats
 
 _log = logging.getLogger(__name__)
 
+SPOT_SHARE = 0.02  # of the engine's time that spot checks may take
 PROBE_PATIENCE = 16  # steps that a probe waits for pages before it takes them from the newest requests
 
 
@@ -120,6 +121,7 @@ class Engine:
         self._touched: dict[str, Request] = {}  # with something new to deliver
         self._held: list[RequestOutput] = []  # for the next `step`
         self._arrivals = itertools.count()
+        self._longest_spot = 0.0  # seconds of a forward of spot checks
         self._closed = False
         _log.info(
             "engine built: contract %s, %d KV pages of %d tokens, context %d, %d fast shapes",
@@ -336,10 +338,11 @@ class Engine:
             self._held = others + self._held
         return [output for output in done.values() if output is not None]
 
-    def certify(self) -> None:
-        """Check the verifier graph and settle the state of every shape now, instead of along the way."""
+    def certify(self, full: bool = False) -> None:
+        """Check the verifier graph and settle the state of every shape now, instead of along the way; with
+        `full` by comparing bits even where they are the same by construction."""
         start = time.perf_counter()
-        self.certificates.settle_all()
+        self.certificates.settle_all(full=full)
         self._stats.seconds_probe += time.perf_counter() - start
         self._stats.seconds_total += time.perf_counter() - start
 
@@ -408,7 +411,12 @@ class Engine:
         self.certificates.notice()
         if self.certificates.waited >= PROBE_PATIENCE:
             self._scheduler.make_room()
-        self.certificates.advance()
+        start, done = time.perf_counter(), self._stats.spot_checks
+        ran = self.certificates.advance(self._may_spot_check())
+        if ran and (self.certificates.spot_checking or done < self._stats.spot_checks):
+            spent = time.perf_counter() - start
+            self._stats.seconds_spot += spent
+            self._longest_spot = max(self._longest_spot, spent)
         if self.certificates.learned:
             self._auditor.take_back()
         error, self.certificates.check_error = self.certificates.check_error, None
@@ -416,6 +424,12 @@ class Engine:
             for request in [r for r in self._scheduler.waiting if r.deterministic]:
                 request.fail(f"the verifier graph could not be checked: {type(error).__name__}: {error}")
                 self._touch(request)
+
+    def _may_spot_check(self) -> bool:
+        """Whether the next forward of a spot check is within its share of the engine's time."""
+        stats = self._stats
+        forward = max(self._longest_spot, stats.seconds_total / stats.steps)
+        return stats.seconds_spot + forward < SPOT_SHARE * stats.seconds_total
 
     def _run_fast(self, plan: FastPlan) -> None:
         stats = self._stats

@@ -154,6 +154,7 @@ class GraphedModel:
         self.max_position_embeddings = model.max_position_embeddings
         self.dtype: torch.dtype = model.dtype
         self.digest = model.digest
+        self.dependence = model.dependence
         self._model, self._cache, self._device, self._stats = model, cache, device, stats
         self._most_tokens, self._most_rows = most_tokens, most_rows
         self._graphs: dict[Shape, _Graph | None] = {}

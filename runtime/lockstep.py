@@ -26,6 +26,7 @@ class LockstepModel:
         self.max_position_embeddings = model.max_position_embeddings
         self.dtype: torch.dtype = model.dtype
         self.digest = model.digest
+        self.dependence = model.dependence
         self._model = model
         self._ranks = ranks
 

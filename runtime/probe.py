@@ -74,7 +74,7 @@ class Probe:
         self.fast = fast
         self._ranks = ranks
         self.max_pages = -(-max_len // config.page_size)
-        self._verifier = verifier
+        self.verifier = verifier
         self._config = config
         self._cache = cache
         self._pool = pool
@@ -111,7 +111,7 @@ class Probe:
     def check_verifier(self) -> Iterator[bool | None]:
         """Run the verifier on other compositions than the reference is made of; yields as `compare` does."""
         shape = self._config.verify_tokens, self._config.rows
-        return self._begin(self._verifier, shape, self._config.verify_seqs)
+        return self._begin(self.verifier, shape, self._config.verify_seqs)
 
     def compare(self, shape: tuple[int, int]) -> Iterator[bool | None]:
         """Compare the fast graph at `shape`; yields None between forwards and the verdict at last. Without
@@ -152,7 +152,7 @@ class Probe:
             reference = self._reference = self._together(lambda: self._new_reference(pages))
         chunk = self._together(reference.next)
         if chunk is not None:
-            logits = self._forward(self._verifier, chunk.inputs)
+            logits = self._forward(self.verifier, chunk.inputs)
             self._together(lambda: reference.take(chunk, logits))
             return None
         lent = pool.borrow(reference.pages_for(cuts))
@@ -166,7 +166,7 @@ class Probe:
         return agrees
 
     def _new_reference(self, pages: list[int]) -> Reference:
-        vocab = self._verifier.vocab_size
+        vocab = self.verifier.vocab_size
         return Reference(vocab, self._config, self._sizes, self.max_pages, self._cache, self._pool, pages)
 
     def _together(self, work: Callable[[], T]) -> T:

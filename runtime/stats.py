@@ -34,6 +34,7 @@ class Stats:
     graph_misses: int = 0  # steps without one, run call by call
 
     probes: int = 0
+    spot_checks: int = 0  # of what is certified by construction
     probe_failures: int = 0  # broken off by an exception; the shape is verified instead
     audits: int = 0
     audited_tokens: int = 0
@@ -48,6 +49,7 @@ class Stats:
     seconds_verify: float = 0.0
     seconds_sample: float = 0.0
     seconds_probe: float = 0.0
+    seconds_spot: float = 0.0  # of it, for spot checks
     seconds_total: float = 0.0
 
     @property

@@ -46,6 +46,7 @@ class PackedModel(Protocol):
     max_position_embeddings: int
     dtype: torch.dtype
     digest: str  # of the compiled graph
+    dependence: str | None  # why a row's bits may depend on its batch; None: by construction they do not
 
     def new_kv_cache(self, num_pages: int, page_size: int) -> KVCache:
         """Allocate storage for `num_pages` pages."""

@@ -20,11 +20,13 @@ from llm42c.capture.dynamo import KVSpec, new_kv_cache
 from llm42c.capture.packed import KVCache, PackedInputs
 from llm42c.capture.support import context_limit
 from llm42c.codegen import targets
+from llm42c.compile import inductor
 from llm42c.compile.added_passes import find_passes
 from llm42c.compile.computation import Computation, computation_of
 from llm42c.compile.dump import Dump
 from llm42c.compile.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.compile.rewriter import Rewriter
+from llm42c.compile.row_independence import dependence
 from llm42c.compile.stored import Rewritten
 from llm42c.compile.weights import WeightStore
 from llm42c.device import CPU, device_of_model, dtype_of_model, load_operators, target_of
@@ -46,7 +48,7 @@ _FLAT_FIELDS = ("slot_mapping", "cu_seqlens_q", "kv_lens", "block_table", "logit
 class CompiledModel:
     """One compiled form of a model (a :class:`~llm42c.capture.packed.PackedModel`).
 
-    ``weaving`` is what ``token_weave`` made of it, None where that is off.
+    ``weaving`` is what ``token_weave`` made of it, None where that is off. ``dependence``: see PackedModel.
     """
 
     form: Form
@@ -57,6 +59,7 @@ class CompiledModel:
     computation: Computation
     program: PiecewiseProgram
     report: Report
+    dependence: str | None
     _inputs: list[str]
     _kv_spec: list[KVSpec]
     weaving: PackedWeaving | None = None
@@ -201,6 +204,13 @@ class ModelCompiler:
             self.weights.materialise(rewritten.gm)
         return computation_of(rewritten.gm, rewritten.weights, bool(program.clusters), self.device)
 
+    def _dependence(self, rewritten: Rewritten, form: Form, program: PiecewiseProgram) -> str | None:
+        if form == "stock" or self.ranks.size > 1:
+            return "Inductor chooses its orders" if form == "stock" else "several ranks compute it"
+        if program.clusters and inductor.missing():
+            return f"Inductor of this torch does not know {', '.join(inductor.missing())}"
+        return dependence(rewritten.gm, rewritten.inputs, targets.of(self.device).name)
+
     def _compile(self, form: Form, release: bool) -> CompiledModel:
         if form == "stock":
             self.weights.restore()  # it reads the originals, which a packed form may have released
@@ -226,6 +236,7 @@ class ModelCompiler:
             computation=computation,
             program=program,
             report=rewritten.report,
+            dependence=self._dependence(rewritten, form, program),
             _inputs=rewritten.inputs,
             _kv_spec=rewritten.kv_spec,
             weaving=weaving,

@@ -64,6 +64,11 @@ def unknown_settings() -> list[str]:
     return [key for key in _FIXED if key not in known]
 
 
+def missing() -> list[str]:
+    """Those of :data:`REQUIRED`."""
+    return sorted(REQUIRED.intersection(unknown_settings()))
+
+
 def notes() -> list[str]:
     """For reports: a sentence on each setting that this version of torch does not have."""
     return [
@@ -79,10 +84,10 @@ def notes() -> list[str]:
 
 @functools.cache
 def _warn_once() -> None:
-    if missing := sorted(REQUIRED.intersection(unknown_settings())):
+    if names := missing():
         _log.warning(
             "Inductor of this torch does not know %s; rows of what it compiles may depend on their batch",
-            ", ".join(missing),
+            ", ".join(names),
         )
 
 

@@ -149,7 +149,7 @@ def run_demo(built: BuiltEngine, jobs: Sequence[Job], progress: Progress, *, see
         run.differ = differing(jobs, runs[0].answers, run.answers)
     status: dict[Any, str] = {}
     for engine in engines:
-        status |= engine.certificates.status
+        status |= engine.certificates.states()
     shapes = {state: list(status.values()).count(state) for state in sorted(set(status.values()))}
     return DemoResult(runs, engines[0].contract.hash, shapes)
 

@@ -353,8 +353,8 @@ def test_a_probe_that_fails_leaves_requests_alone(tmp_path: Path, caplog: pytest
 
 def test_a_check_of_the_verifier_that_fails_fails_only_who_needs_it(caplog: pytest.LogCaptureFixture) -> None:
     engine = make_engine(check=True)
-    whole = engine.certificates._probe._verifier
-    engine.certificates._probe._verifier = _Breaking()
+    whole = engine.certificates._probe.verifier
+    engine.certificates._probe.verifier = _Breaking()
     ordinary = engine.submit(PROMPTS[0], PARAMS, deterministic=False)
     mine = [engine.submit(p, PARAMS) for p in PROMPTS[1:3]]
     done = {}
@@ -369,7 +369,7 @@ def test_a_check_of_the_verifier_that_fails_fails_only_who_needs_it(caplog: pyte
     assert "could not be checked" in caplog.text
     with pytest.raises(MemoryError):
         engine.certify()
-    engine.certificates._probe._verifier = whole
+    engine.certificates._probe.verifier = whole
     engine.certificates._probe._reference = None
     assert [o.token_ids for o in engine.generate(PROMPTS, PARAMS)] == RIGHT
 

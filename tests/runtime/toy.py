@@ -45,6 +45,7 @@ class ToyModel:
     max_position_embeddings: int = 256
     dtype: torch.dtype = torch.float32
     digest: str = "toy"
+    dependence: str | None = "a toy"
     calls: int = 0
     shapes: set[tuple[int, int, int]] = field(default_factory=set)
 

@@ -98,12 +98,16 @@ def test_demo_fails_where_bits_differ(
     assert "BITS DIFFER" in capsys.readouterr().out
 
 
-def test_certify_lists_every_shape(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("options", "state"), [([], "certified by construction"), (["--full"], "certified")])
+def test_certify_lists_every_shape(
+    options: list[str], state: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "shapes.json"
-    assert cli.main(["certify", model, "--max-tokens", "4", "--json", str(out)]) == 0
+    command = ["certify", model, "--max-tokens", "4", "--json", str(out), *options]
+    assert cli.main(command) == 0
     data = json.loads(out.read_text())
     assert {shape["tokens"] for shape in data["shapes"]} == {1, 2, 3, 4}
-    assert {shape["state"] for shape in data["shapes"]} == {"certified"}
+    assert {shape["state"] for shape in data["shapes"]} == {state}
     assert data["contract"] in capsys.readouterr().out
 
 
