@@ -52,100 +52,76 @@ class Traits:
 
 
 # Functions, methods and aten operators; those that write in place without their last underscore.
-_TABLE: tuple[tuple[Traits, str], ...] = (
-    (Traits(Kind.VIEW, Tokens.POINTWISE, same=True), "alias detach lift_fresh"),
-    (
-        Traits(Kind.VIEW, Tokens.VIEW),
-        "diagonal dsplit expand expand_as hsplit imag moveaxis movedim permute real swapaxes swapdims t "
-        "tensor_split transpose unbind view_as_complex view_as_real vsplit",
-    ),
-    (
-        Traits(Kind.VIEW, Tokens.PART),
-        "chunk narrow select slice split split_with_sizes squeeze unsqueeze",
-    ),
-    (
-        Traits(Kind.VIEW, Tokens.RESHAPE),
-        "_unsafe_view flatten ravel reshape reshape_as unflatten view view_as",
-    ),
-    (Traits(Kind.VIEW), "_add_batch_dim _remove_batch_dim as_strided"),
-    (Traits(Kind.MOVE, Tokens.POINTWISE, same=True), "clone contiguous lift_fresh_copy"),
-    (
-        Traits(Kind.MOVE, Tokens.POINTWISE),
-        "copy empty_like fill full_like masked_fill ones_like where zeros_like",
-    ),
-    (Traits(Kind.MOVE, Tokens.SIZED), "new_empty new_full new_ones new_zeros"),
-    (Traits(Kind.MOVE, Tokens.JOINED), "cat concat concatenate"),
-    (Traits(Kind.MOVE, Tokens.PICKED), "gather index_select scatter"),
-    (Traits(Kind.MOVE, Tokens.REDUCED), "stack"),
-    (Traits(Kind.MOVE, Tokens.VIEW), "one_hot"),
-    (
-        Traits(Kind.MOVE),
-        "arange block_diag broadcast_tensors broadcast_to column_stack constant_pad_nd diag diag_embed "
-        "diagonal_scatter dstack embedding empty eye flip fliplr flipud from_local full hstack index_copy "
-        "index_fill index_put masked_scatter masked_select meshgrid new_tensor nonzero ones pad repeat "
-        "repeat_interleave roll rot90 scalar_tensor select_scatter setitem slice_scatter take take_along_dim "
-        "tensor tile to_dense to_local tril triu unfold vstack zero zeros _c10d_functional.wait_tensor "
-        "_c10d_functional.all_gather_into_tensor",
-    ),
-    (
-        Traits(Kind.EXACT, Tokens.POINTWISE, same=True),
-        "_to_copy bfloat16 double float half int long to type type_as",
-    ),
-    (
-        Traits(Kind.EXACT, Tokens.POINTWISE),
-        "__and__ __invert__ __or__ __rsub__ abs absolute add and_ bitwise_and bitwise_left_shift bitwise_not "
-        "bitwise_or bitwise_right_shift bitwise_xor bool ceil clamp clamp_max clamp_min clip copysign div "
-        "divide eq floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt hardshrink "
-        "heaviside iadd iand ifloordiv imod imul invert ior isclose isfinite isinf isnan isneginf isposinf "
-        "isub itruediv ixor le less less_equal logical_and logical_not logical_or logical_xor lshift lt "
-        "maximum minimum mod mul multiply nan_to_num ne neg negative not_ not_equal or_ positive reciprocal "
-        "relu remainder round rshift rsqrt rsub sgn sign signbit sqrt square sub subtract threshold "
-        "true_divide truediv trunc xor",
-    ),
-    (Traits(Kind.EXACT), "bucketize diff isin outer searchsorted"),
-    (
-        Traits(Kind.TRANSCENDENTAL, Tokens.POINTWISE),
-        "acos acosh addcdiv addcmul asin asinh atan atan2 atanh celu cos cosh deg2rad digamma elu erf erfc "
-        "erfinv exp exp2 expit expm1 float_power gelu hardsigmoid hardswish hardtanh hypot ldexp leaky_relu "
-        "lerp lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit logsigmoid mish polar pow "
-        "rad2deg relu6 rpow selu sigmoid silu sin sinc sinh softplus softshrink softsign tan tanh tanhshrink "
-        "xlogy",
-    ),
-    (Traits(Kind.TRANSCENDENTAL), "glu prelu"),
-    (Traits(Kind.EXACT_REDUCTION, Tokens.REDUCED), "all amax amin any argmax argmin max min"),
-    (
-        Traits(Kind.EXACT_REDUCTION),
-        "allclose aminmax count_nonzero equal item msort tolist unique unique_consecutive",
-    ),
+_TABLE: dict[Traits, str] = {
+    Traits(Kind.VIEW, Tokens.POINTWISE, same=True): "alias detach lift_fresh",
+    Traits(Kind.VIEW, Tokens.VIEW): """
+        diagonal dsplit expand expand_as hsplit imag moveaxis movedim permute real swapaxes swapdims t
+        tensor_split transpose unbind view_as_complex view_as_real vsplit""",
+    Traits(Kind.VIEW, Tokens.PART): "chunk narrow select slice split split_with_sizes squeeze unsqueeze",
+    Traits(Kind.VIEW, Tokens.RESHAPE): "_unsafe_view flatten ravel reshape reshape_as unflatten view view_as",
+    Traits(Kind.VIEW): "_add_batch_dim _remove_batch_dim as_strided",
+    Traits(Kind.MOVE, Tokens.POINTWISE, same=True): "clone contiguous lift_fresh_copy",
+    Traits(Kind.MOVE, Tokens.POINTWISE): """
+        copy empty_like fill full_like masked_fill ones_like where zeros_like""",
+    Traits(Kind.MOVE, Tokens.SIZED): "new_empty new_full new_ones new_zeros",
+    Traits(Kind.MOVE, Tokens.JOINED): "cat concat concatenate",
+    Traits(Kind.MOVE, Tokens.PICKED): "gather index_select scatter",
+    Traits(Kind.MOVE, Tokens.REDUCED): "stack",
+    Traits(Kind.MOVE, Tokens.VIEW): "one_hot",
+    Traits(Kind.MOVE): """
+        arange block_diag broadcast_tensors broadcast_to column_stack constant_pad_nd diag diag_embed
+        diagonal_scatter dstack embedding empty eye flip fliplr flipud from_local full hstack index_copy
+        index_fill index_put masked_scatter masked_select meshgrid new_tensor nonzero ones pad repeat
+        repeat_interleave roll rot90 scalar_tensor select_scatter setitem slice_scatter take take_along_dim
+        tensor tile to_dense to_local tril triu unfold vstack zero zeros _c10d_functional.wait_tensor
+        _c10d_functional.all_gather_into_tensor""",
+    Traits(Kind.EXACT, Tokens.POINTWISE, same=True): """
+        _to_copy bfloat16 double float half int long to type type_as""",
+    Traits(Kind.EXACT, Tokens.POINTWISE): """
+        __and__ __invert__ __or__ __rsub__ abs absolute add and_ bitwise_and bitwise_left_shift bitwise_not
+        bitwise_or bitwise_right_shift bitwise_xor bool ceil clamp clamp_max clamp_min clip copysign div
+        divide eq floor floor_divide floordiv fmax fmin fmod frac ge greater greater_equal gt hardshrink
+        heaviside iadd iand ifloordiv imod imul invert ior isclose isfinite isinf isnan isneginf isposinf isub
+        itruediv ixor le less less_equal logical_and logical_not logical_or logical_xor lshift lt maximum
+        minimum mod mul multiply nan_to_num ne neg negative not_ not_equal or_ positive reciprocal relu
+        remainder round rshift rsqrt rsub sgn sign signbit sqrt square sub subtract threshold true_divide
+        truediv trunc xor""",
+    Traits(Kind.EXACT): "bucketize diff isin outer searchsorted",
+    Traits(Kind.TRANSCENDENTAL, Tokens.POINTWISE): """
+        acos acosh addcdiv addcmul asin asinh atan atan2 atanh celu cos cosh deg2rad digamma elu erf erfc
+        erfinv exp exp2 expit expm1 float_power gelu hardsigmoid hardswish hardtanh hypot ldexp leaky_relu
+        lerp lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit logsigmoid mish polar pow
+        rad2deg relu6 rpow selu sigmoid silu sin sinc sinh softplus softshrink softsign tan tanh tanhshrink
+        xlogy""",
+    Traits(Kind.TRANSCENDENTAL): "glu prelu",
+    Traits(Kind.EXACT_REDUCTION, Tokens.REDUCED): "all amax amin any argmax argmin max min",
+    Traits(Kind.EXACT_REDUCTION): """
+        allclose aminmax count_nonzero equal item msort tolist unique unique_consecutive""",
     # Which of equal elements comes first, or is the one; values alone are exact.
-    (Traits(Kind.TIES, Tokens.REDUCED), "topk"),
-    (Traits(Kind.TIES, Tokens.ALONG), "argsort sort"),
-    (Traits(Kind.TIES), "cummax cummin kthvalue median mode nanmedian"),
-    (Traits(Kind.REDUCTION, Tokens.REDUCED), "logsumexp mean norm prod std sum var"),
-    (Traits(Kind.REDUCTION, Tokens.ROWS), "_fused_rms_norm layer_norm native_layer_norm rms_norm"),
-    (
-        Traits(Kind.REDUCTION, Tokens.ALONG),
-        "_log_softmax _safe_softmax _softmax cumprod cumsum log_softmax logcumsumexp softmax",
-    ),
-    (Traits(Kind.REDUCTION, Tokens.PRODUCT), "bmm linear matmul mm mv"),
-    (Traits(Kind.REDUCTION, Tokens.ADDED_PRODUCT), "addmm baddbmm"),
-    (Traits(Kind.REDUCTION, Tokens.PICKED), "scatter_add"),
-    (
-        Traits(Kind.REDUCTION),
-        "__matmul__ __rmatmul__ _grouped_mm adaptive_avg_pool1d adaptive_avg_pool2d addbmm addmv addr "
-        "avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear bincount cdist chain_matmul "
-        "chunk_gated_delta_rule conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-        "convolution corrcoef cosine_similarity cov cross_entropy cumulative_trapezoid dist dot einsum "
-        "embedding_bag fft_fft fft_ifft fft_irfft fft_rfft group_norm grouped_mm histc imatmul index_add "
-        "index_reduce inner instance_norm interpolate kl_div l1_loss linalg_norm linalg_vector_norm "
-        "local_response_norm matrix_norm mse_loss multi_head_attention_forward multinomial nanmean "
-        "nanquantile nansum nll_loss normalize pairwise_distance put quantile renorm "
-        "scaled_dot_product_attention scatter_reduce sdpa selective_scan softmin std_mean tensordot trace "
-        "trapezoid trapz var_mean vdot vecdot vector_norm",
-    ),
-    (Traits(Kind.UNKNOWN, Tokens.POINTWISE), "dropout native_dropout"),
-)
-TRAITS: dict[str, Traits] = {name: traits for traits, names in _TABLE for name in names.split()}
+    Traits(Kind.TIES, Tokens.REDUCED): "topk",
+    Traits(Kind.TIES, Tokens.ALONG): "argsort sort",
+    Traits(Kind.TIES): "cummax cummin kthvalue median mode nanmedian",
+    Traits(Kind.REDUCTION, Tokens.REDUCED): "logsumexp mean norm prod std sum var",
+    Traits(Kind.REDUCTION, Tokens.ROWS): "_fused_rms_norm layer_norm native_layer_norm rms_norm",
+    Traits(Kind.REDUCTION, Tokens.ALONG): """
+        _log_softmax _safe_softmax _softmax cumprod cumsum log_softmax logcumsumexp softmax""",
+    Traits(Kind.REDUCTION, Tokens.PRODUCT): "bmm linear matmul mm mv",
+    Traits(Kind.REDUCTION, Tokens.ADDED_PRODUCT): "addmm baddbmm",
+    Traits(Kind.REDUCTION, Tokens.PICKED): "scatter_add",
+    Traits(Kind.REDUCTION): """
+        __matmul__ __rmatmul__ _grouped_mm adaptive_avg_pool1d adaptive_avg_pool2d addbmm addmv addr
+        avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear bincount cdist chain_matmul
+        chunk_gated_delta_rule conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+        convolution corrcoef cosine_similarity cov cross_entropy cumulative_trapezoid dist dot einsum
+        embedding_bag fft_fft fft_ifft fft_irfft fft_rfft group_norm grouped_mm histc imatmul index_add
+        index_reduce inner instance_norm interpolate kl_div l1_loss linalg_norm linalg_vector_norm
+        local_response_norm matrix_norm mse_loss multi_head_attention_forward multinomial nanmean nanquantile
+        nansum nll_loss normalize pairwise_distance put quantile renorm scaled_dot_product_attention
+        scatter_reduce sdpa selective_scan softmin std_mean tensordot trace trapezoid trapz var_mean vdot
+        vecdot vector_norm""",
+    Traits(Kind.UNKNOWN, Tokens.POINTWISE): "dropout native_dropout",
+}
+TRAITS: dict[str, Traits] = {name: traits for traits, names in _TABLE.items() for name in names.split()}
 _NOTHING = Traits(Kind.UNKNOWN)
 # Functions of torch.nn.functional that draw random numbers under a name that no operator of ATen has.
 _RANDOM = frozenset(
