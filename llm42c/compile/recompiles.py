@@ -7,7 +7,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch._dynamo.convert_frame
 
 from llm42c.errors import RecompileLimitError
 
