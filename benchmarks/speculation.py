@@ -72,10 +72,9 @@ def compare(
         [prompts[(g + i) % len(prompts)] for i in range(requests)]
         for g in range(0, max(len(prompts), 1), requests)
     ]
-    for _ in range(2):  # certificates, caches, step times
-        for how in (None, "auto"):
-            for group in groups:
-                run(engine, group, params, speculate=how)
+    for how in (None, "auto"):  # certificates, caches, step times
+        for group in groups:
+            run(engine, group, params, speculate=how)
         engine.certificates.settle()
     plain: list[float] = []
     drafted: list[float] = []
@@ -148,26 +147,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--prose", type=int, default=8, help="prompts of llm42c.prompts that are run")
+    parser.add_argument("--replay", type=int, default=512, help="tokens that are replayed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", default="1,8,32")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     built = build_engine(arguments.model)
     repetitive = [built.tokenizer(text).input_ids for text in REPETITIVE.values()]
-    prose = [p.token_ids(built.tokenizer) for p in load_prompts()[:8]]
+    prose = [p.token_ids(built.tokenizer) for p in load_prompts()[: arguments.prose]]
     machine = {"command": shlex.join(["python", *sys.argv]), **describe()}
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def take(row: dict[str, Any]) -> None:
+        rows.append(row | machine)
+        print(row, flush=True)
+        if arguments.csv is not None:
+            with arguments.csv.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+
     for requests in map(int, arguments.requests.split(",")):
         for name, prompts in (("repetitive", repetitive), ("prose", prose)):
-            rows.append(compare(built, name, prompts, requests, arguments.tokens, arguments.rounds) | machine)
-            print({k: v for k, v in rows[-1].items() if k not in machine}, flush=True)
-    rows.append(replays(built, prose[0], 512, arguments.rounds) | machine)
-    print({k: v for k, v in rows[-1].items() if k not in machine}, flush=True)
-    if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+            take(compare(built, name, prompts, requests, arguments.tokens, arguments.rounds))
+    take(replays(built, prose[0], arguments.replay, arguments.rounds))
 
 
 if __name__ == "__main__":
