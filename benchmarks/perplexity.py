@@ -52,12 +52,13 @@ def dequantised(model: Any) -> Any:
             new = nn.Linear(module.k, module.n, bias=module.bias is not None)
             new.weight, new.bias = nn.Parameter(weight), module.bias
         model.set_submodule(name, new)
-    return model.float()
+    return nn.Module.float(model)  # transformers refuses it for what was quantised
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "perplexity.csv")
     args = parser.parse_args()
     registry.load()
@@ -65,7 +66,7 @@ def main() -> None:
     text = "\n".join(path.read_text() for path in TEXT)
     ids = torch.tensor(tokenizer(text)["input_ids"][: args.windows * WINDOW]).view(-1, WINDOW)
     rows = [{"model": "smollm2", "weights": "bf16", "perplexity": perplexity(base, ids)}]
-    for format in ("smollm2-q4", *FORMATS):
+    for format in ("smollm2-q4", *args.formats.split(",")):
         if format in FORMATS:
             with tempfile.TemporaryDirectory() as folder:
                 made, _ = quantise(base, tokenizer, format)
@@ -80,7 +81,7 @@ def main() -> None:
     about = describe() | {
         "tokens": ids.numel(),
         "text": hashlib.sha256(text.encode()).hexdigest()[:12],
-        "command": "python benchmarks/perplexity.py",
+        "command": f"python benchmarks/perplexity.py --windows {args.windows} --formats {args.formats}",
     }
     with args.out.open("w", newline="") as file:
         fields = ["model", "weights", "perplexity", "exact_x", *about]

@@ -1,69 +1,79 @@
 """Decoding with quantised weights beside bf16: SmolLM2, engines taking turns in one process.
 
-``python benchmarks/quantised.py`` writes ``benchmarks/results/quantised.csv``. ``gb_per_s`` is what one
-request makes of memory: the bytes of all weights that a token reads, times tokens a second.
+``python benchmarks/quantised.py`` writes ``benchmarks/results/quantised.csv``: output tokens a second of one
+thread's own time, which other processes of the machine hardly change; with ``--threads N`` of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from llm42c.codegen.cpu import build
+import torch
+from linear_q import kernels
+
 from llm42c.hub import models
 from llm42c.hub.quantise import quantise
-from llm42c.runtime.bench import harness
-from llm42c.runtime.bench.contenders import LIMITS, Llm42
+from llm42c.runtime.bench.contenders import LIMITS
+from llm42c.runtime.bench.harness import write_csv
 from llm42c.runtime.bench.machine import describe
-from llm42c.runtime.loader import BuiltEngine, build_engine
+from llm42c.runtime.bench.workloads import WORKLOADS
+from llm42c.runtime.engine import Engine
+from llm42c.runtime.loader import build_engine
+from llm42c.runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 
 
-def weight_bytes(built: BuiltEngine) -> int:
-    """Of the packed weights; an embedding that is also the output layer counts once."""
-    held = {id(p): p for p in built.model.parameters() if not built.compiler.weights.is_released(p)}
-    linears = sum(p.nbytes for p in held.values() if p.dim() > 2)  # panels of quantised weights
-    return linears or built.compiler.weights.nbytes
-
-
-def isa() -> str:
-    """The widest dot product of bytes that the kernels use here."""
-    flags = set(build.cpu_features().split())
-    return next((f for f in ("avx512_vnni", "avx512bw", "avx2") if f in flags), "portable")
+def rate(engine: Engine, prompts: list[list[int]], tokens: int, clock: Any) -> float:
+    """Output tokens a second, prefill included."""
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)
+    start = clock()
+    engine.generate(prompts, [params] * len(prompts))
+    return len(prompts) * tokens / (clock() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", default="q4_0,q8_0")
     parser.add_argument("--requests", default="1,8,32")
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quantised.csv")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
     base, tokenizer = models.load_model("smollm2")
-    sources: dict[str, Any] = {}
+    sources: dict[str, Any] = {"bf16": "smollm2", "q4_1 (smollm2-q4)": "smollm2-q4"}
     folder = Path(tempfile.mkdtemp())
     for format in filter(None, args.formats.split(",")):
         models.write(folder / format, quantise(base, tokenizer, format)[0])
         sources[format] = folder / format
-    sources = {"bf16": "smollm2", "q4_1 (smollm2-q4)": "smollm2-q4"} | sources
-    built = {
-        name: build_engine(source, **LIMITS, kv_cache_bytes=96 << 20) for name, source in sources.items()
-    }
-    contenders = [Llm42(f"llm42 {name}", made.engine, 100) for name, made in built.items()]
-    size = {f"llm42 {name}": weight_bytes(made) for name, made in built.items()}
+    engines = {n: build_engine(s, **LIMITS, kv_cache_bytes=96 << 20).engine for n, s in sources.items()}
     rows = []
-    for case in harness.cases(["decode"], [int(n) for n in args.requests.split(",")]):
-        for result in harness.measure(contenders, case, args.rounds, lambda *_: None):
-            row = result.as_row() | {"weights_mb": round(size[result.engine] / 1e6, 1), "gb_per_s": ""}
-            if case.requests == 1:
-                row["gb_per_s"] = round(size[result.engine] * result.median / 1e9, 1)
-            rows.append(row)
-            print(row, flush=True)
-    command = f"python benchmarks/quantised.py --rounds {args.rounds}"
-    harness.write_csv(args.out, rows, command=command, **describe() | {"kernels": isa()})
+    for count in map(int, args.requests.split(",")):
+        prompts = WORKLOADS["decode"].prompts(count)
+        for engine in engines.values():
+            rate(engine, prompts, args.tokens, clock)
+            engine.certificates.settle()
+        found: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(args.rounds):
+            for name, engine in engines.items():
+                found[name].append(rate(engine, prompts, args.tokens, clock))
+        for name, rates in found.items():
+            over = statistics.median(a / b for a, b in zip(rates, found["bf16"], strict=True))
+            row = {"weights": name, "requests": count, "new_tokens": args.tokens}
+            rows.append(row | {"tok_s": round(statistics.median(rates), 1), "over_bf16": round(over, 2)})
+            print(rows[-1], flush=True)
+    clocked = "its own" if args.threads == 1 else "wall"
+    command = f"python benchmarks/quantised.py --threads {args.threads} --rounds {args.rounds}"
+    about = describe() | {"kernels": kernels(), "time": clocked}
+    write_csv(args.out, rows, command=command, **about)
 
 
 if __name__ == "__main__":

@@ -18,22 +18,14 @@ from tiny_gguf import MIXED, gguf
 import llm42c
 from llm42c import cli, quantised
 from llm42c.codegen import quant
-from llm42c.codegen.ops import registry
 from llm42c.compile.compiler import ModelCompiler
 from llm42c.errors import ModelNotFoundError, UnsupportedModelError, WeightsError
 from llm42c.hub import models
 from llm42c.runtime.loader import build_engine
 from llm42c.runtime.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("own_models")
 PROMPTS = [[7, 30, 41, 5], [9] * 20, [3, 200, 17], [100, 101, 102, 103, 104, 105]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    registry.load()  # kernels come from the user's cache
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

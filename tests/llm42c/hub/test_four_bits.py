@@ -16,22 +16,14 @@ from torch import Tensor
 
 from llm42c import quantised
 from llm42c.codegen import quant
-from llm42c.codegen.ops import registry
 from llm42c.errors import ModelNotFoundError
 from llm42c.hub import four_bits, models
 from llm42c.runtime.loader import build_engine
 from llm42c.runtime.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("own_models")
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    registry.load()  # kernels come from the user's cache
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def words(q: Tensor) -> Tensor:
