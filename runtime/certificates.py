@@ -141,6 +141,10 @@ class Certificates:
             return False
         try:
             verdict = next(self._current)
+        except StopIteration:  # a step was broken off with its verdict in hand: the probe begins again
+            self._current = None
+            self._begin(spare)
+            return True
         except BaseException as error:
             self._current = None  # a generator that was broken off never goes on: the probe begins again
             self._probe.release()
@@ -157,8 +161,8 @@ class Certificates:
             return False
         self.waited = 0
         if verdict is not None:
-            target, _ = self._queue.popitem(last=False)
             self._current = None
+            target, _ = self._queue.popitem(last=False)
             self._settle(target, verdict)
             self._begin()
         return True

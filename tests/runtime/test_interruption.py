@@ -125,7 +125,7 @@ def test_an_integrity_failure_leaves_nothing_running_behind_a_shared_engine() ->
     mine = pump.submit(PROMPTS[0], PARAMS[0], stream=True)
     other = engine.submit(PROMPTS[1], PARAMS[0])  # not the pump's
 
-    def convict() -> bool:
+    def convict(spare: bool) -> bool:
         raise IntegrityError("the verifier graph is not row independent")
 
     engine.certificates.advance = convict  # type: ignore[method-assign]
