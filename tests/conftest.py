@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+from llm42c.codegen import cache
+
+KEPT = ("kernels", "models", "targets", "triton")  # what is costly to make, and no test can spoil
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -10,3 +17,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: a worker that takes one at the end would work alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _links(folder: Path, kept: tuple[str, ...] = KEPT) -> Path:
+    """Make `folder` a cache folder whose parts in `kept` are the present one's."""
+    now = cache.folder()
+    (folder / "llm42").mkdir(parents=True, exist_ok=True)
+    for part in kept:
+        (now / part).mkdir(parents=True, exist_ok=True)
+        if not (folder / "llm42" / part).exists():
+            (folder / "llm42" / part).symlink_to((now / part).resolve())
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Certificates and stored graphs of this run: none of an earlier one is read, none is left behind."""
+    own = tmp_path_factory.getbasetemp() / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(_links(own)))
+        yield own
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Certificates and stored graphs of this test alone."""
+    own = _links(tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
+    return own
+
+
+@pytest.fixture(scope="module")
+def own_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the module's own, models included; kernels are compiled once."""
+    own = _links(tmp_path_factory.mktemp("cache"), ("kernels",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(own))
+        yield own

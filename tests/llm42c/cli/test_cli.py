@@ -98,6 +98,7 @@ def test_demo_fails_where_bits_differ(
     assert "BITS DIFFER" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(("options", "state"), [([], "certified by construction"), (["--full"], "certified")])
 def test_certify_lists_every_shape(
     options: list[str], state: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
