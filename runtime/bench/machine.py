@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from llm42c.codegen.cpu import build
+
 
 def describe() -> dict[str, str]:
     """CPU, cores this process may use, instruction set and versions, as columns of a result."""
@@ -15,7 +17,7 @@ def describe() -> dict[str, str]:
         "cpu": _cpu_model(),
         "cores": str(len(os.sched_getaffinity(0))),
         "threads": str(torch.get_num_threads()),
-        "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": build.widest_isa(),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "llm42": importlib.metadata.version("llm42c"),

