@@ -1,8 +1,8 @@
 """A receipt: what a deterministic request asked for and got, as a line of JSON that another engine can check.
 
 It holds no text and no log-probs, but a chain of digests over them: link i hashes link i - 1, token i and the
-bits of its log-prob, and the first one everything that was asked. The last field is a digest of all others,
-so an edit anywhere shows.
+bits of its log-prob, and the first one everything that was asked. It is sealed, so that an edit anywhere
+shows, and may be signed, so that whoever knows the key sees that nobody else made it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm42c.errors import Llm42Error, ReceiptError, RequestError
+from llm42c.runtime import sealed
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.outputs import FinishReason
 from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.signing import is_signed
 
 if TYPE_CHECKING:
     from llm42c.runtime.outputs import RequestOutput
     from llm42c.runtime.request import Request
+    from llm42c.runtime.signing import Signer
 
-VERSION = 1
+KIND, VERSION = "llm42_receipt", 2
 # What a receipt says of sampling: all of SamplingParams but code, and what shapes the output's form only.
 _LEFT_OUT = ("logits_processors", "logprobs", "detokenize", "include_stop", "ignore_eos")
 _PARAMS = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _LEFT_OUT)
@@ -41,6 +44,8 @@ class Receipt:
     chain: list[str]  # a link for each token
     finish_reason: FinishReason
     stop_reason: int | str | None
+    public_key: str | None = None  # of a signed one: Ed25519, in hex as the signature
+    signature: str | None = None
 
     @staticmethod
     def of(contract: Contract, request: Request) -> Receipt:
@@ -57,31 +62,22 @@ class Receipt:
         chain = links(contract, prompt, params, tokens, request.history.logprobs)
         return Receipt(contract, prompt, params, tokens, chain, request.finish_reason, request.stop_reason)
 
+    def signed(self, signer: Signer) -> Receipt:
+        """The same with a signature of everything in it."""
+        named = replace(self, public_key=signer.public_key, signature=None)
+        return replace(named, signature=signer.sign(named._signed_bytes()))
+
     def to_json(self) -> str:
-        """Canonical JSON of one line: sorted keys, no spaces. `sha256` is the digest of all other fields."""
-        body = {
-            "llm42_receipt": VERSION,
-            "contract": json.loads(self.contract.to_json()),
-            "contract_hash": self.contract.hash,
-            "prompt": self.prompt,
-            "params": _params_to_json(self.params),
-            "tokens": self.tokens,
-            "chain": self.chain,
-            "finish_reason": self.finish_reason,
-            "stop_reason": self.stop_reason,
-        }
-        return _canonical({**body, "sha256": hashlib.sha256(_canonical(body).encode()).hexdigest()})
+        """One line of canonical JSON (:mod:`llm42c.runtime.sealed`)."""
+        body = self._body()
+        return sealed.seal(
+            KIND, VERSION, body if self.signature is None else body | {"signature": self.signature}
+        )
 
     @staticmethod
     def from_json(text: str) -> Receipt:
         """The inverse of :meth:`to_json`. Raises ReceiptError for what is no receipt, or was edited."""
-        try:
-            values = json.loads(text)
-            version = values["llm42_receipt"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise ReceiptError("damaged: this is no receipt of llm42") from None
-        if version != VERSION and isinstance(version, int) and _intact(values):
-            raise ReceiptError(f"this receipt has version {version}; this release of llm42 reads {VERSION}")
+        values = sealed.unseal(text, KIND, VERSION, "receipt", ReceiptError)
         try:
             receipt = Receipt(
                 Contract.from_json(json.dumps(values["contract"])),
@@ -91,6 +87,8 @@ class Receipt:
                 values["chain"],
                 values["finish_reason"],
                 values["stop_reason"],
+                values.get("public_key"),
+                values.get("signature"),
             )
             same = text.removesuffix("\n") == receipt.to_json()
         except (Llm42Error, ValueError, TypeError, KeyError, AttributeError):
@@ -99,12 +97,28 @@ class Receipt:
             raise ReceiptError("damaged: the receipt is not as it was written")
         return receipt
 
+    def _body(self) -> dict[str, Any]:
+        body = {
+            "contract": json.loads(self.contract.to_json()),
+            "contract_hash": self.contract.hash,
+            "prompt": self.prompt,
+            "params": _params_to_json(self.params),
+            "tokens": self.tokens,
+            "chain": self.chain,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        return body if self.public_key is None else body | {"public_key": self.public_key}
+
+    def _signed_bytes(self) -> bytes:
+        return sealed.canonical({**self._body(), KIND: VERSION}).encode()
+
 
 @dataclass(frozen=True)
 class ReplayResult:
     """What came of a replay. `detail` says it in one line."""
 
-    verdict: Literal["exact", "differs", "another contract", "damaged"]
+    verdict: Literal["exact", "differs", "another contract", "damaged", "unsigned", "another key"]
     detail: str
     position: int | None = None  # of the first output that differs
     fields: tuple[str, ...] = ()  # of the contract, `name: of the receipt -> of the engine`
@@ -114,6 +128,22 @@ def require_receivable(params: SamplingParams) -> None:
     """Raises RequestError for logits processors."""
     if params.logits_processors:
         raise RequestError("logits processors are code, which a receipt cannot hold")
+
+
+def signature_result(receipt: Receipt, public_key: str) -> ReplayResult | None:
+    """Why the receipt is not one that the owner of `public_key` (in hex) has signed, if it is not.
+
+    Raises ConfigError where signatures cannot be checked.
+    """
+    if receipt.signature is None or receipt.public_key is None:
+        return ReplayResult("unsigned", "unsigned: the receipt has no signature")
+    if receipt.public_key != public_key:
+        return ReplayResult(
+            "another key", f"another key: the receipt names {receipt.public_key}, and the file {public_key}"
+        )
+    if not is_signed(receipt._signed_bytes(), receipt.signature, public_key):
+        return ReplayResult("damaged", "damaged: the signature is not one of this receipt")
+    return None
 
 
 def contract_result(receipt: Receipt, contract: Contract) -> ReplayResult | None:
@@ -153,21 +183,12 @@ def links(
 ) -> list[str]:
     """16 hex digits for each token; log-probs count by their float32 bits."""
     asked = {"contract": contract.hash, "prompt": prompt, "params": _params_to_json(params)}
-    link = hashlib.blake2b(_canonical(asked).encode(), digest_size=8).digest()
+    link = hashlib.blake2b(sealed.canonical(asked).encode(), digest_size=8).digest()
     chain = []
     for token, logprob in zip(tokens, logprobs, strict=True):
         link = hashlib.blake2b(link + struct.pack("<qf", token, logprob), digest_size=8).digest()
         chain.append(link.hex())
     return chain
-
-
-def _canonical(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
-
-def _intact(values: dict[str, Any]) -> bool:
-    body = {k: v for k, v in values.items() if k != "sha256"}
-    return values.get("sha256") == hashlib.sha256(_canonical(body).encode()).hexdigest()
 
 
 def _params_to_json(params: SamplingParams) -> dict[str, Any]:

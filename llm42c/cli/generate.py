@@ -30,6 +30,7 @@ from llm42c.prompts import Prompt
 if TYPE_CHECKING:
     from llm42c.runtime.loader import BuiltEngine
     from llm42c.runtime.outputs import RequestOutput
+    from llm42c.runtime.signing import Signer
 
 
 def generate(
@@ -70,6 +71,10 @@ def generate(
     receipt: Annotated[
         Path | None, typer.Option("--receipt", metavar="FILE", help="Write a receipt a prompt, one a line.")
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option("--sign", metavar="KEY.pem", help="With --receipt: sign with this Ed25519 key."),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
@@ -79,6 +84,7 @@ def generate(
     token_weave: TokenWeaveOption = "off",
 ) -> None:
     """Generate text. One prompt is printed as it comes; several are run together and printed in order."""
+    signer = _signer(sign, receipt)
     texts = _texts(prompts or [], file or [])
     from llm42c.runtime.sampling import SamplingParams
 
@@ -120,8 +126,21 @@ def generate(
         _run(built, done, echo=True)
     outputs = [done[key] for key in sorted(done, key=_number)]
     if receipt is not None:
-        write_text(receipt, "".join(f"{o.receipt.to_json()}\n" for o in outputs if o.receipt is not None))
+        receipts = [o.receipt for o in outputs if o.receipt is not None]
+        if signer is not None:
+            receipts = [r.signed(signer) for r in receipts]
+        write_text(receipt, "".join(f"{r.to_json()}\n" for r in receipts))
     _print(built, outputs, json_out, stream)
+
+
+def _signer(key: Path | None, receipt: Path | None) -> Signer | None:
+    if key is None:
+        return None
+    if receipt is None:
+        raise RequestError("--sign signs receipts: say with --receipt FILE where they go")
+    from llm42c.runtime.signing import Signer
+
+    return Signer.read(key)
 
 
 def _texts(prompts: list[str], files: list[Path]) -> list[str]:

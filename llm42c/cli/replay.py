@@ -32,6 +32,12 @@ def replay(
         typer.Argument(metavar="RECEIPT...", help="Files with a receipt a line; '-' is stdin."),
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="What the receipts are of.")] = DEFAULT_MODEL,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key", metavar="PUB.pem", help="Only receipts signed with its other half count."
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
@@ -44,7 +50,12 @@ def replay(
     lines = [(f"{path}:{n}", text) for path in receipts for n, text in read_lines(path, "surrogateescape")]
     if not lines:
         raise RequestError("there is no receipt to replay")
-    read = {name: _read(text) for name, text in lines}
+    key = None
+    if public_key is not None:
+        from llm42c.runtime.signing import read_public_key
+
+        key = read_public_key(public_key)
+    read = {name: _read(text, key) for name, text in lines}
     first = next((r for r in read.values() if isinstance(r, Receipt)), None)
     built = None
     if first is not None:
@@ -79,10 +90,12 @@ def replay(
         raise typer.Exit(exits.FAILED)
 
 
-def _read(text: str) -> Receipt | ReplayResult:
-    from llm42c.runtime.receipt import Receipt, ReplayResult
+def _read(text: str, public_key: str | None) -> Receipt | ReplayResult:
+    from llm42c.runtime.receipt import Receipt, ReplayResult, signature_result
 
     try:
-        return Receipt.from_json(text)
+        receipt = Receipt.from_json(text)
     except ReceiptError as error:
         return ReplayResult("damaged", str(error))
+    refused = None if public_key is None else signature_result(receipt, public_key)
+    return refused or receipt

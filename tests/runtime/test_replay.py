@@ -9,6 +9,7 @@ import pytest
 from toy import EOS, VOCAB, NoisyModel, ToyModel, make_engine, small_config, solo
 
 from llm42c.errors import ReceiptError, RequestError
+from llm42c.runtime import sealed
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.receipt import Receipt
 from llm42c.runtime.sampling import SamplingParams
@@ -95,7 +96,7 @@ def test_one_bit_anywhere_is_damage() -> None:
     whole = Receipt.from_json(text.decode())
     assert whole.to_json().encode() == text
     for i in range(len(text)):
-        for bit in (0, 1, 5):
+        for bit in range(8):
             edited = bytes([*text[:i], text[i] ^ (1 << bit), *text[i + 1 :]])
             with pytest.raises(ReceiptError, match="damaged"):
                 Receipt.from_json(edited.decode("latin-1"))
@@ -112,7 +113,11 @@ def test_another_version_and_a_spaced_copy() -> None:
     with pytest.raises(ReceiptError, match="damaged"):
         Receipt.from_json(json.dumps(json.loads(text)))
     with pytest.raises(ReceiptError, match="damaged"):
-        Receipt.from_json(text.replace('"llm42_receipt":1', '"llm42_receipt":2'))
+        Receipt.from_json(text.replace('"llm42_receipt":2', '"llm42_receipt":3'))
+    later = json.loads(text)
+    del later["sha256"]
+    with pytest.raises(ReceiptError, match="has version 7; this release of llm42 reads 2"):
+        Receipt.from_json(sealed.seal("llm42_receipt", 7, later))
 
 
 def test_what_has_no_receipt_is_refused() -> None:

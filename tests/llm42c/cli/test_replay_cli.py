@@ -107,3 +107,30 @@ def test_no_receipt_at_all(model: str, tmp_path: Path, capsys: pytest.CaptureFix
     for path, words in (("empty", "no receipt to replay"), ("missing", "cannot read")):
         assert cli.main(["replay", str(tmp_path / path), "--model", model]) == exits.BAD_INPUT
         assert words in capsys.readouterr().err
+
+
+def test_a_signed_receipt_is_checked_with_the_public_key(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    for name in "ab":
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+        (tmp_path / f"{name}.pem").write_bytes(private)
+        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+    path, unsigned = tmp_path / "signed", tmp_path / "unsigned"
+    way = ["generate", model, "--json", "-n", "4"]
+    run(capsys, *way, "--receipt", str(path), "--sign", str(tmp_path / "a.pem"), *PROMPTS)
+    run(capsys, *way, "--receipt", str(unsigned), *PROMPTS[:1])
+    replay = ["replay", str(path), str(unsigned), "--model", model, "--json", "--public-key"]
+    for name, verdicts in (("a", ["exact", "exact", "unsigned"]), ("b", ["another key"] * 2 + ["unsigned"])):
+        found = run(capsys, *replay, str(tmp_path / f"{name}.pub"), status=exits.FAILED)
+        assert [r["verdict"] for r in found] == verdicts
+    run(capsys, "replay", str(path), "--model", model, "--public-key", str(tmp_path / "a.pub"), "--json")
+    assert cli.main([*way, "--sign", str(tmp_path / "a.pem"), "w5"]) == exits.BAD_INPUT
+    assert "--receipt FILE" in capsys.readouterr().err
