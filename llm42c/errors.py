@@ -43,6 +43,10 @@ class ReceiptError(Llm42Error, ValueError):
     """A receipt that was edited, or that another release wrote."""
 
 
+class StateError(Llm42Error, ValueError):
+    """A request's state, or a journal, that was edited or that another release wrote."""
+
+
 class WeightsError(Llm42Error, ValueError):
     """The model's weights hold NaN or infinity."""
 

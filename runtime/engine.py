@@ -19,6 +19,7 @@ from llm42c.capture.packed import PackedModel
 from llm42c.errors import ConfigError, IntegrityError, RequestError
 from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.accept import VERIFIER, Verdict, accept, row_problem
+from llm42c.runtime.asked import require_portable
 from llm42c.runtime.audit import Auditor
 from llm42c.runtime.block_pool import BlockPool, kv_digest
 from llm42c.runtime.certificates import Certificates
@@ -31,8 +32,9 @@ from llm42c.runtime.outputs import RequestOutput, news_of
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
 from llm42c.runtime.processors import Decode, TextState
-from llm42c.runtime.receipt import Receipt, ReplayResult, compare, contract_result, require_receivable
+from llm42c.runtime.receipt import Receipt, ReplayResult, compare, contract_result
 from llm42c.runtime.request import Proposal, Request, State
+from llm42c.runtime.resumption import RequestState
 from llm42c.runtime.sampling import (
     MAX_SEED,
     RowSampler,
@@ -188,7 +190,7 @@ class Engine:
         if forced and len(draft or ()) < max_tokens:
             raise RequestError("a forced draft must have max_tokens tokens")
         if receipt:
-            require_receivable(params)
+            require_portable(params, "a receipt")
         source = self._drafters if speculate == AS_ENGINE else requested_source(speculate)
         seed = params.seed
         if seed is None:
@@ -264,6 +266,40 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         return bool(self._requests)
+
+    def export(self, request_id: str) -> RequestState:
+        """A running deterministic request as a value that `resume` of another engine takes; it goes on here.
+
+        Raises RequestError for an ordinary one, and for one with logits processors.
+        """
+        return RequestState.of(self.contract, self._running(request_id))
+
+    def resume(
+        self,
+        state: RequestState,
+        *,
+        request_id: str | None = None,
+        stream: bool = True,
+        speculate: Speculate = AS_ENGINE,
+        receipt: bool = False,
+    ) -> str:
+        """Continue a request of another engine; returns its id. What comes is new to the state, and ends in
+        the whole output. Raises as `submit` does, ContractMismatchError first.
+
+        A state that is not what its contract gives ends in an error of that request.
+        """
+        taken = self.submit(
+            state.prompt,
+            state.params,
+            request_id=request_id,
+            contract=state.contract,
+            stream=stream,
+            draft=state.tokens,
+            speculate=speculate,
+            receipt=receipt,
+        )
+        state.hand_over(self._requests[taken], self._decode)
+        return taken
 
     def generate(
         self,
@@ -351,13 +387,16 @@ class Engine:
 
     def kv_digest(self, request_id: str, num_positions: int | None = None) -> str:
         """Digest of the KV bits of a running request's leading computed positions. Raises RequestError."""
-        if request_id not in self._requests:
-            raise RequestError(f"no request {shown(request_id)} is running")
-        request = self._requests[request_id]
+        request = self._running(request_id)
         count = request.lease.num_computed
         if num_positions is not None:
             count = min(num_positions, count)
         return kv_digest(self._cache, self._slots(request, 0, count), self.config.page_size)
+
+    def _running(self, request_id: str) -> Request:
+        if not isinstance(request_id, str) or request_id not in self._requests:
+            raise RequestError(f"no request {shown(request_id)} is running")
+        return self._requests[request_id]
 
     # -- one step --------------------------------------------------------------------------------------------
 

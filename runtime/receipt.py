@@ -7,16 +7,19 @@ shows, and may be signed, so that whoever knows the key sees that nobody else ma
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from llm42c.errors import Llm42Error, ReceiptError, RequestError
+from llm42c.errors import Llm42Error, ReceiptError
 from llm42c.runtime import sealed
+from llm42c.runtime.asked import (
+    Chain,
+    params_from_json,
+    params_to_json,
+    require_portable,
+    resolved_params,
+)
 from llm42c.runtime.contract import Contract
 from llm42c.runtime.outputs import FinishReason
 from llm42c.runtime.sampling import SamplingParams
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
     from llm42c.runtime.signing import Signer
 
 KIND, VERSION = "llm42_receipt", 2
-# What a receipt says of sampling: all of SamplingParams but code, and what shapes the output's form only.
-_LEFT_OUT = ("logits_processors", "logprobs", "detokenize", "include_stop", "ignore_eos")
-_PARAMS = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in _LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,11 @@ class Receipt:
     @staticmethod
     def of(contract: Contract, request: Request) -> Receipt:
         """The receipt of a request that has ended. Raises RequestError for logits processors."""
-        require_receivable(request.params)
+        require_portable(request.params, "a receipt")
         assert request.finish_reason is not None
-        resolved = {
-            "max_tokens": request.limit - request.prompt_len,
-            "seed": request.seed,
-            "stop_token_ids": sorted(request.stop_ids),
-        }
-        params = _params_from_json(_params_to_json(request.params) | resolved)
+        params = params_from_json(params_to_json(resolved_params(request)))
         prompt, tokens = request.history.tokens[: request.prompt_len], request.outputs
-        chain = links(contract, prompt, params, tokens, request.history.logprobs)
+        chain = Chain(contract, prompt, params).links(tokens, request.history.logprobs)
         return Receipt(contract, prompt, params, tokens, chain, request.finish_reason, request.stop_reason)
 
     def signed(self, signer: Signer) -> Receipt:
@@ -82,7 +77,7 @@ class Receipt:
             receipt = Receipt(
                 Contract.from_json(json.dumps(values["contract"])),
                 values["prompt"],
-                _params_from_json(values["params"]),
+                params_from_json(values["params"]),
                 values["tokens"],
                 values["chain"],
                 values["finish_reason"],
@@ -102,7 +97,7 @@ class Receipt:
             "contract": json.loads(self.contract.to_json()),
             "contract_hash": self.contract.hash,
             "prompt": self.prompt,
-            "params": _params_to_json(self.params),
+            "params": params_to_json(self.params),
             "tokens": self.tokens,
             "chain": self.chain,
             "finish_reason": self.finish_reason,
@@ -122,12 +117,6 @@ class ReplayResult:
     detail: str
     position: int | None = None  # of the first output that differs
     fields: tuple[str, ...] = ()  # of the contract, `name: of the receipt -> of the engine`
-
-
-def require_receivable(params: SamplingParams) -> None:
-    """Raises RequestError for logits processors."""
-    if params.logits_processors:
-        raise RequestError("logits processors are code, which a receipt cannot hold")
 
 
 def signature_result(receipt: Receipt, public_key: str) -> ReplayResult | None:
@@ -156,7 +145,7 @@ def contract_result(receipt: Receipt, contract: Contract) -> ReplayResult | None
 
 def compare(receipt: Receipt, output: RequestOutput) -> ReplayResult:
     """Whether `output`, of the request that the receipt describes, is what the receipt says."""
-    chain = links(receipt.contract, receipt.prompt, receipt.params, output.token_ids, output.logprobs)
+    chain = Chain(receipt.contract, receipt.prompt, receipt.params).links(output.token_ids, output.logprobs)
     both = zip(chain, receipt.chain, strict=False)
     position = next((i for i, (a, b) in enumerate(both) if a != b), min(len(chain), len(receipt.chain)))
     count = len(receipt.tokens)
@@ -172,32 +161,3 @@ def compare(receipt: Receipt, output: RequestOutput) -> ReplayResult:
         found, said = (t[position : position + 1] for t in (output.token_ids, receipt.tokens))
         why = f"{found or 'the end'}, and in the receipt {said or 'the end'}"
     return ReplayResult("differs", f"differs at token {position}: {why}", position)
-
-
-def links(
-    contract: Contract,
-    prompt: list[int],
-    params: SamplingParams,
-    tokens: Sequence[int],
-    logprobs: Sequence[float],
-) -> list[str]:
-    """16 hex digits for each token; log-probs count by their float32 bits."""
-    asked = {"contract": contract.hash, "prompt": prompt, "params": _params_to_json(params)}
-    link = hashlib.blake2b(sealed.canonical(asked).encode(), digest_size=8).digest()
-    chain = []
-    for token, logprob in zip(tokens, logprobs, strict=True):
-        link = hashlib.blake2b(link + struct.pack("<qf", token, logprob), digest_size=8).digest()
-        chain.append(link.hex())
-    return chain
-
-
-def _params_to_json(params: SamplingParams) -> dict[str, Any]:
-    values = {name: getattr(params, name) for name in _PARAMS}
-    bias = values["logit_bias"]
-    return values | {"logit_bias": None if bias is None else sorted(map(list, bias.items()))}
-
-
-def _params_from_json(values: dict[str, Any]) -> SamplingParams:
-    bias = values["logit_bias"]
-    bias = None if bias is None else dict(bias)
-    return SamplingParams(**{name: values[name] for name in _PARAMS} | {"logit_bias": bias}, ignore_eos=True)

@@ -123,6 +123,7 @@ class Request:
         self.forced = self.draft if forced else None  # outputs that are taken whatever the model prefers
         self.drafter_source = drafter_source
         self.wants_receipt = wants_receipt
+        self.resumed = 0  # leading outputs that an engine before this one has delivered
         self.seen, self.emitted = RowCounts(0), RowCounts(len(prompt))  # for penalties
 
         self.state = State.WAITING
@@ -274,9 +275,14 @@ class Request:
         return ("length", None) if length >= self.limit else (None, None)
 
     def _keep_promise(self, token: int, logprob: float) -> None:
-        promised = self.delivery.promised.pop(self.num_outputs - 1, None)
-        if promised is not None and promised != (token, logprob):
+        at = self.num_outputs - 1
+        promised = self.delivery.promised.pop(at, None)
+        if promised is None or promised == (token, logprob):
+            return
+        if at < self.resumed:
+            self.fail(f"output {at} of the state that was resumed is not what its contract gives")
+        else:
             self.fail(
-                "a certificate was revoked after output "
-                f"{self.num_outputs - 1} had been delivered, and the verifier does not confirm that output"
+                f"a certificate was revoked after output {at} had been delivered, and the verifier does not "
+                "confirm that output"
             )

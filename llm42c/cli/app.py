@@ -15,6 +15,7 @@ from llm42c.cli import (
     kernels,
     quantize,
     replay,
+    resume,
     score,
     survey,
     version,
@@ -40,6 +41,7 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("resume")(resume.resume)
 app.command("replay")(replay.replay)
 app.command("score")(score.score)
 app.add_typer(bench.app, name="bench")

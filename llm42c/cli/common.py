@@ -25,6 +25,7 @@ from llm42c.errors import ConfigError, ModelNotFoundError, RequestError
 from llm42c.options import TokenWeave
 
 if TYPE_CHECKING:
+    from llm42c.runtime.contract import Contract
     from llm42c.runtime.loader import BuiltEngine
 
 DEFAULT_MODEL = "smollm2"
@@ -153,6 +154,20 @@ def open_engine(
         if (weaving := built.compiler.compile("pinned").weaving) is not None:
             err.print(f"token weaving: {weaving.summary()}", soft_wrap=True)
     return built
+
+
+def open_engine_of(contract: Contract, model: str, report: Report, **options: Any) -> BuiltEngine:
+    """As `open_engine`, with the dtype and the shapes that `contract` names. Raises the same."""
+    return open_engine(
+        model,
+        report,
+        dtype=contract.dtype,
+        verify_tokens=contract.verify_tokens,
+        verify_seqs=contract.verify_seqs,
+        verify_rows=contract.verify_rows,
+        page_size=contract.page_size,
+        **options,
+    )
 
 
 @contextlib.contextmanager

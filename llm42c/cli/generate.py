@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm42c.cli import exits, parallel
+from llm42c.cli import parallel
 from llm42c.cli.common import (
     DEFAULT_MODEL,
     DeviceOption,
@@ -20,16 +20,14 @@ from llm42c.cli.common import (
     TokenWeaveOption,
     VerifyOption,
     open_engine,
-    print_json,
     progress_bars,
     write_text,
 )
+from llm42c.cli.running import open_journal, run, show
 from llm42c.errors import RequestError
 from llm42c.prompts import Prompt
 
 if TYPE_CHECKING:
-    from llm42c.runtime.loader import BuiltEngine
-    from llm42c.runtime.outputs import RequestOutput
     from llm42c.runtime.signing import Signer
 
 
@@ -75,6 +73,12 @@ def generate(
         Path | None,
         typer.Option("--sign", metavar="KEY.pem", help="With --receipt: sign with this Ed25519 key."),
     ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            "--journal", metavar="FILE", help="Append tokens as they commit; llm42 resume FILE goes on there."
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
@@ -85,6 +89,8 @@ def generate(
 ) -> None:
     """Generate text. One prompt is printed as it comes; several are run together and printed in order."""
     signer = _signer(sign, receipt)
+    if journal is not None and not deterministic:
+        raise RequestError("--journal is for deterministic requests")
     texts = _texts(prompts or [], file or [])
     from llm42c.runtime.sampling import SamplingParams
 
@@ -103,6 +109,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
+    record = open_journal(journal)
     with progress_bars() as report:
         built = open_engine(
             model,
@@ -116,21 +123,24 @@ def generate(
             token_weave=token_weave,
         )
         ids = [Prompt(str(i), text, chat).token_ids(built.tokenizer) for i, text in enumerate(texts)]
-        for prompt in ids:
+        names = [
             built.engine.submit(prompt, params, deterministic=deterministic, receipt=receipt is not None)
+            for prompt in ids
+        ]
+        if record is not None:
+            record.begin(names, list(map(built.engine.export, names)))
         stream = len(ids) == 1 and not json_out
-        done: dict[str, RequestOutput] = {}
         if not stream:
-            _run(built, done, report=lambda n: report("decoding", n, len(ids) * max_tokens))
+            total = len(ids) * max_tokens
+            outputs = run(built, names, report=lambda n: report("decoding", n, total), journal=record)
     if stream:
-        _run(built, done, echo=True)
-    outputs = [done[key] for key in sorted(done, key=_number)]
+        outputs = run(built, names, echo=True, journal=record)
     if receipt is not None:
         receipts = [o.receipt for o in outputs if o.receipt is not None]
         if signer is not None:
             receipts = [r.signed(signer) for r in receipts]
         write_text(receipt, "".join(f"{r.to_json()}\n" for r in receipts))
-    _print(built, outputs, json_out, stream)
+    show(built, outputs, json_out, stream)
 
 
 def _signer(key: Path | None, receipt: Path | None) -> Signer | None:
@@ -161,48 +171,3 @@ def _texts(prompts: list[str], files: list[Path]) -> list[str]:
     if any(not text for text in texts):
         raise RequestError("a prompt is empty")
     return texts
-
-
-def _run(
-    built: BuiltEngine, done: dict[str, RequestOutput], *, echo: bool = False, report: Any = None
-) -> None:
-    count = 0
-    while built.engine.has_unfinished():
-        for output in built.engine.step():
-            count += len(output.new_token_ids)
-            if echo:
-                print(output.new_text, end="", flush=True)
-            if output.finished:
-                done[output.request_id] = output
-        if report is not None:
-            report(count)
-
-
-def _print(built: BuiltEngine, outputs: list[RequestOutput], json_out: bool, streamed: bool) -> None:
-    for i, output in enumerate(outputs):
-        if json_out:
-            print_json(
-                {
-                    "index": i,
-                    "text": output.text,
-                    "token_ids": output.token_ids,
-                    "logprobs": output.logprobs,
-                    "top_logprobs": output.top_logprobs,
-                    "finish_reason": output.finish_reason,
-                    "limit": output.limit,
-                    "error": output.error,
-                    "contract": built.engine.contract.hash,
-                }
-            )
-        elif streamed:
-            print()
-        else:
-            print(f"--- {i + 1}\n{output.text}")
-    failed = [output.error for output in outputs if output.error]
-    if failed:
-        print(f"llm42: {failed[0]}", file=sys.stderr)
-        raise typer.Exit(exits.FAILED)
-
-
-def _number(request_id: str) -> int:
-    return int(request_id.rpartition("-")[2])

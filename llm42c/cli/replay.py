@@ -15,7 +15,7 @@ from llm42c.cli.common import (
     FastOption,
     KvOption,
     VerifyOption,
-    open_engine,
+    open_engine_of,
     print_json,
     progress_bars,
     read_lines,
@@ -59,20 +59,9 @@ def replay(
     first = next((r for r in read.values() if isinstance(r, Receipt)), None)
     built = None
     if first is not None:
-        wanted = first.contract
         with progress_bars() as report:
-            built = open_engine(
-                model,
-                report,
-                dtype=wanted.dtype,
-                device=device,
-                fast=fast,
-                verify=verify,
-                kv_mb=kv_mb,
-                verify_tokens=wanted.verify_tokens,
-                verify_seqs=wanted.verify_seqs,
-                verify_rows=wanted.verify_rows,
-                page_size=wanted.page_size,
+            built = open_engine_of(
+                first.contract, model, report, device=device, fast=fast, verify=verify, kv_mb=kv_mb
             )
     exact = True
     for name, receipt in read.items():
