@@ -16,6 +16,7 @@ constexpr int64_t kBlockBytes = 24 << 10;      // weights of one panel and one b
 constexpr int64_t kNearBlockBytes = 12 << 10;  // or these together with the block that follows
 constexpr int64_t kMaxRows = 256;              // rows whose partial sums are kept while a panel is read once
 constexpr int64_t kMacsPerThread = 1 << 15;    // below this, waking a thread costs more than it saves
+constexpr int64_t kRowsPerThread = 64;         // from here on, a thread's rows are its own
 constexpr int64_t kChunkElements = 1 << 24;    // of x, converted at a time
 
 struct KeptX;
@@ -37,8 +38,24 @@ struct Job {
   using Weight = typename Product<T>::Weight;
   static constexpr int kDepth = Product<T>::kDepth;
   const Problem& p;
-  Rows<T> x;  // [m, depth]
   const int64_t depth = ceil_div(p.k, kDepth);  // Weights in a column
+  int64_t row0 = 0;                             // the first row of x
+  Rows<T> x{};                                  // [rows, depth]
+
+  // For rows m0..m1. x is used in place if it is fp32, and else kept in memory of this thread: what another
+  // core wrote would cost more to fetch than x to convert again.
+  Job(const Problem& p_, int64_t m0, int64_t m1) : p(p_), row0(m0) {
+    using X = typename Product<T>::X;
+    const T* from = static_cast<const T*>(p.x) + m0 * p.x_stride;
+    if constexpr (std::is_same_v<T, X>) {
+      x = {from, p.x_stride};
+    } else {
+      const int64_t stride = depth * Product<T>::kSteps;
+      X* kept = reinterpret_cast<X*>(scratch<KeptX>((m1 - m0) * stride));
+      for (int64_t m = 0; m < m1 - m0; m++) Product<T>::keep(from + m * p.x_stride, p.k, kept + m * stride);
+      x = {kept, stride};
+    }
+  }
 
   const Weight* panel_at(int64_t panel) const { return static_cast<const Weight*>(p.packed) + panel * depth * kPanel; }
 
@@ -73,7 +90,7 @@ struct Job {
       const int64_t step = share * int64_t(sizeof(Weight)) / count / passes(int(ceil_div(m1 - m0, tiles)));
       for (int64_t i = 0; i < tiles; i++) {
         const int64_t m = m0 + (m1 - m0) * i / tiles, end = m0 + (m1 - m0) * (i + 1) / tiles;
-        const Rows<T> rows{x.x + m * x.stride + first * Product<T>::kSteps, x.stride};
+        const Rows<T> rows{x.x + (m - row0) * x.stride + first * Product<T>::kSteps, x.stride};
         tile_rows<T, kNear>(end - m, rows, w, count, c + (m - m0) * kPanel, first > 0,
                             {reinterpret_cast<const char*>(follow + i * share), step});
       }
@@ -106,7 +123,8 @@ struct Job {
   }
 };
 
-// Splits (blocks of rows) x (panels) evenly over the threads.
+// Splits (blocks of rows) x (panels) evenly over the threads: whole blocks of rows for each where there are
+// enough rows, since then no core reads what another one wrote.
 struct Grid {
   int64_t m, panels, row_blocks, block_rows;
   int threads;
@@ -114,43 +132,31 @@ struct Grid {
   Grid(int64_t m_, int64_t panels_, int64_t macs, int max_threads) : m(m_), panels(panels_) {
     threads = int(std::clamp<int64_t>(macs / kMacsPerThread, 1, max_threads));
     row_blocks = ceil_div(m, kMaxRows);
+    if (m >= kRowsPerThread * threads) row_blocks = ceil_div(row_blocks, threads) * threads;
     while (row_blocks * panels < 4 * threads && ceil_div(m, row_blocks) > 4 * kRows) row_blocks *= 2;
     block_rows = ceil_div(ceil_div(m, row_blocks), kRows) * kRows;
     row_blocks = ceil_div(m, block_rows);
     threads = int(std::min<int64_t>(threads, row_blocks * panels));
   }
 
-  // body(panel, next panel, m0, m1)
-  template <class F>
-  void run(F body) const {
+  // body(job, panel, next panel, m0, m1), with a Job<T> of each thread's rows
+  template <class T, class F>
+  void run(const Problem& p, F body) const {
     parallel(threads, [&](int thread, int team) {
-      const int64_t items = row_blocks * panels, end = items * (thread + 1) / team;
-      for (int64_t i = items * thread / team; i < end; i++) {
+      const int64_t items = row_blocks * panels, first = items * thread / team, end = items * (thread + 1) / team;
+      const Job<T> job(p, first / panels * block_rows, std::min(m, ceil_div(end, panels) * block_rows));
+      for (int64_t i = first; i < end; i++) {
         const int64_t m0 = i / panels * block_rows;
-        body(i % panels, std::min(i + 1, end - 1) % panels, m0, std::min(m, m0 + block_rows));
+        body(job, i % panels, std::min(i + 1, end - 1) % panels, m0, std::min(m, m0 + block_rows));
       }
     });
   }
 };
 
-// x as products keep it: in place when that is fp32, else in the caller's scratch.
-template <class T>
-Job<T> make_job(const Problem& p, int threads) {
-  using X = typename Product<T>::X;
-  const T* x = static_cast<const T*>(p.x);
-  if constexpr (std::is_same_v<T, X>) return {p, {x, p.x_stride}};
-  const int64_t stride = ceil_div(p.k, Product<T>::kDepth) * Product<T>::kSteps;
-  X* kept = reinterpret_cast<X*>(scratch<KeptX>(p.m * stride));
-  parallel_rows(p.m, p.m * p.k, 1 << 15, threads,
-                [&](int64_t m) { Product<T>::keep(x + m * p.x_stride, p.k, kept + m * stride); });
-  return {p, {kept, stride}};
-}
-
 template <class T>
 void run_linear(const Problem& p, int threads) {
   const Grid grid(p.m, panel_count(p.n), p.m * p.n * p.k, threads);
-  const Job<T> job = make_job<T>(p, grid.threads);
-  grid.run([&](int64_t panel, int64_t next, int64_t m0, int64_t m1) {
+  grid.run<T>(p, [&](const Job<T>& job, int64_t panel, int64_t next, int64_t m0, int64_t m1) {
     float* c = scratch<Partials>(grid.block_rows * kPanel);
     job.product(panel, next, m0, m1, c);
     job.store_panel(panel, m0, m1, c);
@@ -162,8 +168,7 @@ template <class T>
 void run_silu_mul(const Problem& p, int threads) {
   const int64_t panels = p.n / kPanel;
   const Grid grid(p.m, panels, 2 * p.m * p.n * p.k, threads);
-  const Job<T> job = make_job<T>(p, grid.threads);
-  grid.run([&](int64_t panel, int64_t next, int64_t m0, int64_t m1) {
+  grid.run<T>(p, [&](const Job<T>& job, int64_t panel, int64_t next, int64_t m0, int64_t m1) {
     float* gate = scratch<Partials>(2 * grid.block_rows * kPanel);
     float* up = gate + grid.block_rows * kPanel;
     job.product(panel, panel + panels, m0, m1, gate);

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kRows = kLanes == 16 ? 8 : 3;  // a row has two sums in registers, of integers and of floats
 constexpr int64_t kMaxRows = 256;            // rows of x whose integers stay in the cache
+constexpr int64_t kRowsPerThread = 64;       // from here on, a thread's rows are its own
 constexpr int64_t kMacsPerThread = 1 << 16;  // below this, waking a thread costs more than it saves
 constexpr float kLeast = 0x1p-119f;          // a step whose largest magnitude is below counts as zeros
 
@@ -207,6 +208,22 @@ void run_tile(const Problem& p, int64_t panel, const Tile& x, int64_t m, int64_t
   }
 }
 
+// Tiles tile0..end of x, in memory of this thread: what another core wrote would cost more to fetch than x to
+// quantise again.
+template <class T>
+Quantised quantise(const Problem& p, int64_t tile0, int64_t end) {
+  const int64_t first = tile0 * kRows;
+  const Quantised x(std::min(p.m, end * kRows) - first, p.k);
+  for (int64_t m0 = first; m0 < std::min(p.m, end * kRows); m0 += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, p.m - m0);
+    for (int64_t r = 0; r < rows; r++) {
+      const T* row = static_cast<const T*>(p.x) + (m0 + r) * p.x_stride;
+      for (int64_t s = 0; s < p.k / kStep; s++) quantise_step(row + s * kStep, x.tile(m0 - first), s, r, rows);
+    }
+  }
+  return x;
+}
+
 template <class T>
 void run_rows(const Problem& p, int max_threads) {
   int64_t panels = 0;
@@ -214,24 +231,18 @@ void run_rows(const Problem& p, int max_threads) {
   if (p.gated) panels /= 2;
   const int64_t macs = p.m * panels * kColumns * p.k, tiles = ceil_div(p.m, kRows);
   const int threads = int(std::clamp<int64_t>(macs / kMacsPerThread, 1, max_threads));
-  const Quantised x(p.m, p.k);
-  parallel_rows(tiles, p.m * p.k, 1 << 14, threads, [&](int64_t tile) {
-    const int64_t m0 = tile * kRows, rows = std::min<int64_t>(kRows, p.m - m0);
-    for (int64_t r = 0; r < rows; r++) {
-      const T* row = static_cast<const T*>(p.x) + (m0 + r) * p.x_stride;
-      for (int64_t s = 0; s < p.k / kStep; s++) quantise_step(row + s * kStep, x.tile(m0), s, r, rows);
-    }
-  });
-  const int64_t row_blocks = panels >= 4 * threads ? 1 : std::min<int64_t>(tiles, 4 * threads);
+  int64_t row_blocks = panels >= 4 * threads ? 1 : std::min<int64_t>(tiles, 4 * threads);
+  if (p.m >= kRowsPerThread * threads) row_blocks = ceil_div(row_blocks, threads) * threads;
+  const auto first_tile = [&](int64_t block) { return tiles * block / row_blocks; };
   parallel(int(std::min<int64_t>(threads, row_blocks * panels)), [&](int thread, int team) {
-    const int64_t items = row_blocks * panels, end = items * (thread + 1) / team;
-    for (int64_t i = items * thread / team; i < end; i++) {
-      const int64_t block = i / panels;
-      for (int64_t tile = tiles * block / row_blocks; tile < tiles * (block + 1) / row_blocks; tile++) {
+    const int64_t items = row_blocks * panels, first = items * thread / team, end = items * (thread + 1) / team;
+    const int64_t tile0 = first_tile(first / panels), tiles_end = first_tile(ceil_div(end, panels));
+    const Quantised x = quantise<T>(p, tile0, tiles_end);
+    for (int64_t i = first; i < end; i++)
+      for (int64_t tile = first_tile(i / panels); tile < first_tile(i / panels + 1); tile++) {
         const int64_t m = tile * kRows;
-        run_tile<T>(p, i % panels, x.tile(m), m, std::min<int64_t>(kRows, p.m - m));
+        run_tile<T>(p, i % panels, x.tile(m - tile0 * kRows), m, std::min<int64_t>(kRows, p.m - m));
       }
-    }
   });
 }
 
