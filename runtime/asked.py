@@ -38,6 +38,7 @@ def resolved_params(request: Request) -> SamplingParams:
         seed=request.seed,
         stop_token_ids=tuple(sorted(request.stop_ids)),
         ignore_eos=True,
+        structured_by=None if request.grammar is None else request.grammar.name,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm42c.capture.packed import PackedModel
-from llm42c.errors import ConfigError, IntegrityError, RequestError
+from llm42c.errors import ConfigError, ContractMismatchError, IntegrityError, RequestError
 from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.accept import VERIFIER, Verdict, accept, row_problem
 from llm42c.runtime.asked import require_portable
@@ -48,6 +48,7 @@ from llm42c.runtime.scheduler import FastPlan, Scheduler
 from llm42c.runtime.scoring import Scored, scored, scoring_params
 from llm42c.runtime.speculate import Speculator
 from llm42c.runtime.stats import Stats
+from llm42c.runtime.structured import Grammars, Matcher
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +60,10 @@ class Engine:
     """Continuous batching of deterministic and ordinary requests over one paged KV cache.
 
     `fast` runs at bucketed shapes, `verifier` always at (verify_tokens, verify_seqs, verify_rows); both read
-    and write the same cache. `sampler` defaults to the llm42 operators; `decode` turns token ids
-    into text and is needed for stop strings; `contract` defaults to what can be known from the arguments. Not
-    thread-safe. With `ranks`, every rank makes the same engine and calls it in the same way. With `graphs`,
-    steps are recorded once for each shape and replayed.
+    and write the same cache. `sampler` defaults to the llm42 operators; `decode` turns token ids into text
+    and is needed for stop strings, `grammars` for structured output; `contract` defaults to what can be known
+    from the arguments. Not thread-safe. With `ranks`, every rank makes the same engine and calls it in the
+    same way. With `graphs`, steps are recorded once for each shape and replayed.
 
     Raises ConfigError when the configuration cannot work, and IntegrityError when `certify="startup"` finds
     that the verifier graph is not row independent, or the certificate store says that it was found before.
@@ -79,6 +80,7 @@ class Engine:
         contract: Contract | None = None,
         ranks: Ranks = ALONE,
         graphs: GraphDevice | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         if (fast.vocab_size, fast.dtype) != (verifier.vocab_size, verifier.dtype):
             raise ConfigError("the fast and the verifier graph have different vocabularies or dtypes")
@@ -92,7 +94,7 @@ class Engine:
             raise ConfigError(f"kv_cache_bytes ({config.kv_cache_bytes}) does not hold one page")
         self.limits = Limits(verifier.vocab_size, context, num_pages, config.page_size, decode is not None)
         self._cache = verifier.new_kv_cache(num_pages, config.page_size)
-        self._decode = decode
+        self._decode, self._grammars = decode, grammars
         self._stats = Stats()
         self._fast, self._verifier = fast, verifier  # what steps run; probes call the models themselves
         if graphs is not None:
@@ -191,6 +193,7 @@ class Engine:
             raise RequestError("a forced draft must have max_tokens tokens")
         if receipt:
             require_portable(params, "a receipt")
+        grammar = self._grammar(params, forced)
         source = self._drafters if speculate == AS_ENGINE else requested_source(speculate)
         seed = params.seed
         if seed is None:
@@ -212,6 +215,7 @@ class Engine:
             forced=forced,
             wants_receipt=receipt,
             drafter_source=source if deterministic else None,
+            grammar=grammar,
         )
         try:
             self._requests[request_id] = request
@@ -221,6 +225,15 @@ class Engine:
             self._scheduler.withdraw(request)
             raise
         return request_id
+
+    def _grammar(self, params: SamplingParams, forced: bool) -> Matcher | None:
+        if not params.is_structured:
+            return None
+        if self._grammars is None:
+            raise RequestError("structured output needs an engine with a tokenizer (grammars=...)")
+        if forced:
+            raise RequestError("a forced draft is taken as it is; it can have no grammar")
+        return self._grammars.matcher(params)
 
     def _next_id(self) -> tuple[int, str]:
         """An arrival number, and an id after it that no request has taken for itself."""
@@ -347,9 +360,12 @@ class Engine:
         elsewhere = contract_result(receipt, self.contract)
         if elsewhere is not None:
             return elsewhere
-        (output,) = self._complete(
-            lambda: [self.submit(receipt.prompt, receipt.params, stream=False, draft=receipt.tokens)]
-        )
+        try:
+            (output,) = self._complete(
+                lambda: [self.submit(receipt.prompt, receipt.params, stream=False, draft=receipt.tokens)]
+            )
+        except ContractMismatchError as error:  # of who computes masks
+            return ReplayResult("another contract", f"another contract: {error}", fields=(str(error),))
         return compare(receipt, output)
 
     def _complete(self, submit: Callable[[], list[str]]) -> list[RequestOutput]:

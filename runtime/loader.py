@@ -26,6 +26,7 @@ from llm42c.runtime.contract import engine_contract
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.graphs import CudaGraphs
 from llm42c.runtime.lockstep import LockstepModel
+from llm42c.runtime.structured import Grammars
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def _engine(compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer
         verifier,
         config,
         decode=None if tokenizer is None else _decoder(tokenizer),
+        grammars=None
+        if tokenizer is None
+        else Grammars(tokenizer, verifier.vocab_size, config.eos_token_ids),
         contract=engine_contract(
             verifier,
             config,

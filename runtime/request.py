@@ -17,6 +17,7 @@ from llm42c.runtime.drafters import DrafterSource
 from llm42c.runtime.outputs import FinishReason, Limit, TopLogprobs
 from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.structured import Matcher
 from llm42c.runtime.token_counts import RowCounts
 
 
@@ -107,6 +108,7 @@ class Request:
         forced: bool = False,
         drafter_source: DrafterSource | None = None,
         wants_receipt: bool = False,
+        grammar: Matcher | None = None,
     ) -> None:
         self.id = request_id
         self.arrival = arrival
@@ -118,6 +120,9 @@ class Request:
         self.prompt_len = len(prompt)
         self.limit = len(prompt) + max_tokens
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        self.grammar = grammar
+        if grammar is not None:
+            self.stop_ids |= grammar.eos_ids
         self.processed = params.processes_logits
         self.draft = draft or []  # outputs that came with the request; emptied by the first wrong one
         self.forced = self.draft if forced else None  # outputs that are taken whatever the model prefers
@@ -162,6 +167,10 @@ class Request:
         if pending and pending != self.draft[done : done + len(pending)]:
             return []
         return self.draft[done + len(pending) : done + len(pending) + most]
+
+    def allowed(self, draft: list[int]) -> list[int]:
+        """The beginning of `draft` that the request's grammar, if any, allows behind what is proposed."""
+        return draft if self.grammar is None or not draft else self.grammar.allowed(self, draft)
 
     def token_slice(self, start: int, end: int) -> list[int]:
         """Tokens of positions [start, end) of committed + proposed."""

@@ -20,6 +20,7 @@ from llm42c.device import CPU, load_operators
 from llm42c.errors import RequestError
 from llm42c.runtime.outputs import TopLogprobs
 from llm42c.runtime.processors import process_row
+from llm42c.runtime.structured import KINDS, NOTHING_LEFT, check_structured
 
 if TYPE_CHECKING:
     from llm42c.runtime.packing import Chunk
@@ -64,6 +65,11 @@ class SamplingParams:
     logprobs: int | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
     detokenize: bool = True
+    json_schema: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    structured_by: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop_token_ids", "stop", "logits_processors"):
@@ -76,6 +82,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_collections()
         self._check_conflicts()
+        check_structured(self)
 
     def _check_numbers(self) -> None:
         if self.max_tokens is not None:
@@ -118,6 +125,11 @@ class SamplingParams:
             raise RequestError("top_k, top_p and min_p have no effect at temperature 0; set temperature > 0")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True")
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether a grammar says what the output must be."""
+        return any(getattr(self, kind) is not None for kind in KINDS)
 
     @property
     def processes_logits(self) -> bool:
@@ -202,6 +214,10 @@ class Sampler(Protocol):
         """The k greatest log-probs of each row, descending, ties by index: [R, k] float32, [R, k] int64."""
         ...
 
+    def apply_token_mask(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Logits [R, V] with minus infinity where the bit in `mask` [R, ceil(V / 32)] int32 is not set."""
+        ...
+
 
 def operator_sampler(device: torch.device = CPU) -> Sampler:
     """The operators `llm42::sample`, `llm42::token_logprobs` and `llm42::top_logprobs`, of logits there."""
@@ -269,7 +285,10 @@ class RowSampler:
             special=[
                 i
                 for i, r in enumerate(requests)
-                if r.processed or r.forced is not None or r.params.logprobs is not None
+                if r.processed
+                or r.grammar is not None
+                or r.forced is not None
+                or r.params.logprobs is not None
             ],
         )
         return self._params
@@ -292,21 +311,8 @@ class RowSampler:
     ) -> None:
         """Redo processed rows on rewritten logits, put given tokens in place of chosen ones, and collect the
         most likely tokens where asked for."""
-        todo = [i for i in params.special if rows[i][0].processed and result.tokens[i] >= 0]
-        if todo:
-            index = torch.tensor(todo, device=logits.device)
-            raw = logits[index]
-            work = raw.to("cpu", torch.float32, copy=True)
-            for j, i in enumerate(todo):
-                request, length = rows[i]
-                try:
-                    process_row(request, work[j], length)
-                except Exception as error:
-                    result.errors[i] = f"{type(error).__name__}: {error}"
-            tokens, _ = self._draw(work.to(raw.device), params, position, index)
-            logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
-            for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
-                result.tokens[i], result.logprobs[i] = token, logprob
+        for processed in (False, True):
+            self._redo(logits, rows, params, position, processed, result)
         given = [i for i in params.special if rows[i][0].forced is not None and result.tokens[i] >= 0]
         if given:
             index = torch.tensor(given, device=logits.device)
@@ -320,6 +326,62 @@ class RowSampler:
             if (k := rows[i][0].params.logprobs) is not None
         }
         result.tops.update(self._tops(logits, wanted))
+
+    def _redo(
+        self,
+        logits: Tensor,
+        rows: list[tuple[Request, int]],
+        params: _Params,
+        position: Tensor,
+        processed: bool,
+        result: Sampled,
+    ) -> None:
+        """Draw rows anew from the logits that their requests leave: those that are `processed` on the CPU, or
+        those that a grammar masks only."""
+        todo = [
+            i
+            for i in params.special
+            if result.tokens[i] >= 0
+            and rows[i][0].processed == processed
+            and (processed or rows[i][0].grammar is not None)
+        ]
+        if not todo:
+            return
+        raw = logits if len(todo) == len(logits) else logits[torch.tensor(todo, device=logits.device)]
+        work = raw
+        if processed:
+            work = raw.to("cpu", torch.float32, copy=True)
+            for j, i in enumerate(todo):
+                try:
+                    process_row(rows[i][0], work[j], rows[i][1])
+                except Exception as error:
+                    result.errors[i] = f"{type(error).__name__}: {error}"
+        mask = self._masks([rows[i] for i in todo], todo, work.shape[1], result)
+        if mask is not None:
+            work = self._sampler.apply_token_mask(work, mask.to(work.device))
+        index = torch.tensor(todo, device=logits.device)
+        tokens, _ = self._draw(work.to(raw.device), params, position, index)
+        logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
+        for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
+            result.tokens[i], result.logprobs[i] = token, logprob
+            if token < 0 and rows[i][0].grammar is not None:
+                result.errors.setdefault(i, NOTHING_LEFT)
+
+    def _masks(
+        self, rows: list[tuple[Request, int]], numbers: list[int], vocab: int, result: Sampled
+    ) -> Tensor | None:
+        """[R, ceil(vocab / 32)] int32 for `rows`, whose numbers in the step are `numbers`; None if none has a
+        grammar."""
+        if all(request.grammar is None for request, _ in rows):
+            return None
+        masks = np.full((len(rows), -(-vocab // 32)), -1, np.int32)
+        for j, (request, length) in enumerate(rows):
+            if request.grammar is not None:
+                try:
+                    masks[j] = request.grammar.mask(request, length)
+                except ValueError as error:
+                    result.errors.setdefault(numbers[j], str(error))
+        return torch.from_numpy(masks)
 
     def _tops(self, logits: Tensor, wanted: dict[int, int]) -> dict[int, TopLogprobs]:
         """The k most likely tokens of each row in `wanted` (row -> k), by one call for all of them."""

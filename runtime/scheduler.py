@@ -325,11 +325,11 @@ class Scheduler:
         """
         drafts, given = [], 0
         for span in spans:
-            drafts.append(span.request.given_draft(room - given))
+            drafts.append(span.request.allowed(span.request.given_draft(room - given)))
             given += len(drafts[-1])
         others = [i for i, draft in enumerate(drafts) if not draft]
         for i, draft in zip(others, guess([spans[i].request for i in others], given), strict=True):
-            drafts[i] = draft
+            drafts[i] = spans[i].request.allowed(draft)
         return drafts
 
     def _extend(self, chunk: Chunk, draft: list[int]) -> int:

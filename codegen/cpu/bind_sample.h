@@ -96,10 +96,24 @@ inline std::tuple<at::Tensor, at::Tensor> top_logprobs(const at::Tensor& logits,
   return {values, indices};
 }
 
+inline at::Tensor apply_token_mask(const at::Tensor& logits, const at::Tensor& mask_) {
+  TORCH_CHECK_TYPE(logits.scalar_type() != at::kDouble, "apply_token_mask: logits of float64 are not supported");
+  const LogitsView x(logits, "apply_token_mask");
+  TORCH_CHECK_TYPE(mask_.scalar_type() == at::kInt, "apply_token_mask: expected mask of dtype int32, got ",
+                   mask_.scalar_type());
+  TORCH_CHECK_VALUE(mask_.dim() == 2 && mask_.size(0) == x.logits.rows && mask_.size(1) == (x.logits.vocab + 31) / 32,
+                    "apply_token_mask: expected mask [", x.logits.rows, ", ", (x.logits.vocab + 31) / 32, "], got ",
+                    mask_.sizes());
+  const at::Tensor mask = mask_.contiguous(), out = x.output(logits.sizes(), logits.scalar_type());
+  sampling::apply_token_mask(x.logits, mask.const_data_ptr<int32_t>(), out.mutable_data_ptr(), at::get_num_threads());
+  return out;
+}
+
 inline void register_sample(torch::Library& m) {
   m.impl("sample", &sample);
   m.impl("token_logprobs", &token_logprobs);
   m.impl("top_logprobs", &top_logprobs);
+  m.impl("apply_token_mask", &apply_token_mask);
 }
 
 }  // namespace llm42::bind

@@ -213,6 +213,14 @@ def write_text(path: Path, text: str) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
+def read_text(what: str, path: Path) -> str:
+    """A file that holds `what`. Raises RequestError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {what} in {path}: {error}") from None
+
+
 def read_lines(path: Path, errors: str = "strict") -> list[tuple[int, str]]:
     """Lines of a file, or of stdin for '-', that are not empty, with their numbers. Raises RequestError."""
     try:

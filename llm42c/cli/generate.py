@@ -21,6 +21,7 @@ from llm42c.cli.common import (
     VerifyOption,
     open_engine,
     progress_bars,
+    read_text,
     write_text,
 )
 from llm42c.cli.running import open_journal, run, show
@@ -65,6 +66,16 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="With --json: the N likeliest of each step.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", metavar="FILE", help="The output is JSON of this schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="The output matches it, whole.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option("--choice", help="The output is one of them; repeatable.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", metavar="FILE", help="The output is of this Lark grammar.")
+    ] = None,
     json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a prompt.")] = False,
     receipt: Annotated[
         Path | None, typer.Option("--receipt", metavar="FILE", help="Write a receipt a prompt, one a line.")
@@ -108,6 +119,10 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        json_schema=None if json_schema is None else read_text("the schema", json_schema),
+        regex=regex,
+        choice=tuple(choice) if choice else None,
+        grammar=None if grammar is None else read_text("the grammar", grammar),
     )
     record = open_journal(journal)
     with progress_bars() as report:
@@ -164,10 +179,7 @@ def _texts(prompts: list[str], files: list[Path]) -> list[str]:
         prompts = ["-"]
     texts = [parallel.read_stdin().removesuffix("\n") if p == "-" else p for p in prompts]
     for path in files:
-        try:
-            texts.append(path.read_text(encoding="utf-8").removesuffix("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"cannot read the prompt in {path}: {error}") from None
+        texts.append(read_text("the prompt", path).removesuffix("\n"))
     if any(not text for text in texts):
         raise RequestError("a prompt is empty")
     return texts

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 
@@ -41,6 +42,16 @@ PARAMS = (
     SamplingParams(max_tokens=18, logit_bias=AB, stop=("AA",), min_tokens=3, frequency_penalty=0.3),
     SamplingParams(max_tokens=18, stop_token_ids=(3, 11, 19, 27), stop=("Q",)),
 )
+
+if importlib.util.find_spec("llguidance"):
+    PARAMS = (
+        *PARAMS,
+        SamplingParams(max_tokens=18, regex="[A-F]{2,9}(AB|CD)*G?", temperature=1.2, seed=5),
+        SamplingParams(max_tokens=14, choice=("ABBA", "ABCDEFG", "ABAB"), repetition_penalty=1.2),
+        SamplingParams(
+            max_tokens=18, grammar='start: "A" start "B" | /[C-E]{1,3}/', min_tokens=3, stop=("EBB",)
+        ),
+    )
 
 FAST = {
     "exact": lambda: ToyModel(),

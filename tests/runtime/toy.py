@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from llm42c.capture.packed import KVCache, PackedInputs
+from llm42c.codegen.ops.token_mask import apply_token_mask
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.sampling import SamplingParams
 from llm42c.runtime.speculate import StepTimes
+from llm42c.runtime.structured import Grammars
 
 VOCAB = 48
 EOS = 7
@@ -279,6 +281,9 @@ class ToySampler:
             ids
         )
 
+    def apply_token_mask(self, logits, mask):  # type: ignore[no-untyped-def]
+        return apply_token_mask.reference(logits, mask)
+
 
 class Flat(StepTimes):
     """Every step takes one second, so that drafts always pay."""
@@ -298,6 +303,16 @@ def toy_decode(ids: list[int]) -> str:
             text += chr(ord("A") + ids[i])
             i += 1
     return text
+
+
+class ToyTokens:
+    """The toy's letters as llguidance takes a table of tokens."""
+
+    eos_token_id, bos_token_id, special_token_ids = EOS, None, (EOS,)
+    tokens = tuple(chr(ord("A") + i).encode() for i in range(VOCAB))
+
+    def __call__(self, text: str) -> list[int]:
+        return [ord(letter) - ord("A") for letter in text]
 
 
 def small_config(**changes: object) -> EngineConfig:
@@ -328,7 +343,14 @@ def make_engine(
     config = config or small_config()
     verifier = ToyModel(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
     lazy = dataclasses.replace(config, certify="lazy")
-    engine = Engine(fast or ToyModel(), verifier, lazy, sampler=sampler or ToySampler(), decode=toy_decode)
+    engine = Engine(
+        fast or ToyModel(),
+        verifier,
+        lazy,
+        sampler=sampler or ToySampler(),
+        decode=toy_decode,
+        grammars=Grammars(ToyTokens(), VOCAB, config.eos_token_ids),
+    )
     engine.certificates.verifier_checked |= not check
     if config.certify == "startup":
         engine.certify()

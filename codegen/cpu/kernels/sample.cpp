@@ -294,4 +294,24 @@ void top_logprobs(const Logits& x, int64_t k, float* values, int64_t* indices, i
   for_each_row(x, threads, [&](const auto& row, int64_t r) { row.top(k, values + r * k, indices + r * k); });
 }
 
+void apply_token_mask(const Logits& x, const int32_t* mask, void* out, int threads) {
+  const int64_t words = (x.vocab + 31) / 32;
+  with_element(x.dtype, [&]<class T>(T) {
+    const T nothing = from_float<T>(-kInfinity);
+    parallel_rows(x.rows, x.rows * x.vocab, 1 << 18, threads, [&](int64_t r) {
+      const T* from = static_cast<const T*>(x.data) + r * x.stride;
+      T* to = static_cast<T*>(out) + r * x.vocab;
+      for (int64_t w = 0; w < words; w++) {
+        const uint32_t bits = uint32_t(mask[r * words + w]);
+        const int64_t first = w * 32, end = std::min(x.vocab, first + 32);
+        if (bits == 0) {
+          std::fill(to + first, to + end, nothing);
+        } else {
+          for (int64_t v = first; v < end; v++) to[v] = (bits >> (v - first) & 1) ? from[v] : nothing;
+        }
+      }
+    });
+  });
+}
+
 }  // namespace llm42::sampling

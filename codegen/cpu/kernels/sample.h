@@ -31,4 +31,7 @@ void token_logprobs(const Logits& x, const int64_t* tokens, int64_t count, float
 // The k greatest log-probabilities, descending, equal ones by ascending index.
 void top_logprobs(const Logits& x, int64_t k, float* values, int64_t* indices, int threads);
 
+// out[r][v] = the logit if bit v % 32 of mask[r][v / 32] is set, else minus infinity. mask: [rows, ceil(vocab / 32)].
+void apply_token_mask(const Logits& x, const int32_t* mask, void* out, int threads);
+
 }  // namespace llm42::sampling
