@@ -12,11 +12,13 @@ from llm42c import versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+APART = {"lm-eval"}  # extras that the suite does without: they bring many packages along
 LINTERS = {"ruff", "mypy"}  # they run with the fixed versions only
 
 
 def _declared() -> dict[str, Requirement]:
-    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    extras = [texts for name, texts in PROJECT["optional-dependencies"].items() if name not in APART]
+    lists = [PROJECT["dependencies"], *extras]
     requirements = [Requirement(text) for texts in lists for text in texts]
     return {canonicalize_name(r.name): r for r in requirements}
 
