@@ -20,7 +20,7 @@ struct Horizon {
   int64_t lo(int64_t token) const { return window > 0 ? std::max<int64_t>(0, offset + token + 1 - window) : 0; }
 };
 
-inline constexpr int64_t kDecodeRows = 2 * kMicroRows;  // a sequence with no more reads more than it computes
+inline constexpr int64_t kDecodeRows = 12;  // a sequence with no more reads more than it computes
 inline constexpr int64_t kSerialCost = 1 << 17;  // products that one thread computes faster than several
 
 struct Sequence {
@@ -111,7 +111,7 @@ inline void Plan::make(int64_t group, int64_t kv_heads, int64_t width, const Sch
   for (int64_t tile_rows = kTileRows;; tile_rows /= 2) {
     jobs.clear();
     for (size_t i = 0; i < sequences.size(); i++) add_tiles(int32_t(i), group, tile_rows);
-    if (threads == 1 || int64_t(jobs.size()) * kv_heads >= wanted || tile_rows <= 2 * kMicroRows) break;
+    if (threads == 1 || int64_t(jobs.size()) * kv_heads >= wanted || tile_rows <= kDecodeRows) break;
   }
   shared.clear();
   partials = cost = max_rows = 0;
@@ -155,7 +155,7 @@ struct Queue {
   template <class Run, class Fold>
   void drain(int team, Run run, Fold fold) {
     // Work that may wait for the thread that has taken it.
-    const int64_t brief = std::max<int64_t>(kMicroRows * kSplit, plan.cost / (kPatience * team));
+    const int64_t brief = std::max<int64_t>(6 * kSplit, plan.cost / (kPatience * team));
     for (Work work = take(); work.job;) {
       const Job& job = *work.job;
       const bool ahead = job.cost <= brief;
@@ -174,7 +174,7 @@ struct Queue {
 // Memory of one thread for one tile.
 struct TileScratch {
   float *q, *m, *l, *o;              // [rows, dim], [rows], [rows], [rows, width]
-  float *s, *new_m, *new_l, *new_o;  // of one microtile: [6, kSplit], [6], [6], [6, width]
+  float *s, *new_m, *new_l, *new_o;  // of one microtile: [kMicroRows, …]
   Mask* mask;
   void* units;  // [kSplit * (dim + 16)] elements of up to 4 bytes
 
@@ -220,7 +220,6 @@ template <class T, class Keys>
 inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horizon, int64_t group, const HeadShape& h,
                     const TileScratch& t, float* partials, const Keys& keys) {
   const int rows = job.rows;
-  const int parts = (rows + kMicroRows - 1) / kMicroRows;  // of nearly equal size
   SplitKV<T> both[2];
   keys.split(job.split0, both[job.split0 & 1]);
   for (int split = job.split0; split < job.split1; split++) {
@@ -230,8 +229,8 @@ inline void run_job(const Job& job, const SharedTile* tile, const Horizon& horiz
     else if (!keys.following(ahead))
       ahead = kv;
     keys.prepare(kv, split);
-    for (int part = 0; part < parts; part++) {
-      const int r0 = rows * part / parts, n = rows * (part + 1) / parts - r0;
+    for (int r0 = 0, n; r0 < rows; r0 += n) {
+      n = micro_rows(rows - r0);
       const int64_t base = int64_t(split) * kSplit;
       Span spans[kMicroRows];
       make_spans(horizon, group, job.row0 + r0, n, base, spans);

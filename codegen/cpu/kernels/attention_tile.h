@@ -15,8 +15,8 @@ namespace llm42::attention {
 inline constexpr int kSplit = 256;
 inline constexpr int kUnit = 16;
 inline constexpr int kUnits = kSplit / kUnit;
-inline constexpr int kMicroRows = 6;
-inline constexpr int kAccumulators = 12 * kLanes / 16;  // of type V16
+inline constexpr int kMicroRows = kLanes == 16 ? 12 : 6;
+inline constexpr int kAccumulators = kLanes == 16 ? 24 : 12 * kLanes / 16;  // of type V16
 
 // Lanes in the order that is cheapest to load; restore_lanes() puts them right.
 template <class T>
@@ -287,6 +287,12 @@ inline void attend_rows(const HeadShape& h, const SplitKV<T>& kv, const SplitKV<
     add_spans<T, Rows>(h, kv, ahead, s, spans, o);
 }
 
+// How many of `rows` rows are handled at once: kMicroRows, and of what is left a number with a kernel.
+inline int micro_rows(int rows) {
+  if (rows >= kMicroRows) return kMicroRows;
+  return rows >= 8 ? 8 : std::min(rows, 6);
+}
+
 template <class T>
 inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const SplitKV<T>& ahead,
                    const typename Score<T>::X* q, const Span* spans, const Mask* mask, float* s, float* m, float* l, float* o) {
@@ -296,7 +302,11 @@ inline void attend(int rows, const HeadShape& h, const SplitKV<T>& kv, const Spl
     case 3: return attend_rows<T, 3>(h, kv, ahead, q, spans, mask, s, m, l, o);
     case 4: return attend_rows<T, 4>(h, kv, ahead, q, spans, mask, s, m, l, o);
     case 5: return attend_rows<T, 5>(h, kv, ahead, q, spans, mask, s, m, l, o);
-    default: return attend_rows<T, 6>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    case 6: return attend_rows<T, 6>(h, kv, ahead, q, spans, mask, s, m, l, o);
+    case 8:
+      if constexpr (kMicroRows > 8) return attend_rows<T, 8>(h, kv, ahead, q, spans, mask, s, m, l, o);
+      [[fallthrough]];
+    default: return attend_rows<T, kMicroRows>(h, kv, ahead, q, spans, mask, s, m, l, o);
   }
 }
 
