@@ -72,7 +72,7 @@ class _Guesses:
     """One request's drafter, and what became of its guesses."""
 
     source: DrafterSource
-    drafter: Drafter
+    drafter: Drafter | None = None  # not made yet
     hits: float = 1.0
     misses: float = 0.6
     at: int = 0  # the position that the last guess begins at
@@ -196,19 +196,17 @@ class Speculator:
             return None
         guesses = self._guesses.get(request)
         if guesses is None:
-            try:
-                guesses = self._guesses[request] = _Guesses(source, source.make())
-            except Exception as error:
-                self._failed(source, error)
+            made = NgramDrafter() if source.make is NgramDrafter else None
+            guesses = self._guesses[request] = _Guesses(source, made)
         return guesses
 
     def _guess(self, request: Request, guesses: _Guesses, k: int) -> list[int]:
         guesses.compare(request.history.tokens)
         pending, known = request.proposal.tokens, request.history.tokens
-        if guesses.ours:
+        if type(guesses.drafter) is NgramDrafter:
             guess = guesses.drafter.propose([*known, *pending] if pending else known, k)
         else:
-            guess = self._in_time(guesses.source, guesses.drafter, [*known, *pending], k)
+            guess = self._in_time(guesses, [*known, *pending], k)
         guesses.at, guesses.guess = request.num_tokens, list(guess)
         return guesses.guess
 
@@ -221,15 +219,20 @@ class Speculator:
             source.pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * source.pause))
             source.resume = self._turn + source.pause
 
-    def _in_time(self, source: DrafterSource, drafter: Drafter, tokens: list[int], k: int) -> list[int]:
-        """A foreign drafter's guess, checked. What fails or comes late is no guess, and is counted."""
+    def _in_time(self, guesses: _Guesses, tokens: list[int], k: int) -> list[int]:
+        """A foreign drafter's guess, checked; the first time it is made too. What fails or comes late is no
+        guess, and is counted."""
+        source = guesses.source
         if source.late is not None and source.late.is_alive():
             return []
         box: list[list[int] | BaseException] = []
 
         def ask() -> None:
             try:
-                box.append(check_tokens("a guess", drafter.propose(tokens, k), self._vocab_size, k))
+                if guesses.drafter is None:
+                    guesses.drafter = source.make()
+                found = guesses.drafter.propose(tokens, k)
+                box.append(check_tokens("a guess", found, self._vocab_size, k))
             except BaseException as error:  # even SystemExit: it is not this thread's to end anything
                 box.append(error)
 

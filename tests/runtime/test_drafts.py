@@ -12,7 +12,9 @@ from llm42c.runtime import engine as engine_module
 from llm42c.runtime.accept import accept
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
+from llm42c.runtime.request import Request
 from llm42c.runtime.sampling import SamplingParams
+from llm42c.runtime.scheduler import Scheduler
 
 PROMPT = [(3 * j + 1) % VOCAB for j in range(9)]
 LENGTH = 24
@@ -158,3 +160,37 @@ def test_a_page_that_is_shared_too_early_is_noticed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine_module, "accept", hasty)
     with pytest.raises(AssertionError):
         test_no_draft_changes_a_bit("greedy", "certified")
+
+
+def test_a_page_that_is_shared_before_it_is_full_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: who takes it from the prefix cache reads a position that nobody has computed."""
+    share = Scheduler.share
+
+    def early(self: Scheduler, request: Request) -> None:
+        lease, computed = request.lease, request.lease.num_computed
+        lease.num_computed = min(len(request.history.tokens), len(lease.pages) * 4)
+        share(self, request)
+        lease.num_computed = computed
+
+    def second_reader() -> int:
+        """Requests that continue the text of one that was dropped when the text filled a page."""
+        hits = 0
+        for full in (12, 16, 20):
+            engine = make_engine(config=small_config(certify="startup"))
+            first = engine.submit(PROMPT, PARAMS["greedy"])
+            while len(tokens := engine._requests[first].history.tokens) < full:
+                engine.step()
+            prompt = [*tokens[:full], 5]
+            engine.abort(first)
+            name = engine.submit(prompt, PARAMS["sampled"])
+            done = {}
+            while engine.has_unfinished():
+                done |= {o.request_id: o for o in engine.step() if o.finished}
+            assert (done[name].token_ids, done[name].logprobs) == solo(prompt, PARAMS["sampled"])
+            hits += engine.stats().prefix_hits
+        return hits
+
+    assert second_reader() > 0, "vacuous: nothing was shared"
+    monkeypatch.setattr(Scheduler, "share", early)
+    with pytest.raises(AssertionError):
+        second_reader()

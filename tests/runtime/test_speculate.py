@@ -210,6 +210,32 @@ def test_a_bad_drafter_hurts_nobody(name: str, mode: dict[str, Any]) -> None:
     assert engine.stats().drafter_failures <= speculate.MOST_FAILURES
 
 
+def test_a_drafter_that_never_comes_back_costs_one_turn() -> None:
+    """Whether it hangs when it is made or when it is asked: one thread waits, and nobody waits for it."""
+
+    class Hangs:
+        asked = 0
+
+        def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+            Hangs.asked += 1
+            return _hangs(list(tokens), k)
+
+    plain = solo(PROMPT, PARAMS)
+    for speculate_by in (Hangs(), lambda: _hangs([], 0)):
+        before = threading.active_count()
+        engine = make_engine(ToyModel(), small_config(certify="startup", speculate=speculate_by))
+        for _ in range(4):
+            engine.submit(PROMPT, PARAMS)
+        engine.submit(PROMPT, PARAMS, speculate=None, request_id="other")
+        start = time.perf_counter()
+        done = [o for _ in range(200) for o in engine.step() if o.finished]
+        assert time.perf_counter() - start < 10
+        assert [(o.token_ids, o.logprobs) for o in done] == [plain] * 5
+        assert engine.stats().drafter_failures == 1
+        assert threading.active_count() == before + 1
+    assert Hangs.asked == 1
+
+
 def test_a_drafter_slower_than_it_is_worth_is_asked_ever_more_seldom() -> None:
     class Slow:
         asked = 0
