@@ -18,9 +18,9 @@ from llm42c.compile.recompiles import require_room
 from llm42c.device import device_of_inputs, in_steps, load_operators
 from llm42c.errors import DeviceError, UnsupportedModelError
 from llm42c.options import Options
+from llm42c.passes import graph as g
 from llm42c.passes import pipeline
 from llm42c.passes.base import PLAIN, Context, Report
-from llm42c.passes.kinds import Kind, kind, plain_name
 
 if TYPE_CHECKING:
     from llm42c.weave.runner import Style
@@ -82,7 +82,7 @@ def rewrite_plain(gm: fx.GraphModule, example_inputs: list[Any], options: Option
 
 def require_implemented(graph: fx.Graph, device: torch.device) -> None:
     """Raises DeviceError naming the operators of ``graph`` that nothing computes on ``device``."""
-    names = {plain_name(n).removeprefix("llm42::") for n in graph.nodes if kind(n) is Kind.OPERATOR}
+    names = {op.name for n in graph.nodes if (op := g.ours(n))}
     target = targets.of(device)
     if missing := sorted(name for name in names if target.where(operators()[name]) is None):
         raise DeviceError(

@@ -91,7 +91,7 @@ def _digest(graph: fx.Graph, gm: nn.Module, weights: Collection[str]) -> str:
         if g.mutated_arguments(node):
             written.append(node)
     output = next(n for n in graph.nodes if n.op == "output")
-    foreign = any(not g.is_ours(n) for n in written)
+    foreign = any(not g.ours(n) for n in written)
     effects = [digests[n] for n in (graph.nodes if foreign else written)]
     return hashlib.sha256("\n".join([digests[output], *effects]).encode()).hexdigest()[:32]
 

@@ -38,7 +38,6 @@ from llm42c.passes import graph as g
 from llm42c.passes.attention_sdpa import unrepeated
 from llm42c.passes.base import PassReport
 from llm42c.passes.head_dims import common_head_dim
-from llm42c.passes.kinds import plain_name
 from llm42c.passes.token_functions import TokenFunctions
 
 PROVEN = 8192  # positions up to which a mask is evaluated
@@ -125,7 +124,7 @@ def _product_with_values(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _walk(node: Any, outer: float, call: _Call, values: TokenFunctions) -> None:
     """From the argument of the softmax down to the product; fills in ``call``."""
-    name = plain_name(node) if isinstance(node, fx.Node) else ""
+    name = g.called(node)
     args: Any = getattr(node, "args", ())
     if name in ("matmul", "bmm"):
         call.q, call.k, call.scale = args[0], args[1], outer

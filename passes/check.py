@@ -24,7 +24,7 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import PACKED, Context, Event, PassReport
-from llm42c.passes.kinds import UNPLACED, Kind, kind, plain_name
+from llm42c.passes.kinds import UNPLACED, Kind, kind
 
 
 def unplaced(graph: fx.Graph) -> list[Event]:
@@ -34,7 +34,7 @@ def unplaced(graph: fx.Graph) -> list[Event]:
         if node.op == "call_module" or node.op in ("call_function", "call_method"):
             k = Kind.UNKNOWN if node.op == "call_module" else kind(node)
             if k in UNPLACED:
-                found.append(Event(node.name, g.where(node), f"{plain_name(node)}: {k.value}"))
+                found.append(Event(node.name, g.where(node), f"{g.called(node)}: {k.value}"))
     return found
 
 
@@ -51,7 +51,7 @@ def _call_by_call(graph: fx.Graph) -> list[Event]:
     rounded = [n for n in graph.nodes if n.op.startswith("call") and kind(n) is Kind.TRANSCENDENTAL]
     reason = "a graph that writes to tensors ({}) runs call by call"
     return [
-        Event(n.name, g.where(n), f"{plain_name(n)}: {reason.format(writes[0].name)}")
+        Event(n.name, g.where(n), f"{g.called(n)}: {reason.format(writes[0].name)}")
         for n in rounded
         if writes
     ]

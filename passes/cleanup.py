@@ -42,7 +42,7 @@ def is_pure(node: fx.Node) -> bool:
         target = str(node.target)
         return not target.endswith("_") and not is_random(target) and target != "item"
     if isinstance(node.target, torch._ops.OpOverload):
-        return g.is_ours(node)
+        return g.ours(node) is not None
     if not isinstance(g.value(node), (torch.Tensor, list, tuple, int, float, torch.SymInt, torch.SymFloat)):
         return False
     called = getattr(node.target, "__name__", "_")
@@ -96,7 +96,7 @@ def _shareable(node: fx.Node) -> bool:
 
 def common_subexpressions(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Case 2. A graph that writes to tensors anywhere but in an operator of ours is left alone."""
-    if writes := [n for n in graph.nodes if g.mutated_arguments(n) and not g.is_ours(n)]:
+    if writes := [n for n in graph.nodes if g.mutated_arguments(n) and not g.ours(n)]:
         report.miss(writes[0], "in a graph that writes to tensors no call is shared")
         return
     seen: dict[Any, fx.Node] = {}

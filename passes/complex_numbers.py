@@ -26,12 +26,12 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
-from llm42c.passes.kinds import Kind, kind, plain_name
+from llm42c.passes.kinds import Kind, kind
 
 
 def _pair(before: fx.Node, number: fx.Node) -> fx.Node:
     """[..., 2] real for [...] complex."""
-    if plain_name(number) == "view_as_complex":
+    if g.called(number) == "view_as_complex":
         return number.args[0]  # type: ignore[return-value]
     return g.insert(before, torch.view_as_real, (number,))
 
@@ -99,14 +99,14 @@ def complex_numbers(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite products and polar coordinates; then drop views that cancel."""
     effects = g.Effects(graph)
     for node in list(graph.nodes):
-        name = plain_name(node) if node.op in ("call_function", "call_method") else ""
+        name = g.called(node)
         if name == "polar" and g.fake(node).dtype == torch.complex64:
             new = _polar(node)
         elif name == "mul" and _is_product(node):
             new = _product(node)
         elif name == "mul" and _is_scaled(node):
             new = _scaled(node)
-        elif name == "view_as_real" and plain_name(inner := node.args[0]) == "view_as_complex":
+        elif name == "view_as_real" and g.called(inner := node.args[0]) == "view_as_complex":
             new = inner.args[0]
             if not effects.unchanged([new], new, node):
                 report.miss(node, "the real numbers are overwritten before they are read again")

@@ -29,7 +29,6 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
-from llm42c.passes.kinds import plain_name
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SIGNATURE = (
@@ -131,7 +130,7 @@ def _dense(node: fx.Node, conv: _Conv) -> fx.Node:
 def conv1d(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every convolution along one dimension."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or plain_name(node) != "conv1d":
+        if g.called(node) != "conv1d":
             continue
         conv = _read(node)
         if isinstance(conv, str):

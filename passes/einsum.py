@@ -29,7 +29,6 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
-from llm42c.passes.kinds import plain_name
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _einsum(node: fx.Node) -> fx.Node | str:
 def einsum(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every einsum that is a product of two operands."""
     for node in list(graph.nodes):
-        name = plain_name(node) if node.op in ("call_function", "call_method") else ""
+        name = g.called(node)
         if name != "einsum" or not isinstance(g.value(node), torch.Tensor):
             continue
         new = _einsum(node)

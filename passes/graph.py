@@ -20,6 +20,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from llm42c.codegen.operator import Operator
+from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes.traits import renamed, signature
 
 VALUE = "example_value"
@@ -61,38 +63,53 @@ METHODS = frozenset({"view", "expand", "contiguous", "to"})
 _NAME_OF: dict[Any, str] = {fn: name for name, fn in FUNCTIONS.items()}
 
 
-def name(node: Any) -> str:
-    """Canonical name of what a node computes; "" for placeholders, constants and unknown targets."""
-    if not isinstance(node, fx.Node):
+def called(node: Any) -> str:
+    """What a call computes, by one name for all its spellings; "" for what is no call.
+
+    ``add`` for ``torch.add``, ``Tensor.add``, ``operator.add`` and ``aten.add.Tensor``, ``add_`` for what
+    writes in place, and ``llm42::rms_norm``: other namespaces stay. Tables are asked by this name
+    (``traits.py``), and people read it.
+    """
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return ""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload):
-            return node.target.name().removesuffix(".default")
-        return _NAME_OF.get(node.target, "")
-    return ""
-
-
-def is_ours(node: fx.Node) -> bool:
-    """A call of an operator of llm42."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return target._qualified_op_name.startswith("llm42::")
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "llm42"
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        return packet._qualified_op_name.removeprefix("aten::")
+    if isinstance(target, str):
+        return target
+    # Dynamo runs `np.sqrt` of a number as `wrapped_sqrt`.
+    return _NAME_OF.get(target) or str(getattr(target, "__name__", target)).removeprefix("wrapped_")
+
+
+def name(node: Any) -> str:
+    """:func:`called`, if passes know the arguments: of a method, of a function in ``FUNCTIONS`` and of an
+    operator; "" of all others, such as ``operator.add`` of two sizes."""
+    known = isinstance(node, fx.Node) and (isinstance(node.target, str) or _is_known(node.target))
+    return called(node) if known else ""
+
+
+def _is_known(target: Any) -> bool:
+    of_torch = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    return not of_torch and (isinstance(target, torch._ops.OpOverload) or target in _NAME_OF)
+
+
+def ours(node: Any) -> Operator | None:
+    """The operator of llm42 that a node calls."""
+    return our_operator(called(node))
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a node by name, defaults filled in; method and function calls alike.
+    """Arguments of a node by name, defaults filled in; calls of methods, functions and operators alike.
 
     Names are those of :func:`~llm42c.passes.traits.signature`. Unknown keyword arguments keep their own.
     """
-    called = name(node)
-    parameters = signature(FUNCTIONS[called])
+    function = node.target if isinstance(node.target, torch._ops.OpOverload) else FUNCTIONS[name(node)]
+    parameters = signature(function)
     bound: dict[str, Any] = dict(parameters)
     for (key, _), arg in zip(parameters, node.args, strict=False):
         bound[key] = arg
-    bound |= {renamed(key, called): arg for key, arg in node.kwargs.items()}
+    bound |= {renamed(key, called(node)): arg for key, arg in node.kwargs.items()}
     return bound
 
 

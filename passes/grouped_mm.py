@@ -33,17 +33,16 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport, usable
-from llm42c.passes.kinds import plain_name
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = frozenset({"grouped_mm", "_grouped_mm"})
-_FALLBACK = "transformers.grouped_mm_fallback"
+_FALLBACK = "transformers::grouped_mm_fallback"
 _ARGUMENTS = ("input", "weight", "offs", "bias", "out_dtype")
 
 
 def _bound(node: fx.Node) -> dict[str, Any] | None:
     """The arguments of a grouped product by name, or None."""
-    called = plain_name(node).replace("::", ".")
+    called = g.called(node)
     if called not in _NAMES and called != _FALLBACK:
         return None
     renamed = {"mat_a": "input", "mat_b": "weight", "self": "input", "mat2": "weight"}
@@ -74,7 +73,7 @@ def _sorted_keys(offsets: fx.Node, groups: Any) -> fx.Node | None:
     total = _through(offsets, "to")
     if g.name(total) != "cumsum" or not isinstance(counts := total.args[0], fx.Node):
         return None
-    if plain_name(counts) != "histc":
+    if g.called(counts) != "histc":
         return None
     given = {**dict(zip(("input", "bins", "min", "max"), counts.args, strict=False)), **counts.kwargs}
     limits = (given.get("bins"), given.get("min"), given.get("max"))
@@ -82,7 +81,7 @@ def _sorted_keys(offsets: fx.Node, groups: Any) -> fx.Node | None:
         return None
     keys = _through(given["input"], "to")
     is_first = g.name(keys) == "getitem" and g.arg(keys, 1) == 0
-    made_by = plain_name(keys.args[0]) if is_first else ""
+    made_by = g.called(keys.args[0]) if is_first else ""
     return keys if made_by == "sort" and g.fake(keys).dtype == torch.int64 else None
 
 

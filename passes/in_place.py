@@ -25,7 +25,6 @@ import torch
 from torch import fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.kinds import plain_name
 
 Pure = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
 _IN_PLACE: dict[Any, Any] = {
@@ -103,10 +102,7 @@ def _scatter(node: fx.Node) -> Pure | None:
 def filled_by_parts(graph: fx.Graph) -> None:
     """Case 3: an empty tensor whose last dimension is written slice by slice is a ``cat`` of the parts."""
     for node in list(graph.nodes):
-        if (
-            plain_name(node) not in ("new_empty", "empty", "empty_like", "new_zeros")
-            or g.tensor(node) is None
-        ):
+        if g.called(node) not in ("new_empty", "empty", "empty_like", "new_zeros") or g.tensor(node) is None:
             continue
         parts = {user: _part(user, node) for user in node.users}
         filled = sorted((p for p in parts.values() if p is not None), key=lambda p: p[0])

@@ -25,7 +25,6 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport, usable
-from llm42c.passes.kinds import plain_name
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = ("input", "dim", "index", "source", "alpha")
@@ -50,7 +49,7 @@ def _refusal(bound: dict[str, Any], ctx: Context) -> str | None:
 def index_add(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every sum of floats at indices."""
     for node in list(graph.nodes):
-        if plain_name(node) not in ("index_add", "index_add_") or node.op == "placeholder":
+        if g.called(node) not in ("index_add", "index_add_"):
             continue
         if not g.fake(node).is_floating_point():
             continue
@@ -62,6 +61,6 @@ def index_add(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         args = tuple(bound[key] for key in _ARGUMENTS[:4])
         new = g.insert(node, torch.ops.llm42.index_add.default, args)
         report.match(node)
-        if plain_name(node) == "index_add_":
+        if g.called(node) == "index_add_":
             new = g.insert(node, "copy_", (bound["input"], new))
         g.replace(node, new)

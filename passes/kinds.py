@@ -8,25 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.traits import Kind, canonical, traits_of
+from llm42c.passes.traits import Kind, functional, traits_of
 
-__all__ = ["FOREIGN", "UNPLACED", "Kind", "kind", "plain_name"]
+__all__ = ["FOREIGN", "UNPLACED", "Kind", "kind"]
 
 
 UNPLACED = (Kind.TIES, Kind.REDUCTION, Kind.UNKNOWN)
 # Neither ours nor exact: the bits hang on who computes.
 FOREIGN = frozenset({Kind.TRANSCENDENTAL, *UNPLACED})
-
-
-def plain_name(node: fx.Node) -> str:
-    """Canonical name, or the target's own."""
-    found = g.name(node)
-    if found:
-        return found
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return str(node.target)
-    # Dynamo runs `np.sqrt` of a number as `wrapped_sqrt`.
-    return str(getattr(node.target, "__name__", node.target)).removeprefix("wrapped_")
 
 
 def _has_tensor_index(node: fx.Node) -> bool:
@@ -43,7 +32,7 @@ def _integral(node: fx.Node) -> bool:
 
 def _accumulates(node: fx.Node, name: str) -> Kind | None:
     """Of a call that writes elements to places: whether it adds them to what is there, or to each other."""
-    base = canonical(name)
+    base = functional(name)
     if base in ("index_put", "put"):
         flag = node.kwargs.get("accumulate", g.arg(node, 3))
         return Kind.MOVE if flag in (None, False) else Kind.REDUCTION
@@ -60,7 +49,7 @@ def _accumulates(node: fx.Node, name: str) -> Kind | None:
 def _row_decides(node: fx.Node) -> bool:
     """A top-k on a CPU: which of equals it takes is a function of the row (``tests/passes/test_topk.py``)."""
     x = g.tensor(g.arg(node))
-    return plain_name(node) == "topk" and x is not None and x.device.type == "cpu"
+    return g.called(node) == "topk" and x is not None and x.device.type == "cpu"
 
 
 def _stable(node: fx.Node) -> bool:
@@ -71,7 +60,7 @@ def _stable(node: fx.Node) -> bool:
 def _values_only(node: fx.Node) -> bool:
     """Nobody reads which elements were taken."""
     if isinstance(g.value(node), Tensor):
-        return plain_name(node) in ("median", "nanmedian")
+        return g.called(node) in ("median", "nanmedian")
     taken = [user.args[1] if len(user.args) > 1 else None for user in node.users]
     is_access = all(g.name(user) == "getitem" or user.target is getattr for user in node.users)
     return is_access and all(part in (0, "values") for part in taken)
@@ -90,7 +79,7 @@ def _redistribution(node: fx.Node) -> Kind:
 
 def kind(node: fx.Node) -> Kind:
     """The kind of a call node."""
-    if g.is_ours(node):
+    if g.ours(node) is not None:
         return Kind.OPERATOR
     value = g.value(node)
     tensors = [n for n in node.all_input_nodes if g.tensor(n) is not None]
@@ -98,7 +87,7 @@ def kind(node: fx.Node) -> Kind:
         return Kind.SIZE
     if isinstance(value, tuple) and value and all(isinstance(v, (int, torch.SymInt)) for v in value):
         return Kind.SIZE  # strides
-    name = plain_name(node)
+    name = g.called(node)
     if name == "getitem":
         return Kind.MOVE if _has_tensor_index(node) else Kind.VIEW
     if name == "getattr":

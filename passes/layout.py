@@ -118,7 +118,7 @@ def _is_operator_result(node: fx.Node) -> bool:
     """The node is a tensor that an llm42 operator returned, perhaps out of a tuple."""
     if g.name(node) == "getitem":
         node = node.args[0]  # type: ignore[assignment]
-    return g.is_ours(node)
+    return g.ours(node) is not None
 
 
 def _depth(node: fx.Node, root: fx.Node) -> int:

@@ -98,7 +98,7 @@ def _spell(node: fx.Node) -> None:
             node.op, node.target = "call_function", g.FUNCTIONS[target]
             _pack_varargs(node, target)
     elif isinstance(node.target, torch._ops.OpOverloadPacket):
-        if g.is_ours(node):
+        if g.ours(node):
             node.target = node.target.default
     elif node.op == "call_function":
         function: Any = node.target
@@ -249,7 +249,7 @@ def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Rewrite every node of ``graph`` to its canonical spelling."""
     written_in_place(graph)
     filled_by_parts(graph)
-    functional = not any(g.mutated_arguments(node) for node in graph.nodes if not g.is_ours(node))
+    functional = not any(g.mutated_arguments(node) for node in graph.nodes if not g.ours(node))
     inputs = {g.storage_of(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
@@ -269,5 +269,5 @@ def normalize(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         if same is not None or node.target is not before:
             report.match(node)
     for node in graph.nodes:
-        if g.mutated_arguments(node) and not g.is_ours(node):
+        if g.mutated_arguments(node) and not g.ours(node):
             report.miss(node, "a write that stays: to an input, or under a view that is read after it")

@@ -17,7 +17,6 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport, usable
-from llm42c.passes.kinds import plain_name
 
 
 def _refusal(node: fx.Node, ctx: Context) -> str | None:
@@ -36,9 +35,9 @@ def _transposed(before: fx.Node, x: fx.Node) -> fx.Node:
 def solve_triangular(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Replace every triangular system."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or "solve_triangular" not in plain_name(node):
+        if node.op != "call_function" or "solve_triangular" not in g.called(node):
             continue
-        if plain_name(node).startswith("llm42"):
+        if g.called(node).startswith("llm42"):
             continue
         reason = _refusal(node, ctx)
         if reason is not None:

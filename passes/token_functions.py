@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.kinds import plain_name
 
 _SHAPE_ONLY = frozenset(
     {"ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty"}
@@ -52,7 +51,7 @@ class TokenFunctions:
         if node.op not in ("call_function", "call_method") or g.mutated_arguments(node):
             return False
         sources = node.all_input_nodes
-        if plain_name(node) in _SHAPE_ONLY and isinstance(node.args[0], fx.Node):
+        if g.called(node) in _SHAPE_ONLY and isinstance(node.args[0], fx.Node):
             sources = [n for n in sources if n is not node.args[0]]
             shape = g.fake(node.args[0]).shape
             if any(isinstance(s, torch.SymInt) and self._size(s, 3) is None for s in shape):

@@ -26,7 +26,6 @@ from torch import fx
 
 from llm42c.passes import graph as g
 from llm42c.passes.base import Context, PassReport
-from llm42c.passes.kinds import plain_name
 
 _TOPK = (("input", None), ("k", None), ("dim", -1), ("largest", True), ("sorted", True))
 _SORT = (("input", None), ("dim", -1), ("descending", False))
@@ -86,7 +85,7 @@ def _stable(node: fx.Node) -> bool:
 def topk(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
     """Give every top-k and every sort one order among equals."""
     for node in list(graph.nodes):
-        name = plain_name(node) if node.op in ("call_function", "call_method") else ""
+        name = g.called(node)
         x = g.tensor(g.arg(node))
         if name == "topk" and x is not None and not _row_decides(x.device):
             reason = _refusal(node)

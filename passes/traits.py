@@ -73,8 +73,8 @@ _TABLE: dict[Traits, str] = {
         diagonal_scatter dstack embedding empty eye flip fliplr flipud from_local full hstack index_copy
         index_fill index_put masked_scatter masked_select meshgrid new_tensor nonzero ones pad repeat
         repeat_interleave roll rot90 scalar_tensor select_scatter setitem slice_scatter take take_along_dim
-        tensor tile to_dense to_local tril triu unfold vstack zero zeros _c10d_functional.wait_tensor
-        _c10d_functional.all_gather_into_tensor""",
+        tensor tile to_dense to_local tril triu unfold vstack zero zeros _c10d_functional::wait_tensor
+        _c10d_functional::all_gather_into_tensor""",
     Traits(Kind.EXACT, Tokens.POINTWISE, same=True): """
         _to_copy bfloat16 double float half int long to type type_as""",
     Traits(Kind.EXACT, Tokens.POINTWISE): """
@@ -134,18 +134,15 @@ _RANDOM = frozenset(
 _RENAMED = {"self": "input", "A": "input", "x": "input", "axis": "dim", "keepdims": "keepdim"}
 
 
-def canonical(name: str) -> str:
-    """``add`` for ``add_``, ``aten::add.Tensor`` and ``aten.add``; the namespace of others stays: ``a.b``."""
-    space, _, operator = name.replace("::", ".").partition(".")
-    plain = operator.partition(".")[0] if space == "aten" else space
-    in_place = plain.endswith("_") and not plain.endswith("__") and plain not in TRAITS
-    plain = plain.removesuffix("_") if in_place else plain
-    return plain if space == "aten" or not operator else f"{space}.{operator.partition('.')[0]}"
+def functional(name: str) -> str:
+    """``add`` for ``add_``."""
+    in_place = name.endswith("_") and not name.endswith("__") and name not in TRAITS
+    return name.removesuffix("_") if in_place else name
 
 
 def traits_of(name: str) -> Traits:
-    """Of a function, method or ``aten`` operator, as far as its name tells; of all others, nothing."""
-    return TRAITS.get(canonical(name), _NOTHING)
+    """Of what ``graph.called`` calls so, as far as its name tells; of what has no row, nothing."""
+    return TRAITS.get(functional(name), _NOTHING)
 
 
 def tokens_of(name: str) -> Tokens | None:
@@ -169,6 +166,10 @@ def signature(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
 
     The longest form of those that a function has; arguments of one meaning have one name.
     """
+    if isinstance(function, torch._ops.OpOverload):
+        called, arguments = function._schema.name.partition("::")[2], function._schema.arguments
+        found = [(a.name, a.default_value if a.has_default_value() else None) for a in arguments]
+        return tuple(found if function.namespace != "aten" else ((renamed(n, called), d) for n, d in found))
     called = function.__name__
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from llm42c.passes import graph as g
-from llm42c.passes.kinds import Kind, kind, plain_name
+from llm42c.passes.kinds import Kind, kind
 
 _COMPILED = (Kind.VIEW, Kind.MOVE, Kind.EXACT, Kind.TRANSCENDENTAL, Kind.EXACT_REDUCTION, Kind.REDUCTION)
 
@@ -124,7 +124,7 @@ def find_clusters(graph: fx.Graph) -> list[Cluster]:
 
     A graph that writes to tensors outside of llm42 operators has none: its calls keep their order.
     """
-    if any(g.mutated_arguments(n) and not g.is_ours(n) for n in graph.nodes):
+    if any(g.mutated_arguments(n) and not g.ours(n) for n in graph.nodes):
         return []
     level = _levels(graph)
     calls = [n for n in graph.nodes if _is_call(n) and kind(n) in _COMPILED]
@@ -162,18 +162,16 @@ def structural_hash(gm: fx.GraphModule) -> str:
     lines = []
     for node in gm.graph.nodes:
         args = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        lines.append(f"{node.op} {_target(node)} {args} {_layout(g.value(node))}")
+        lines.append(f"{node.op} {target_of(node)} {args} {_layout(g.value(node))}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _target(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return ""
-    return (
-        node.target
-        if isinstance(node.target, str)
-        else str(getattr(node.target, "__module__", "")) + f".{plain_name(node)}"
-    )
+def target_of(node: fx.Node) -> str:
+    """What a node calls or reads, overloads apart, as text that tells no two functions of torch the same."""
+    if node.op == "placeholder" or isinstance(node.target, str):
+        return "" if node.op == "placeholder" else str(node.target)
+    own = getattr(node.target, "__name__", node.target)
+    return f"{getattr(node.target, '__module__', '')}.{own}"
 
 
 def _layout(v: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from llm42c.codegen.implementation import implementation_of
 from llm42c.codegen.ops.registry import orders_of
 from llm42c.compile import inductor
 from llm42c.digest import graph_digest
-from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
+from llm42c.passes import graph as g
+from llm42c.passes.kinds import FOREIGN, Kind, kind
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def computation_of(
     """
     target = targets.of(device)
     calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
-    names = {operator_name(n) for n in calls if kind(n) is Kind.OPERATOR}
+    names = {op.name for n in calls if (op := g.ours(n))}
     foreign = {n: kind(n) for n in calls if kind(n) in FOREIGN}
     sums = any(k is not Kind.TRANSCENDENTAL for k in foreign.values())
     machine = target.identity(device, foreign=bool(foreign), threads=sums)
@@ -59,13 +59,8 @@ def computation_of(
         orders=orders_of(names, target.name),
         implementation=implementation_of(names, target.name),
         machine=machine,
-        foreign=dict(Counter(map(plain_name, foreign))),
+        foreign=dict(Counter(map(g.called, foreign))),
     )
-
-
-def operator_name(node: fx.Node) -> str:
-    """Of a call of an llm42 operator: its name in the registry."""
-    return re.sub(r"^llm42(::|\.)|\.default$", "", plain_name(node))
 
 
 def _settings() -> str:

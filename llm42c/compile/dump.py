@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from llm42c.errors import OptionsError
@@ -55,7 +56,8 @@ def _show(arg: object) -> str:
 
 
 def _callee(node: fx.Node) -> str:
-    name = g.name(node) or str(getattr(node.target, "__name__", node.target))
+    overload = isinstance(node.target, torch._ops.OpOverload)
+    name = str(node.target).removesuffix(".default") if overload else g.called(node)
     return f".{name}" if node.op == "call_method" else name.replace("::", ".")
 
 

@@ -136,6 +136,6 @@ def _count(graph: fx.Graph, owner: dict[fx.Node, int]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and node not in owner:
-            name = kind(node).value if kind(node) is not Kind.OPERATOR else g.name(node)
+            name = kind(node).value if kind(node) is not Kind.OPERATOR else g.called(node)
             counts[name] = counts.get(name, 0) + 1
     return counts

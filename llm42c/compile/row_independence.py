@@ -19,11 +19,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
 from llm42c.passes.kinds import Kind, kind
 from llm42c.passes.sizes import SYMBOLS
-from llm42c.passes.weave.rules import Call, Rows, States, UnsplittableError, apply_rule, counts, operator_name
+from llm42c.passes.weave.rules import Call, Rows, States, UnsplittableError, apply_rule, counts
 
 _FIXED = frozenset({Kind.OPERATOR, Kind.EXACT, Kind.EXACT_REDUCTION, Kind.VIEW, Kind.MOVE, Kind.SIZE})
 _ATTENTION = "llm42::paged_attention"
@@ -43,7 +42,7 @@ def dependence(gm: fx.GraphModule, inputs: list[str], target: str) -> str | None
                 found.visit(node)
             except UnsplittableError as reason:
                 place = g.where(node)
-                return f"{operator_name(node)}{f' ({place})' if place else ''}: {reason}"
+                return f"{g.called(node)}{f' ({place})' if place else ''}: {reason}"
     return None
 
 
@@ -62,7 +61,7 @@ class _Rows:
     def visit(self, node: fx.Node) -> None:
         """Find the state of a call's result. Raises UnsplittableError."""
         self._require_order(node)
-        name = operator_name(node)
+        name = g.called(node)
         if name == _ATTENTION:
             self._states[0][node] = self._attention(node)
             return
@@ -84,7 +83,7 @@ class _Rows:
 
     def _require_order(self, node: fx.Node) -> None:
         k = Kind.UNKNOWN if node.op == "call_module" else kind(node)
-        ours = our_operator(operator_name(node))
+        ours = g.ours(node)
         if k not in _FIXED or (k is Kind.OPERATOR and (ours is None or self._target not in ours.orders)):
             raise UnsplittableError(f"no order of it is known ({k.value})")
 

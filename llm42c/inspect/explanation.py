@@ -23,13 +23,12 @@ from llm42c.codegen.operator import Cost
 from llm42c.codegen.ops.registry import operators
 from llm42c.codegen.order import Order
 from llm42c.compile.clusters import find_clusters, outline, structural_hash
-from llm42c.compile.computation import operator_name
 from llm42c.compile.dump import Dump
 from llm42c.errors import Llm42Error, OptionsError
 from llm42c.options import Options
 from llm42c.passes import graph as g
 from llm42c.passes.base import Report
-from llm42c.passes.kinds import FOREIGN, Kind, kind, plain_name
+from llm42c.passes.kinds import FOREIGN, Kind, kind
 from llm42c.passes.sizes import PRIMES
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
     graph = compiler.graph("pinned")
     found: dict[str, Piece] = {}
     for cluster in find_clusters(graph):
-        calls = Counter(plain_name(n) for n in cluster.nodes if kind(n) not in (Kind.VIEW, Kind.SIZE))
+        calls = Counter(g.called(n) for n in cluster.nodes if kind(n) not in (Kind.VIEW, Kind.SIZE))
         key = structural_hash(outline(cluster))
         piece = found.setdefault(key, Piece(dict(calls.most_common()), _folded(cluster.module), 0))
         piece.times += 1
@@ -247,11 +246,11 @@ def _census(graph: fx.Graph) -> tuple[dict[str, int], dict[str, int], dict[str, 
     for node in graph.nodes:
         if node.op in ("call_function", "call_method"):
             k = kind(node)
-            if k is Kind.OPERATOR:
-                operators[operator_name(node)] += 1
+            if (ours := g.ours(node)) is not None:
+                operators[ours.name] += 1
             elif k not in (Kind.VIEW, Kind.SIZE):
-                inductor[plain_name(node)] += 1
-                foreign[plain_name(node)] += k in FOREIGN
+                inductor[g.called(node)] += 1
+                foreign[g.called(node)] += k in FOREIGN
     return dict(operators.most_common()), dict(inductor.most_common()), dict((+foreign).most_common())
 
 
@@ -265,9 +264,8 @@ def _costs(graph: fx.Graph) -> dict[str, Cost]:
         return torch.empty(sizes, dtype=value.dtype, device="meta")
 
     found: dict[str, Cost] = {}
-    for node in filter(g.is_ours, graph.nodes):
-        ours = operators()[operator_name(node)]
-        if ours.product is not None:
+    for node in graph.nodes:
+        if (ours := g.ours(node)) is not None and ours.product is not None:
             call = fx.node.map_arg((node.args, node), g.value)
             args, result = torch.utils._pytree.tree_map(of_one_token, call)
             found[ours.name] = found.get(ours.name, Cost(0, 0)) + ours.cost(args, result)

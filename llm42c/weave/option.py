@@ -232,7 +232,7 @@ def _communicates(node: fx.Node) -> bool:
     """A collective, or a DTensor, which may become one."""
     from torch.distributed.tensor import DTensor  # slow to import, and here only if weaving is asked for
 
-    if comm.is_collective(node) or "all_reduce" in g.name(node):
+    if comm.is_collective(node) or "all_reduce" in g.called(node):
         return True
     return isinstance(g.value(node), DTensor)
 

@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from llm42c.passes import graph as g
 from llm42c.passes.traits import traits_of
-from llm42c.passes.weave.rules import Call, Rows, State, UnsplittableError, operator_name
+from llm42c.passes.weave.rules import Call, Rows, State, UnsplittableError
 
 _PAGED = "llm42::paged_attention"
 _DENSE = "llm42::dense_attention"
@@ -69,7 +69,7 @@ Emit = Callable[[Builder, int], Any]
 
 
 def is_attention(node: fx.Node) -> bool:
-    name = operator_name(node)
+    name = g.called(node)
     return name in (_PAGED, _DENSE) or name in _SDPA
 
 
@@ -83,17 +83,6 @@ def attention_rule(call: Call) -> tuple[State | tuple[Any, ...], Emit]:
     if call.name == _DENSE:
         return _dense(call)
     return _sdpa(call)
-
-
-def bound(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return g.bind(node)
-    found: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):
-        default = argument.default_value if argument.has_default_value() else None
-        found[argument.name] = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, default)
-    return found
 
 
 def _need_rows(call: Call, x: fx.Node, dim: int) -> None:
@@ -123,7 +112,7 @@ def causal_rows(tokens_0: int, tokens_1: int, like: Tensor) -> Tensor:
 
 
 def _paged(call: Call) -> tuple[State, Emit]:
-    names = bound(call.node)
+    names = g.bind(call.node)
     rows = [names[n] for n in ("q", "k", "v", "slot_mapping")]
     for x in rows:
         _need_rows(call, x, 0)
@@ -202,7 +191,7 @@ def _second_mask(b: Builder, call: Call, mask: Any, causal: bool, q: fx.Node) ->
 
 
 def _dense(call: Call) -> tuple[State, Emit]:
-    names = bound(call.node)
+    names = g.bind(call.node)
     q, k, v, mask, causal = (names[n] for n in ("q", "k", "v", "mask", "causal"))
     _tokens_of(call, q, k, v, mask, causal)
 
@@ -220,7 +209,7 @@ def _dense(call: Call) -> tuple[State, Emit]:
 
 
 def _sdpa(call: Call) -> tuple[State | tuple[Any, ...], Emit]:
-    names = bound(call.node)
+    names = g.bind(call.node)
     q, k, v = (names[n] for n in ("query", "key", "value"))
     mask = names.get("attn_mask", names.get("attn_bias"))
     causal = bool(names["is_causal"])
@@ -260,7 +249,7 @@ def is_causal_mask(mask: Any, tokens: int) -> bool:
     """
     if g.tensor(mask) is None:
         return False
-    name = operator_name(mask)
+    name = g.called(mask)
     if name in _AND and any(is_causal_mask(a, tokens) for a in mask.args):
         return True
     t = g.fake(mask)

@@ -13,9 +13,7 @@ from typing import Any
 from torch import fx
 
 from llm42c.codegen.operator import Traffic
-from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
-from llm42c.passes.weave.rules import operator_name
 
 _ALL_REDUCE = "_c10d_functional::all_reduce"
 _FUNCTIONAL = frozenset({_ALL_REDUCE, "_c10d_functional::all_gather_into_tensor"})
@@ -34,27 +32,27 @@ def wait(begun: Any) -> Any:
 
 def is_collective(node: fx.Node) -> bool:
     """A call that moves data between ranks, in either form, before it is written as two."""
-    return operator_name(node) in _FUNCTIONAL or returns_when_done(node)
+    return g.called(node) in _FUNCTIONAL or returns_when_done(node)
 
 
 def returns_when_done(node: fx.Node) -> bool:
     """A collective that is one call."""
-    ours = our_operator(operator_name(node))
+    ours = g.ours(node)
     return ours is not None and ours.traffic is not None
 
 
 def is_sum(node: fx.Node) -> bool:
     """A collective that adds what the ranks hold."""
-    ours = our_operator(operator_name(node))
-    return ours.traffic is Traffic.SUM if ours else operator_name(node) == _ALL_REDUCE
+    ours = g.ours(node)
+    return ours.traffic is Traffic.SUM if ours else g.called(node) == _ALL_REDUCE
 
 
 def is_start(node: fx.Node) -> bool:
-    return node.target is start or operator_name(node) in _FUNCTIONAL
+    return node.target is start or g.called(node) in _FUNCTIONAL
 
 
 def is_wait(node: fx.Node) -> bool:
-    return node.target is wait or operator_name(node) == _WAIT
+    return node.target is wait or g.called(node) == _WAIT
 
 
 def collective_name(node: fx.Node) -> str:
@@ -62,7 +60,7 @@ def collective_name(node: fx.Node) -> str:
     if node.target is start:
         operator: Any = node.args[0]
         return str(operator.name()).removesuffix(".default")
-    return operator_name(node)
+    return g.called(node)
 
 
 def message(node: fx.Node) -> fx.Node:

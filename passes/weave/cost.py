@@ -21,16 +21,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from llm42c.codegen.device import Device
-from llm42c.codegen.ops.registry import our_operator
+from llm42c.codegen.operator import Tokens
 from llm42c.passes import graph as g
+from llm42c.passes.traits import tokens_of
 from llm42c.passes.weave import communication as comm
-from llm42c.passes.weave.attention import bound, is_attention
-from llm42c.passes.weave.rules import is_heavy, operator_name
+from llm42c.passes.weave.attention import is_attention
+from llm42c.passes.weave.rules import is_heavy
 from llm42c.passes.weave.split import HALF_SIZES
 
 N = sympy.Symbol("n", positive=True, integer=True)
@@ -103,19 +106,20 @@ def call_cost(node: fx.Node, tokens: int, rates: Rates) -> sympy.Expr:
 
 
 def _product(node: fx.Node, out: Tensor, tokens: int, rates: Rates) -> sympy.Expr:
-    first = 1 if operator_name(node) in ("addmm", "baddbmm") else 0
-    a, b = g.fake(node.args[first]), g.fake(node.args[first + 1])
+    ours, added = g.ours(node), tokens_of(g.called(node)) is Tokens.ADDED_PRODUCT
+    arguments: Any = fx.node.map_arg(node.args, g.value)
+    a, b = arguments[added : added + 2]
     k, columns = int(a.shape[-1]), int(out.shape[-1])
-    if (ours := our_operator(operator_name(node))) is not None and ours.product is not None:
-        arguments = [g.value(x) if isinstance(x, fx.Node) else x for x in node.args]
-        columns = ours.product(*arguments)  # of a fused product more than its result has
+    if ours is not None:  # a fused product has more columns than its result
+        columns = int(ours.cost(arguments, out).flops) // (2 * a.numel())
+    weights = [w for w in tree_leaves(b) if not tokens_in(w, tokens)]  # a quantised product has several
     if columns % tokens == 0 or k % tokens == 0:
         return 2.0 * out.numel() / tokens * k * N / rates.flops
     rows = tokens_in(out, tokens) / int(out.shape[-1])
     tiles = sympy.ceiling(N * _number(rows) / rates.tile_m) * math.ceil(columns / rates.tile_n)
     waves = sympy.ceiling(tiles / rates.units) if rates.units > 1 else tiles
     tile = 2.0 * rates.tile_m * rates.tile_n * k / (rates.flops / rates.units)
-    weight = 0.0 if tokens_in(b, tokens) else float(b.numel() * b.element_size())
+    weight = float(sum(w.nbytes for w in weights))
     activations = rows * (k + columns) * out.element_size()
     reading = (weight + activations * N) / rates.bandwidth
     return sympy.Max(waves * tile, reading) if rates.units > 1 else waves * tile + reading
@@ -127,7 +131,7 @@ def _number(x: float) -> sympy.Expr:
 
 def _attention(node: fx.Node, rates: Rates) -> sympy.Expr:
     """Every row against the keys in front of it; with an explicit mask all keys are multiplied."""
-    names = bound(node)
+    names = g.bind(node)
     q = g.fake(names.get("query", names.get("q")))
     heads, dim = (q.shape[-2], q.shape[-1]) if q.dim() == 3 else (q.shape[1], q.shape[-1])
     mask = names.get("attn_mask", names.get("attn_bias", names.get("mask")))

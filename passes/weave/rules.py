@@ -23,9 +23,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from llm42c.codegen.operator import Tokens
-from llm42c.codegen.ops.registry import our_operator
 from llm42c.passes import graph as g
-from llm42c.passes.kinds import plain_name
 from llm42c.passes.traits import tokens_of
 from llm42c.passes.weave.experts import Sorted, SortedRowsError, sorted_rule
 
@@ -65,7 +63,7 @@ class Call:
     ) -> None:
         self.node, self.tokens = node, tokens
         self._divisible = divisible
-        self.name = operator_name(node)
+        self.name = g.called(node)
         self.tensors = [n for n in node.all_input_nodes if g.tensor(n) is not None]
         self.needs: dict[fx.Node, State] = {}
         self._states = states
@@ -107,15 +105,6 @@ def counts(node: fx.Node, tokens: int) -> bool:
     if any(isinstance(n, int) and n >= tokens and n % tokens < SLACK for n in numbers):
         return True
     return any(counts(n, tokens) for n in node.all_input_nodes)
-
-
-def operator_name(node: fx.Node) -> str:
-    """``add`` for ``torch.add``, ``Tensor.add`` and ``aten.add.Tensor`` alike; other namespaces stay."""
-    name = plain_name(node)
-    for prefix in ("aten::", "aten."):
-        if name.startswith(prefix):
-            return name.removeprefix(prefix).split(".")[0]
-    return name.split(".")[0] if "::" in name else name
 
 
 def _rows_alike(call: Call, mixed: Iterable[tuple[Any, int]] = (), sizes: bool = False) -> States:
@@ -387,8 +376,7 @@ def rule_of(name: str) -> Rule | None:
 
 def is_heavy(node: fx.Node) -> bool:
     """A product with a weight (sums over one element, as of positions and frequencies, are not meant)."""
-    name = operator_name(node)
-    ours, tokens = our_operator(name), tokens_of(name)
+    ours, tokens = g.ours(node), tokens_of(g.called(node))
     added = tokens is Tokens.ADDED_PRODUCT
     if not added and tokens is not Tokens.PRODUCT and (ours is None or ours.product is None):
         return False
@@ -404,7 +392,7 @@ def divisible(node: fx.Node, tokens: int, known: dict[fx.Node, Rows]) -> Rows | 
         return None
     if t.shape[dims[0]] == tokens:
         return Rows(dims[0])
-    if tokens_of(operator_name(node)) is not Tokens.RESHAPE:
+    if tokens_of(g.called(node)) is not Tokens.RESHAPE:
         return None
     try:
         state = _reshape(Call(node, tokens, {}, known))

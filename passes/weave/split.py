@@ -45,7 +45,6 @@ from llm42c.passes.weave.rules import (
     counts,
     divisible,
     is_heavy,
-    operator_name,
 )
 
 # Primes in place of the tokens of the two halves; all tokens are their sum.
@@ -192,7 +191,7 @@ def _inverse_rule(index: fx.Node, call: Call) -> tuple[States, Emit]:
 def _begins(node: fx.Node, tokens: int) -> bool:
     """A call with which the halves begin: a product, an attention or a collective on rows of tokens, or what
     gives each rank its rows."""
-    shares = operator_name(node) == "llm42::shard_rows"
+    shares = g.called(node) == "llm42::shard_rows"
     if not (shares or is_heavy(node) or is_attention(node) or comm.is_collective(node)):
         return False
     values = [t for n in node.all_input_nodes if (t := g.tensor(n)) is not None]

@@ -57,11 +57,7 @@ def apply(gm: fx.GraphModule, *passes: Callable[..., None], ctx: Context | None 
 
 def calls(gm: fx.GraphModule) -> Counter[str]:
     """How often each function is called, by canonical name."""
-    return Counter(
-        g.name(n) or str(getattr(n.target, "__name__", n.target))
-        for n in gm.graph.nodes
-        if n.op in ("call_function", "call_method")
-    )
+    return Counter(g.called(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method"))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch import fx
 
 from llm42c.codegen.operator import Tokens
+from llm42c.codegen.ops import registry
 from llm42c.passes import graph as g
 from llm42c.passes import traits
 from llm42c.passes.check import unplaced
 from llm42c.passes.kinds import kind
-from llm42c.passes.traits import TRAITS, Kind, canonical, is_random, signature, tokens_of, traits_of
+from llm42c.passes.traits import TRAITS, Kind, functional, is_random, signature, tokens_of, traits_of
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
@@ -21,12 +23,25 @@ X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 def test_each_name_stands_once_and_for_all_its_spellings():
     names = [name for group in traits._TABLE.values() for name in group.split()]
     assert len(names) == len(set(names)) > 400
-    spellings = ("add", "add_", "aten::add", "aten::add.Tensor", "aten::add_.Tensor", "aten.add", "aten.add_")
-    assert {canonical(name) for name in spellings} == {"add"}
-    others = ("and_", "__and__", "llm42::linear", "llm42.linear.default", "quantized::add")
-    assert [canonical(name) for name in others] == [
-        *("and_", "__and__", "llm42.linear", "llm42.linear", "quantized.add")
+    aten, graph = torch.ops.aten, torch.fx.Graph()
+    spellings = [torch.add, operator.add, aten.add, aten.add.Tensor, aten.add.Scalar]
+    nodes = [graph.call_function(f, (1, 2)) for f in spellings] + [graph.call_method("add", (1, 2))]
+    assert {g.called(node) for node in nodes} == {"add"}
+    in_place = [graph.call_function(aten.add_.Tensor, (1, 2)), graph.call_method("add_", (1, 2))]
+    assert {g.called(node) for node in in_place} == {"add_"}
+    assert [functional(name) for name in ("add", "add_", "and_", "__and__", "llm42::linear")] == [
+        *("add", "add", "and_", "__and__", "llm42::linear")
     ]
+    assert {traits_of(g.called(node)) for node in nodes + in_place} == {TRAITS["add"]}
+
+
+def test_operators_keep_their_namespace():
+    registry.define()
+    graph, ours = torch.fx.Graph(), torch.ops.llm42.rms_norm
+    nodes = [graph.call_function(f, ()) for f in (ours, ours.default, torch.ops.quantized.add.default)]
+    assert [g.called(node) for node in nodes] == ["llm42::rms_norm", "llm42::rms_norm", "quantized::add"]
+    assert [op and op.name for op in map(g.ours, nodes)] == ["rms_norm", "rms_norm", None]
+    assert [g.called(graph.placeholder("add")), g.called(None)] == ["", ""]
 
 
 def _schemas(name: str) -> list[torch.FunctionSchema]:
@@ -73,7 +88,7 @@ def test_a_write_to_a_list_of_tensors_is_seen():
 
 
 def test_what_torch_tags_as_pointwise_divides_so_or_by_no_rule():
-    overloads = {n.removeprefix("aten::"): _tags(n) for n in ATEN}
+    overloads = {n: _tags(n) for n in ATEN}
     tagged = {name for name, tags in overloads.items() if torch.Tag.pointwise in tags}
     placed = {name for name in tagged if traits_of(name).kind in PLACED}
     assert len(placed) > 150
@@ -123,7 +138,9 @@ def test_every_function_that_passes_ask_for_has_a_signature():
     assert all(signature(function) for name, function in g.FUNCTIONS.items() if name != "getitem")
 
 
-ATEN = sorted({s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")})
+ATEN = sorted(
+    {s.name.removeprefix("aten::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")}
+)
 PLACED = (Kind.VIEW, Kind.MOVE, Kind.EXACT, Kind.TRANSCENDENTAL)
 # Parts of the names of operators that bring several elements together.
 GATHERS = re.compile(
@@ -151,18 +168,17 @@ def test_no_operator_that_reduces_is_placed_as_one_that_does_not():
     reducing = [name for name in ATEN if torch.Tag.reduction in _tags(name)]
     assert len(reducing) > 15
     wrong = [name for name in reducing if traits_of(name).kind in PLACED]
-    named = [name.removeprefix("aten::") for name in ATEN]
-    wrong += [n for n in named if GATHERS.search(n) and traits_of(n).kind in PLACED and n not in POINTWISE]
+    wrong += [n for n in ATEN if GATHERS.search(n) and traits_of(n).kind in PLACED and n not in POINTWISE]
     assert not wrong
     allowed = {Kind.REDUCTION, Kind.EXACT_REDUCTION, Kind.TIES, Kind.UNKNOWN}
     assert {traits_of(name).kind for name in reducing} <= allowed
-    exact = {n.removeprefix("aten::") for n in ATEN if traits_of(n).kind is Kind.EXACT_REDUCTION}
-    assert {canonical(n) for n in exact} <= _of(Kind.EXACT_REDUCTION)
+    exact = {n for n in ATEN if traits_of(n).kind is Kind.EXACT_REDUCTION}
+    assert {functional(n) for n in exact} <= _of(Kind.EXACT_REDUCTION)
 
 
 def test_what_nobody_placed_is_unplaced():
     unknown = [name for name in ATEN if traits_of(name).kind is Kind.UNKNOWN]
-    assert {"aten::gru", "aten::upsample_bilinear2d", "aten::native_group_norm"} <= set(unknown)
+    assert {"gru", "upsample_bilinear2d", "native_group_norm"} <= set(unknown)
     library = torch.library.Library("llm42_test_kinds", "DEF")
     for name in ("sum", "abs", "view"):
         library.define(f"{name}(Tensor x) -> Tensor", tags=(torch.Tag.reduction,))

@@ -77,7 +77,7 @@ def test_every_family_is_fused_and_woven_without_changing_a_bit(family: str):
         captured, report, split = _captured(family)
         _check_sites(captured, report, family)
         collectives = [n for n in split.original.graph.nodes if comm.is_collective(n)]
-        late = [n for n in collectives if "all_gather_last" in comm.operator_name(n)][-1:]  # the logits
+        late = [n for n in collectives if "all_gather_last" in g.called(n)][-1:]  # the logits
         assert split.collectives >= len(collectives) - len(late)
         assert len(split.ordered) == tp_families.LAYERS
         # Eager GELU rounds the tail of a vector of 16 in its own way: Gemma's rows of 24 in pairs.
