@@ -37,8 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen import device as devices
-from llm42c.codegen.cpu.target import TARGET
+from llm42c.codegen.cpu.target import TARGET, filling_the_memory
 from llm42c.codegen.ops import registry
 from llm42c.memory import zeros
 from llm42c.runtime.bench.machine import describe
@@ -227,7 +226,7 @@ def main() -> None:
     registry.load()
     workers = options.workers
     if workers is None:
-        workers = devices.decode_workers(devices.measure(devices.detect("cpu"), "cpu"))
+        workers = filling_the_memory()
     torch.set_num_threads(options.threads)
     peer = Peer(options.peer_python) if options.peer_python else None
     grid = {"chunks": options.chunks, "contexts": options.contexts, "decodes": options.decodes}

@@ -37,11 +37,11 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from llm42c.codegen import device as devices
+from llm42c.codegen.cpu import device as devices
 from llm42c.codegen.device import Device, Value
 from llm42c.passes.weave.cost import Rates
 from llm42c.passes.weave.schedule import Decision, Planner
-from llm42c.weave.captured import When, WovenProgram, compute_rates, measured, weaving_backend
+from llm42c.weave.captured import When, WovenProgram, measured, weaving_backend
 from llm42c.weave.simulated_link import Link, WallClock, simulated
 
 GROUP = "weave-benchmark"
@@ -188,7 +188,7 @@ def row(case: str, tokens: int, decision: str, t: Times, runs: int, **more: Any)
         woven_ms="" if woven is None else round(1e3 * woven, 3),
         woven_ratio="" if woven is None else round(ratio(t, "woven", "whole"), 3),
         runs=runs,
-        cpu=devices.detect("cpu").name,
+        cpu=devices.detect().name,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         **more,
@@ -203,7 +203,7 @@ def with_link(target: Device, latency: float, bandwidth: float) -> Device:
 
 
 def overlap(tokens: int = 384, layers: int = 6, hidden: int = 512, runs: int = 11) -> Iterator[Row]:
-    base = devices.measure(devices.detect("cpu"), "cpu").measured(compute_rates(torch.device("cpu")))
+    base = measured(None, torch.device("cpu"))
     link = Link(0.0, 1e15, WallClock())
     model = with_collectives(llama(hidden, layers))
     with simulated(GROUP, link):
@@ -234,7 +234,7 @@ def overlap(tokens: int = 384, layers: int = 6, hidden: int = 512, runs: int = 1
 
 
 def sweep(layers: int = 2, hidden: int = 512) -> Iterator[Row]:
-    base = devices.measure(devices.detect("cpu"), "cpu").measured(compute_rates(torch.device("cpu")))
+    base = measured(None, torch.device("cpu"))
     link = Link(0.0, 1e15, WallClock())
     with simulated(GROUP, link):
         case = Case(with_collectives(llama(hidden, layers)), with_link(base, LATENCY, 1e15))

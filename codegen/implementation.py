@@ -30,6 +30,7 @@ def implementation_of(names: Iterable[str], target: str) -> dict[str, str]:
     elsewhere = implemented(target)
     functions = [operators()[name].implementations.get(target) or elsewhere.get(name) for name in set(names)]
     files = {Path(inspect.getfile(function)) for function in functions if function}
+    files |= {file for name in names for file in operators()[name].compiled_from.get(target, ())}
     files = {file for file in files if own not in file.parents}  # the others are in the target's own digest
     if files:
         found["composites"] = digest_of(files | set(_ROOT.glob("dist/*.py")))

@@ -18,7 +18,7 @@ The declaration is a function whose typed signature is the schema and whose body
     def _(ctx, grad): ...
 
 Who computes it stands elsewhere, in a folder for each target; :meth:`Operator.implementation` takes what is
-composed of other operators.
+composed of other operators, and :meth:`Operator.compiled` the sources of what is not in the tree.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
@@ -121,6 +122,7 @@ class Operator:
         self.backward: Callable[..., Any] | None = None
         self.setup_context: Callable[..., Any] | None = None
         self.implementations: dict[str, Callable[..., Any]] = {}
+        self.compiled_from: dict[str, tuple[Path, ...]] = {}
 
     def __repr__(self) -> str:
         return f"<operator {self.schema}>"
@@ -187,6 +189,11 @@ class Operator:
             return function
 
         return decorate
+
+    def compiled(self, target: str, *sources: Path) -> None:
+        """What computes it on ``target`` is compiled from ``sources``, as the target compiles its own, when
+        its operators are loaded; they register themselves with torch. For operators of other packages."""
+        self.compiled_from[target] = sources
 
 
 def operator(

@@ -6,7 +6,8 @@ A weight [N, K] is integers with a scale, and some formats a minimum, for every 
 
 A *block* is what a file stores together: K is a multiple of its length. :func:`split` reads the blocks of a
 file into :class:`Values`; :func:`pack` lays these out as ``cpu/kernels/quant_formats.h`` says, in panels of
-sixteen columns that every target reads, and :func:`unpack` is its exact inverse. All of it only moves bits.
+sixteen columns, which every target reads whose ``packing`` says nothing else, and :func:`unpack` is its exact
+inverse. All of it only moves bits.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llm42c.codegen.device import Device, UnknownDeviceError, Value
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.order import Order
 from llm42c.codegen.packing import Packing
@@ -70,6 +71,18 @@ class Target:
         order may follow the number of threads.
         """
         raise NotImplementedError
+
+    def detect(self, index: int = 0) -> Device:
+        """What is known of a device of this machine. Raises UnknownDeviceError if there is none."""
+        raise UnknownDeviceError(f"the target {self.name} does not say what its devices are")
+
+    def rates(self) -> dict[str, Value]:
+        """What is measured of a device once, and kept (``device.measure``)."""
+        return {}
+
+    def rates_now(self) -> dict[str, Value]:
+        """What hangs on this process, such as its threads: measured whenever it is asked for."""
+        return {}
 
     def step(self) -> AbstractContextManager[None]:
         """The calls of this thread inside are those of one step: they share what is made once for all

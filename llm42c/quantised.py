@@ -2,9 +2,9 @@
 
 A folder whose ``config.json`` says ``quantization_config: {"quant_method": "llm42", "formats": {…}}`` holds,
 for every module that ``formats`` names, the blocks of its weight as bytes, as GGUF defines them. After
-:func:`register`, ``from_pretrained`` reads such a folder. Once loaded, a weight is packed
-(``codegen/quant.py``): the packed form is the only one in memory, and what an eager call, ``torch.compile``
-and the engine compute with.
+:func:`register`, ``from_pretrained`` reads such a folder. Once loaded, a weight is packed as its target reads
+it (``codegen/packing.py``): the packed form is the only one in memory, and what an eager call,
+``torch.compile`` and the engine compute with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm42c.codegen import quant
+from llm42c.codegen import quant, targets
 from llm42c.codegen.ops import registry
 from llm42c.errors import WeightsError
 
@@ -37,7 +37,8 @@ class Quantised(nn.Module):
     def pack(self) -> None:
         """Panels instead of blocks; modules that share the weight share its panels. Raises FormatError."""
         if self.weight.dim() == 2:
-            self.weight.data = quant.pack(quant.split(self.weight.data, self.format), self.format)
+            values = quant.split(self.weight.data, self.format)
+            self.weight.data = targets.of(self.weight.device).packing.quantised(values, self.format)
 
     def extra_repr(self) -> str:
         return f"{self.n}, {self.k}, format={self.format}"

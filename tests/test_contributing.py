@@ -123,6 +123,9 @@ def test_the_recipe_for_an_operator_is_the_one_that_is_tried() -> None:
     for part in ("@operator", "@implements(", "examples=", "kernels=", "simulator("):
         assert part in text, f"the recipe does not speak of {part}"
         assert part in source, f"{test} does not try {part}"
+    for part in ('.compiled("cpu", ', "TORCH_LIBRARY_IMPL(llm42, CPU, m)"):
+        assert part in text
+        assert part in (ROOT / test).read_text()
     # In the tree it is as many: a declaration and an implementation a target.
     places = ["codegen/ops/<name>.py", "codegen/cpu/kernels/", "codegen/triton/kernels/"]
     assert [p for p in places if f"`{p}`" in text] == places

@@ -181,10 +181,10 @@ def splits(tokens: int, n: int, sms: int, tile: int = 128) -> list[int]:
 
 def kernels(results: Results) -> None:
     """What every kernel of eight ranks asks of the device, compiled for it ahead of time."""
-    from llm42c.codegen import device as devices
+    from llm42c.codegen.triton import devices
     from llm42c.codegen.triton.catalog import kernels as catalog
 
-    target = devices.from_table("NVIDIA H200") if results.dry else devices.detect("cuda")
+    target = devices.from_table("NVIDIA H200") if results.dry else devices.detect()
     for kernel in catalog(target):
         if not kernel.label.startswith(("all_reduce_norm", "multimem")):
             continue

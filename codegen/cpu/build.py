@@ -110,11 +110,12 @@ def _abi_flag() -> str:
     return f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
 
 
-def build_key(isa: str = "native") -> str:
-    """Hash of everything that the compiled library depends on."""
+def build_key(isa: str = "native", added: tuple[Path, ...] = ()) -> str:
+    """Hash of everything that the compiled library, or one of ``added`` sources, depends on."""
     digest = hashlib.sha256()
-    for path in all_sources():
-        digest.update(path.relative_to(SOURCE_DIR).as_posix().encode())
+    for path in (*all_sources(), *added):
+        name = path.name if path in added else path.relative_to(SOURCE_DIR).as_posix()
+        digest.update(name.encode())
         digest.update(path.read_bytes())
     for item in (Toolchain.find().version, *FLAGS, *_ISA_FLAGS[isa], torch.__version__, cpu_features()):
         digest.update(item.encode() + b"\0")
@@ -128,7 +129,7 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"compiling the CPU kernels failed: {' '.join(command)}\n{tail}")
 
 
-def _compile(out: Path, isa: str) -> None:
+def _compile(out: Path, isa: str, added: tuple[Path, ...]) -> None:
     """Write the library, by way of a folder for temporary files: its name appears when it is whole."""
     compiler = Toolchain.find().compiler
     include, link = _torch_paths()
@@ -137,12 +138,12 @@ def _compile(out: Path, isa: str) -> None:
 
         def compile_one(source: Path) -> str:
             target = str(Path(tmp) / (source.stem + ".o"))
-            extra = include if source.parent == SOURCE_DIR else []  # kernels/ does not see torch
+            extra = [] if source.parent == SOURCE_DIR / "kernels" else include  # which does not see torch
             _run([compiler, *flags, *extra, "-c", str(source), "-o", target])
             return target
 
         with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, sources()))
+            objects = list(pool.map(compile_one, added or sources()))
         library = Path(tmp) / out.name
         _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(library), *link])
         if not cache.write(out, library.read_bytes(), seal=True):
@@ -173,16 +174,19 @@ def require_isa(isa: str) -> None:
         )
 
 
-def build(isa: str | None = None) -> Path:
+def build(isa: str | None = None, added: tuple[Path, ...] = ()) -> Path:
     """Path of the compiled library for ``isa`` (by default :func:`chosen_isa`), compiled unless it is cached.
 
+    ``added``: of these sources instead of ours, which may include our headers and torch's.
     Raises BuildError without a working compiler, and for an instruction set that this CPU lacks.
     """
     isa = isa or chosen_isa()
     if isa not in ISAS:
         raise ValueError(f"isa {isa!r}: expected one of {', '.join(ISAS)}")
     require_isa(isa)
-    name = f"llm42_cpu_{isa}_{build_key(isa)}.so"
+    if missing := [str(path) for path in added if not path.is_file()]:
+        raise BuildError(f"there is no C++ source {', '.join(missing)}")
+    name = f"llm42_{'added' if added else 'cpu'}_{isa}_{build_key(isa, added)}.so"
     out = cache.folder() / "kernels" / name
     if cache.sealed(out) is not None:
         return out
@@ -190,23 +194,23 @@ def build(isa: str | None = None) -> Path:
         try:
             with filelock.FileLock(str(out) + ".lock"):
                 if cache.sealed(out) is None:
-                    _compile(out, isa)
+                    _compile(out, isa, added)
             return out
         except OSError as error:
             cache.trouble(error)
-    return _build_aside(name, isa)
+    return _build_aside(name, isa, added)
 
 
 _aside_lock = threading.Lock()
 
 
-def _build_aside(name: str, isa: str) -> Path:
+def _build_aside(name: str, isa: str, added: tuple[Path, ...]) -> Path:
     """The library in this process's temporary folder."""
     with _aside_lock:
         try:
             out = cache.temporary() / name
             if cache.sealed(out) is None:
-                _compile(out, isa)
+                _compile(out, isa, added)
         except OSError as error:
             raise BuildError(
                 f"the CPU kernels can be compiled nowhere: {error}; set XDG_CACHE_HOME or TMPDIR to a folder "
@@ -232,6 +236,15 @@ def load_library(isa: str | None = None) -> Path:
         torch.ops.load_library(str(path))
         _loaded = (isa, path)
         return path
+
+
+def load_added(sources: tuple[Path, ...]) -> None:
+    """Load kernels of another package into torch, for the instruction set of ours. Idempotent.
+
+    Raises BuildError as :func:`load_library`, and where a source cannot be read or compiled.
+    """
+    load_library()
+    torch.ops.load_library(str(build(None if _loaded is None else _loaded[0], sources)))
 
 
 def loaded_library() -> Path | None:

@@ -5,7 +5,8 @@ that shares a scale of the weight, the sum of products of integers is exact, so 
 terms are one chain of fused multiply-adds in fp32. An element's bits depend on its own row and column alone,
 and on a GPU are those of a CPU, but for SiLU, whose exponential is another there.
 
-Weights are packed by ``codegen/quant.py``. Several stand side by side in one call, each in its own format.
+Weights are packed by the target (``codegen/packing.py``). Several stand side by side in one call, each in its
+own format.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm42c.codegen import quant, simulate
+from llm42c.codegen import quant, simulate, targets
 from llm42c.codegen.examples import ROWS, Numbers
 from llm42c.codegen.operator import Tokens, operator
 from llm42c.codegen.ops.activation import silu_mul
@@ -42,7 +43,8 @@ def example_weight(r: Numbers, n: int, k: int, name: str) -> Tensor:
         bits = 6 if form.has_minimum else 8
         inner = [integers(k // form.group, bits).view(form.inner_dtype) for _ in range(1 + form.has_minimum)]
     minimum = outer() if form.has_minimum else None
-    return quant.pack(quant.Values(integers(k, form.bits), outer(), minimum, *inner), name)
+    values = quant.Values(integers(k, form.bits), outer(), minimum, *inner)
+    return targets.of(values.q.device).packing.quantised(values, name)
 
 
 def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
@@ -60,9 +62,13 @@ def _examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
         yield x[:1], pair, f"{first},{second}", [_N, _N], None, None, True
 
 
+def _values(packed: Tensor, format: str, n: int) -> quant.Values:
+    return targets.of(packed.device).packing.quantised_values(packed, format, n)
+
+
 def _weights(packed: Sequence[Tensor], formats: str, sizes: Sequence[int]) -> list[tuple[quant.Values, str]]:
     names = formats.split(",")
-    return [(quant.unpack(p, f, n), f) for p, f, n in zip(packed, names, sizes, strict=True)]
+    return [(_values(p, f, n), f) for p, f, n in zip(packed, names, sizes, strict=True)]
 
 
 @operator(
@@ -154,7 +160,7 @@ def _rows_examples(r: Numbers) -> Iterator[tuple[Any, ...]]:
 def embedding_q(ids: Tensor, packed: Tensor, format: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """ids: [...] int64 → rows of a packed weight [n, k]: [..., k]; scale · q, plus the minimum, each rounded
     to fp32, then to ``dtype``."""
-    return quant.dequantise(quant.unpack(packed, format, n), format)[ids].to(dtype)
+    return quant.dequantise(_values(packed, format, n), format)[ids].to(dtype)
 
 
 @embedding_q.fake

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from llm42c.codegen import device as devices
+from llm42c.codegen.device import Device, Value
 from llm42c.codegen.implementation import digest_of
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.targets import Target, TargetUnavailableError
+from llm42c.codegen.triton import devices
 from llm42c.codegen.triton.packing import Panels
 
 _HERE = Path(__file__).parent
@@ -61,7 +62,7 @@ class GpuTarget(Target):
         """What the bits of any kernel hang on there: GPU, driver, CUDA, Triton, torch, and their device."""
         import triton
 
-        mine = devices.detect("cuda", device.index or 0)
+        mine = self.detect(device.index or 0)
         found = {
             "gpu": f"{mine.name} {mine.arch}",
             "cuda": torch.version.cuda,
@@ -72,6 +73,12 @@ class GpuTarget(Target):
             "target": mine.hash,
         }
         return {name: value for name, value in found.items() if value}
+
+    def detect(self, index: int = 0) -> Device:
+        return devices.detect(index)
+
+    def rates(self) -> dict[str, Value]:
+        return devices.rates()
 
     def step(self) -> AbstractContextManager[None]:
         """Attention calls inside share the work list and the counters."""

@@ -67,13 +67,14 @@ def inspect(
 
 def read_target(text: str) -> Device:
     """The device that ``--target`` names. Raises OptionsError."""
-    from llm42c.codegen import device as devices
+    from llm42c.codegen.device import Device, UnknownDeviceError
+    from llm42c.codegen.triton import devices
 
     try:
         if text.endswith(".json"):
-            return devices.Device.from_json(Path(text).read_text())
+            return Device.from_json(Path(text).read_text())
         return devices.from_table(ARCHITECTURES.get(text, text))
     except OSError as error:
         raise OptionsError(f"--target: cannot read {text}: {error.strerror}") from error
-    except devices.UnknownDeviceError as error:
+    except UnknownDeviceError as error:
         raise OptionsError(f"--target: {error}") from error

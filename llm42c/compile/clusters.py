@@ -162,11 +162,11 @@ def structural_hash(gm: fx.GraphModule) -> str:
     lines = []
     for node in gm.graph.nodes:
         args = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        lines.append(f"{node.op} {target_of(node)} {args} {_layout(g.value(node))}")
+        lines.append(f"{node.op} {callee_of(node)} {args} {_layout(g.value(node))}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def target_of(node: fx.Node) -> str:
+def callee_of(node: fx.Node) -> str:
     """What a node calls or reads, overloads apart, as text that tells no two functions of torch the same."""
     if node.op == "placeholder" or isinstance(node.target, str):
         return "" if node.op == "placeholder" else str(node.target)

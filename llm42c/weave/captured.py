@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from llm42c.codegen.device import MEASURED, Device, Value
+from llm42c.codegen import targets
+from llm42c.codegen.device import MEASURED, Device, Value, measure
 from llm42c.compile import inductor
 from llm42c.errors import RanksDifferError
 from llm42c.passes import graph as g
@@ -197,42 +198,17 @@ def measured(group: dist.ProcessGroup | None, device: torch.device) -> Device:
 
     Every rank of ``group`` must call this at the same time.
     """
-    from llm42c.codegen import device as devices
-
-    mine = devices.measure(devices.detect(device.type, device.index or 0), device.type)
+    target = targets.of(device)
+    mine = measure(target.detect(device.index or 0), target.rates)
     if group is not None and group.size() > 1:
         dist.barrier(group)  # so that ranks of one machine see what it has for each of them
-    mine = mine.measured(compute_rates(device))
+    mine = mine.measured(target.rates_now())
     if group is not None and group.size() > 1:
         mine = mine.measured(link_rates(group, device))
         text = [mine.to_json()]
         dist.broadcast_object_list(text, group_src=0, group=group)
         mine = Device.from_json(text[0])
     return mine
-
-
-def compute_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Value]:
-    """Rates of products, and what a call costs, with the present number of threads.
-
-    How fast a product of few rows gets through its weight is measured as such: no copy tells, and ranks of
-    one machine share its memory.
-    """
-    if device.type != "cpu":
-        return {}
-    x, w = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    product = _best(lambda: torch.nn.functional.linear(x, w), 5)
-    few, weight = torch.ones(2, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
-    reading = _median(lambda: torch.nn.functional.linear(few, weight), 9)
-    small = torch.ones(4)
-    call = _best(lambda: [small + small for _ in range(64)], 5) / 64
-    source = f"{MEASURED}: product of [256, 1024] and [1024, 1024], {torch.get_num_threads()} threads"
-    return {
-        "fp32_flops": Value(2.0 * 256 * 1024 * 1024 / product, source),
-        "memory_bandwidth": Value(
-            weight.nbytes / reading, f"{MEASURED}: the weight of a product of [2, 4096] and [4096, 4096]"
-        ),
-        "call_seconds": Value(4 * call, f"{MEASURED}: four additions of 4 elements"),
-    }
 
 
 def link_rates(group: dist.ProcessGroup, device: torch.device) -> dict[str, Value]:
@@ -274,24 +250,6 @@ def link_rates(group: dist.ProcessGroup, device: torch.device) -> dict[str, Valu
             min(max(lost / whole, 1e-3), 1.0), f"{MEASURED}: {count} products beside an all_reduce of 4 MiB"
         ),
     }
-
-
-def _best(run: Callable[[], Any], times: int) -> float:
-    return min(_seconds(run, times))
-
-
-def _median(run: Callable[[], Any], times: int) -> float:
-    return statistics.median(_seconds(run, times))
-
-
-def _seconds(run: Callable[[], Any], times: int) -> list[float]:
-    run()
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return found
 
 
 def weaving_backend(

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from llm42c.codegen import targets
 from llm42c.compile import inductor
-from llm42c.compile.clusters import Cluster, outline, target_of
+from llm42c.compile.clusters import Cluster, callee_of, outline
 from llm42c.compile.piecewise import compile_cluster, compile_piecewise
 from llm42c.compile.straightline import Step, emit
 from llm42c.device import CPU
@@ -223,7 +223,7 @@ def _signature(module: fx.GraphModule, symbols: dict[int, torch.SymInt]) -> str:
         if node.op == "placeholder":
             lines.append(layout(g.value(node)))
         else:
-            lines.append(f"{node.op} {target_of(node)} {args}")
+            lines.append(f"{node.op} {callee_of(node)} {args}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -63,16 +63,16 @@ class Rates:
     @classmethod
     def of(cls, target: Device) -> Rates:
         """Raises UnknownDeviceError where a rate is neither known nor measured."""
-        gpu = target.kind != "cpu"
+        tiled = "sms" in target.values  # products are cut into tiles, which run at the same time
         return cls(
-            flops=target.get("bf16_flops" if gpu else "fp32_flops"),
+            flops=target.get("bf16_flops" if tiled else "fp32_flops"),
             bandwidth=target.get("memory_bandwidth"),
             latency=target.get("link_latency"),
             link=target.get("link_bandwidth"),
-            call=target.get("call_seconds", 2e-6 if gpu else 1e-5),
-            units=target.count("sms") if gpu else 1,
-            tile_m=target.count("tile_m", 128 if gpu else 1),
-            tile_n=target.count("tile_n", 128 if gpu else 1),
+            call=target.get("call_seconds", 2e-6 if tiled else 1e-5),
+            units=target.count("sms") if tiled else 1,
+            tile_m=target.count("tile_m", 128 if tiled else 1),
+            tile_n=target.count("tile_n", 128 if tiled else 1),
             taken=target.get("link_processor_share", 0.0),
         )
 

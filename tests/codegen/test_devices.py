@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llm42c.codegen import device as devices
-from llm42c.codegen.device import Device, UnknownDeviceError, Value
+from llm42c.codegen import device
+from llm42c.codegen.cpu import device as cpus
+from llm42c.codegen.cpu import target as cpu_target
+from llm42c.codegen.device import MEASURED, Device, UnknownDeviceError, Value
+from llm42c.codegen.triton import devices
 
 
 def test_json_round_trip_keeps_every_value_and_its_source():
@@ -72,12 +75,12 @@ def test_mistakes_have_names():
 
 
 def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
-    found = devices.detect("cpu")
+    found = cpus.detect()
     assert found.get("cores") >= 1
     path = tmp_path / "cpu.json"
-    first = devices.measure(found, "cpu", path=path)
+    first = device.measure(found, cpus.rates, path)
     stamp = path.stat().st_mtime_ns
-    second = devices.measure(found, "cpu", path=path)
+    second = device.measure(found, cpus.rates, path)
     assert second == first
     assert path.stat().st_mtime_ns == stamp
     assert first.values["memory_bandwidth"].source.startswith("measured")
@@ -87,11 +90,10 @@ def test_this_cpu_is_detected_and_measured_once(tmp_path: Path):
 @pytest.mark.parametrize(
     "content", ["", "{", "{}", '{"kind": "cpu", "name": "x", "arch": "y", "values": {"sms": {}}}']
 )
-def test_a_damaged_measurement_is_made_again(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices, "_measure_cpu", lambda: {"memory_bandwidth": Value(1e9, devices.MEASURED)})
-    found, path = devices.detect("cpu"), tmp_path / "cpu.json"
+def test_a_damaged_measurement_is_made_again(content: str, tmp_path: Path):
+    found, path = cpus.detect(), tmp_path / "cpu.json"
     path.write_text(content)
-    first = devices.measure(found, "cpu", path=path)
+    first = device.measure(found, lambda: {"memory_bandwidth": Value(1e9, MEASURED)}, path)
     assert Device.from_json(path.read_text()) == first
 
 
@@ -103,23 +105,24 @@ def test_a_measurement_that_cannot_be_kept_lasts_as_long_as_the_process(
     def measured() -> dict[str, Value]:
         calls.append(1)
         return {
-            "memory_bandwidth": Value(1e9, devices.MEASURED),
-            "bandwidth_per_core": Value(5e8, devices.MEASURED),
+            "memory_bandwidth": Value(1e9, MEASURED),
+            "bandwidth_per_core": Value(5e8, MEASURED),
         }
 
-    monkeypatch.setattr(devices, "_measure_cpu", measured)
+    monkeypatch.setattr(cpus, "rates", measured)
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    assert devices.local_decode_workers() == devices.local_decode_workers() == 2
+    workers = cpu_target.filling_the_memory.__wrapped__  # which asks once
+    assert workers() == workers() == 2
     assert calls == [1]
 
 
 @pytest.mark.parametrize(("total", "core", "workers"), [(34e9, 20e9, 1), (200e9, 12e9, 16), (10e9, 12e9, 1)])
 def test_decode_workers_are_the_cores_that_fill_the_memory(total: float, core: float, workers: int):
     values = {"memory_bandwidth": Value(total, "measured"), "bandwidth_per_core": Value(core, "measured")}
-    assert devices.decode_workers(Device("cpu", "some", "x86_64", values)) == workers
+    assert cpus.decode_workers(Device("cpu", "some", "x86_64", values)) == workers
 
 
 def test_decode_workers_need_bandwidths():
     with pytest.raises(UnknownDeviceError, match="memory_bandwidth is not known"):
-        devices.decode_workers(Device("cpu", "some", "x86_64"))
+        cpus.decode_workers(Device("cpu", "some", "x86_64"))

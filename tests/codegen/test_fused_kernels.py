@@ -15,9 +15,8 @@ import pytest
 import spills
 import torch
 
-from llm42c.codegen import device as devices
 from llm42c.codegen.ops import registry
-from llm42c.codegen.triton import symmetric
+from llm42c.codegen.triton import devices, symmetric
 from llm42c.codegen.triton.all_reduce_norm import FORMS, FusedSpec, emit, emit_multimem, programs
 from llm42c.codegen.triton.spec import SpecError
 

@@ -1,5 +1,7 @@
 """CONTRIBUTING's recipe for an operator, followed from outside: three files in a folder, and nothing else.
 
+The kernel for CPUs is Python there, or C++.
+
 They are written to a temporary folder and given to ``registry.add`` in processes of their own.
 """
 
@@ -105,17 +107,61 @@ FILES = {
             return y
     ''',
 }
+# The same with a kernel in C++, which the declaration names.
+IN_CPP = {
+    "toy_operator.py": FILES["toy_operator.py"]
+    + """
+        from pathlib import Path
+
+        toy_mean_abs.compiled("cpu", Path(__file__).with_name("toy_on_cpu.cpp"))
+    """,
+    "toy_on_cpu.cpp": """
+        #include "bind_linear.h"
+        #include "kernels/element.h"
+        #include "kernels/parallel.h"
+
+        namespace {
+
+        using namespace llm42;
+        constexpr int LANES = 16;
+
+        at::Tensor mean_abs(const at::Tensor& x) {
+          const bind::MatrixView view = bind::as_rows(x, "toy_mean_abs");
+          at::DimVector sizes(x.sizes());
+          sizes.back() = 1;
+          const at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+          with_element(bind::dtype_of(x, "toy_mean_abs"), [&]<class T>(T) {
+            const T* from = static_cast<const T*>(view.keep.const_data_ptr());
+            T* to = static_cast<T*>(out.mutable_data_ptr());
+            parallel_rows(view.rows, view.rows * view.cols, 1 << 14, at::get_num_threads(), [&](int64_t row) {
+              float lanes[16] = {};  // LANES of them
+              for (int64_t i = 0; i < view.cols; i++)
+                lanes[i % LANES] += std::fabs(to_float(from[row * view.stride + i]));
+              to[row] = from_float<T>(hsum(V16::load(lanes)) / float(view.cols));
+            });
+          });
+          return out;
+        }
+
+        }  // namespace
+
+        TORCH_LIBRARY_IMPL(llm42, CPU, m) { m.impl("toy_mean_abs", &mean_abs); }
+    """,
+    "toy_on_gpu.py": FILES["toy_on_gpu.py"],
+}
 ADD = """
     import json, sys
     sys.path[:0] = [{folder!r}, {here!r}]
     import torch
     from llm42c.codegen.ops import registry
-    import toy_operator, toy_on_cpu, toy_on_gpu
+    import importlib, pathlib
+    import toy_operator
+    modules = [importlib.import_module(file.stem) for file in pathlib.Path(sys.path[0]).glob("*.py")]
 """
 PICKED_UP = """
     registry.load()
     before = set(registry.operators())
-    added = registry.add(toy_operator, toy_on_cpu, toy_on_gpu)
+    added = registry.add(*modules)
 
     import order_bits
     import llm42c
@@ -142,8 +188,8 @@ PICKED_UP = """
     }))
 """
 AHEAD = """
-    registry.add(toy_operator, toy_on_cpu, toy_on_gpu)
-    from llm42c.codegen import device as devices
+    registry.add(*modules)
+    from llm42c.codegen.triton import devices
     from llm42c.codegen.triton.catalog import kernels
     h200 = devices.from_table("NVIDIA H200")
     (mine,) = [k for k in kernels(h200) if k.label.startswith("toy")]
@@ -151,7 +197,7 @@ AHEAD = """
     print(json.dumps({"spills": found.resources.spills, "registers": found.resources.registers}))
 """
 INTERPRETED = """
-    registry.add(toy_operator, toy_on_cpu, toy_on_gpu)
+    registry.add(*modules)
     from llm42c.codegen.examples import Numbers
     x = Numbers(torch.float32)(7, 577)
     whole = registry.implemented("cuda")["toy_mean_abs"](x)
@@ -160,18 +206,27 @@ INTERPRETED = """
     print(json.dumps({"alone": torch.equal(whole, alone), "error": float(error)}))
 """
 GENERIC = """
-    registry.add(toy_operator, toy_on_cpu, toy_on_gpu)
+    registry.add(*modules)
     import pytest
     sys.exit(pytest.main(["-q", "-k", "toy_mean_abs", sys.path[1] + "/test_every_operator.py"]))
 """
 
 
+def written(folder: Path, files: dict[str, str]) -> Path:
+    assert len(files) <= 3
+    for name, text in files.items():
+        (folder / name).write_text(textwrap.dedent(text))
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    assert len(FILES) <= 3
-    for name, text in FILES.items():
-        (tmp_path / name).write_text(textwrap.dedent(text))
-    return tmp_path
+    return written(tmp_path, FILES)
+
+
+@pytest.fixture(params=[FILES, IN_CPP], ids=["python", "c++"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return written(tmp_path, request.param)
 
 
 def run(folder: Path, program: str, **environment: str) -> str:
@@ -188,10 +243,11 @@ def result(folder: Path, program: str, **environment: str) -> dict[str, Any]:
     return found
 
 
-def test_three_files_are_an_operator_everywhere(folder: Path) -> None:
-    found = result(folder, PICKED_UP)
+def test_three_files_are_an_operator_everywhere(either: Path) -> None:
+    found = result(either, PICKED_UP)
     assert found["new"] == ["toy_mean_abs"]
-    assert found["where"] == {"cpu": "toy_on_cpu", "cuda": "toy_on_gpu"}
+    (on_cpu,) = either.glob("toy_on_cpu.*")
+    assert found["where"] == {"cpu": on_cpu.name.removesuffix(".py"), "cuda": "toy_on_gpu"}
     assert found["orders"] == ["lanes16/1", "row-tree/1"]
     assert "composites" in found["sources"]
     assert found["kind"]
@@ -200,15 +256,38 @@ def test_three_files_are_an_operator_everywhere(folder: Path) -> None:
     assert "toy_mean_abs" in found["explained"]
 
 
-def test_opcheck_fakes_and_the_order_test_find_it(folder: Path) -> None:
-    assert "7 passed" in run(folder, GENERIC)
+def test_opcheck_fakes_and_the_order_test_find_it(either: Path) -> None:
+    assert "7 passed" in run(either, GENERIC)
 
 
-def test_the_order_test_refuses_another_order(folder: Path) -> None:
-    wrong = folder / "toy_on_cpu.py"
+def test_the_order_test_refuses_another_order(either: Path) -> None:
+    """An edited kernel is compiled anew."""
+    (wrong,) = either.glob("toy_on_cpu.*")
     wrong.write_text(wrong.read_text().replace("LANES = 16", "LANES = 8"))
     with pytest.raises(AssertionError, match="test_kernels_are_the_simulator_bit_for_bit"):
-        run(folder, GENERIC)
+        run(either, GENERIC)
+
+
+MISSING = """
+    registry.add(*modules)
+    from llm42c.codegen.cpu.build import BuildError
+    try:
+        registry.load()
+    except BuildError as error:
+        print(json.dumps(str(error).splitlines()))
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_kernel_that_is_not_there_or_does_not_compile_is_an_error(tmp_path: Path, broken: bool) -> None:
+    source = written(tmp_path, IN_CPP) / "toy_on_cpu.cpp"
+    if broken:
+        source.write_text("an error")
+    else:
+        source.unlink()
+    lines = json.loads(run(tmp_path, MISSING).splitlines()[-1])
+    assert str(source) in lines[0]
+    assert broken or len(lines) == 1
 
 
 def test_its_kernel_compiles_ahead_of_time(folder: Path) -> None:

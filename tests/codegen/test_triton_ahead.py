@@ -10,8 +10,7 @@ import sys
 import pytest
 import spills
 
-from llm42c.codegen import device as devices
-from llm42c.codegen.triton import linear, pod_attention
+from llm42c.codegen.triton import devices, linear, pod_attention
 from llm42c.codegen.triton.cost import Composition, choose
 from llm42c.codegen.triton.spec import SCHEDULERS, SpecError, default_spec
 
@@ -98,9 +97,9 @@ def test_importing_the_operators_and_emitters_needs_no_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "from llm42c.codegen.ops import registry; registry.define()\n"
-        "from llm42c.codegen import device\n"
+        "from llm42c.codegen.triton import devices\n"
         "from llm42c.codegen.triton import attention, linear, norm, sample, pod_attention, spec\n"
-        "s = spec.default_spec(device.from_table('NVIDIA H200'), heads=8, kv_heads=2, head_dim=64, page=16,"
+        "s = spec.default_spec(devices.from_table('NVIDIA H200'), heads=8, kv_heads=2, head_dim=64, page=16,"
         " dtype='bfloat16')\n"
         "assert 'tl.dot' in pod_attention.emit(s)\n"
     )

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm42c.codegen import device as devices
-from llm42c.codegen.triton import attention, dense_attention, kernel, linear, norm, pod_attention
+from llm42c.codegen.triton import attention, dense_attention, devices, kernel, linear, norm, pod_attention
 from llm42c.codegen.triton import sample as sampling
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 

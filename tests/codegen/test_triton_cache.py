@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm42c.codegen import cache as folders
-from llm42c.codegen import device as devices
-from llm42c.codegen.triton import kernel, silu_mul
+from llm42c.codegen.triton import devices, kernel, silu_mul
 from llm42c.codegen.triton.catalog import Kernel
 
 pytest.importorskip("triton")

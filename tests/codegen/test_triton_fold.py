@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from llm42c.codegen import device as devices
-from llm42c.codegen.triton import catalog
+from llm42c.codegen.triton import catalog, devices
 from llm42c.codegen.triton.fold import fold_text
 
 HERE = Path(__file__).parent

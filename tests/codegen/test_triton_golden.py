@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llm42c.codegen import device as devices
 from llm42c.codegen.triton import (
     attention_combine,
     attention_plan,
     dense_attention,
+    devices,
     grouped_linear,
     linear,
     pod_attention,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import spills
 
-from llm42c.codegen import device as devices
+from llm42c.codegen.triton import devices
 from llm42c.codegen.triton import spec as specs
 from llm42c.codegen.triton.spec import AttentionSpec, default_spec
 

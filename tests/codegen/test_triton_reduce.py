@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm42c.codegen import device as devices
+from llm42c.codegen.triton import devices
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent

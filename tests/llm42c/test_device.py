@@ -22,9 +22,9 @@ from llm42c.capture import dynamo
 from llm42c.capture.packed import PackedInputs
 from llm42c.codegen import targets
 from llm42c.codegen.cpu import build
-from llm42c.codegen.device import from_table
 from llm42c.codegen.ops import registry
 from llm42c.codegen.triton import target as gpu
+from llm42c.codegen.triton.devices import from_table
 from llm42c.codegen.triton.target import GpuTarget
 from llm42c.compile import compiler
 from llm42c.compile.compiler import ModelCompiler

@@ -20,6 +20,7 @@ FILES = {
         from pathlib import Path
 
         from llm42c.codegen import simulate
+        from llm42c.codegen.device import MEASURED, Device, Value
         from llm42c.codegen.implementation import digest_of
         from llm42c.codegen.packing import Packing
         from llm42c.codegen.targets import Target
@@ -29,6 +30,12 @@ FILES = {
             def linear_pack(self, weight):
                 """→ [K, N]"""
                 return weight.new_empty(weight.shape[1], weight.shape[0])
+
+            def quantised(self, values, format):
+                return super().quantised(values, format).flip(0)
+
+            def quantised_values(self, packed, format, n):
+                return super().quantised_values(packed.flip(0), format, n)
 
 
         class Simulated(Target):
@@ -52,6 +59,15 @@ FILES = {
             def identity(self, device, foreign, threads):
                 assert not foreign, "what is no operator would be torch's"
                 return {}
+
+            def detect(self, index=0):
+                return Device("abacus", "ten beads", "wood", {"cores": Value(1.0, "by hand")})
+
+            def rates(self):
+                return {"memory_bandwidth": Value(17.0, f"{MEASURED}: by the clock")}
+
+            def rates_now(self):
+                return {"fp32_flops": Value(5.0, f"{MEASURED}: by the clock")}
 
 
         TARGET = Simulated()
@@ -127,7 +143,22 @@ PROGRAM = """
     outputs = built.engine.generate([[3, 1, 4], [1, 5, 9, 2, 6, 5, 3]], params, deterministic=True)
     contract = built.engine.contract
     built.close()
+
+    from llm42c.codegen import quant
+    from llm42c.quantised import QuantisedLinear
+    from llm42c.weave.captured import measured
+    device = measured(None, torch.device("cpu"))
+    product = QuantisedLinear(40, 64, "q8_0", None)
+    scales = torch.linspace(0.5, 2.0, 80).to(torch.float16).view(40, 2, 1)
+    integers = (torch.arange(40 * 64).view(40, 2, 32) * 37 % 251 - 125).to(torch.int8)
+    blocks = torch.cat([scales.view(torch.uint8), integers.view(torch.uint8)], -1)
+    product.weight.data = blocks.flatten(1)
+    product.pack()
+    x = torch.linspace(-1, 1, 128).view(2, 64)
     print(json.dumps({
+        "quantised": product(x).view(torch.int32).flatten().tolist(),
+        "packed": product.weight.data[:, 0, 40].tolist(),
+        "device": [device.kind, *(device.get(name) for name in ("memory_bandwidth", "fp32_flops"))],
         "logits": logits.view(torch.int32).flatten().tolist(),
         "tokens": [o.token_ids for o in outputs],
         "logprobs": [[x.hex() for x in o.logprobs] for o in outputs],
@@ -137,7 +168,7 @@ PROGRAM = """
         "library": build.loaded_library() is not None,
     }))
 """
-BITS = ("logits", "tokens", "logprobs")
+BITS = ("logits", "tokens", "logprobs", "quantised")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +199,17 @@ def test_a_folder_is_a_target(results: dict[str, dict[str, Any]]) -> None:
     assert cpu["library"]
     assert not toy["library"]
     assert {name: toy[name] for name in BITS} == {name: cpu[name] for name in BITS}
+
+
+def test_its_rates_and_its_quantised_weights_are_its_own(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    """What a plan costs there is computed with its numbers, and nobody else looks into its weights."""
+    cpu, toy = results["cpu"], results["simulated"]
+    assert toy["device"] == ["abacus", 17.0, 5.0]
+    assert cpu["device"][0] == "cpu"
+    assert cpu["device"][1] > 1e6
+    assert toy["packed"] == cpu["packed"][::-1] != cpu["packed"]
 
 
 def test_another_order_on_it_has_other_bits(results: dict[str, dict[str, Any]]) -> None:

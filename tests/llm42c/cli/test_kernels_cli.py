@@ -8,7 +8,7 @@ import pytest
 
 from llm42c import cli
 from llm42c.cli import exits
-from llm42c.codegen import device as devices
+from llm42c.codegen.triton import devices
 
 
 def test_labels_and_text_need_no_compiler(capsys: pytest.CaptureFixture[str]) -> None:

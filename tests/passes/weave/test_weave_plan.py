@@ -11,7 +11,8 @@ import networkx as nx
 import pytest
 import weave_graphs as wg
 
-from llm42c.codegen.device import Device, UnknownDeviceError, Value, from_table
+from llm42c.codegen.device import Device, UnknownDeviceError, Value
+from llm42c.codegen.triton.devices import from_table
 from llm42c.passes.weave import schedule as weave_plan
 from llm42c.passes.weave.cost import N, Rates
 from llm42c.passes.weave.program import SEGMENT, START, WAIT, in_order, sequential_order, token_weave, turns
