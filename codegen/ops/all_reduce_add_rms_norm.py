@@ -27,6 +27,7 @@ A row's arithmetic is the same in both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,15 +89,7 @@ def _simulated(
 
 
 @all_reduce_add_rms_norm.fake
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_first: bool,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     require_float(x)
     total = torch.empty_like(residual, memory_format=torch.contiguous_format)
     return torch.empty_like(total), total

@@ -102,16 +102,7 @@ def dense_attention(
 
 
 @dense_attention.fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor:
+def _fake(q: Tensor, *_: Any) -> Tensor:
     batch, heads, q_len, dim = q.shape
     return q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
 
@@ -141,7 +132,7 @@ def simulated(
     shape = (*q.shape[:3], k.shape[2])
     visible = ~_hidden(mask, q.shape[2], k.shape[2], causal, window, q).expand(shape)
     added = None if mask is None or mask.dtype == torch.bool else mask.expand(shape)
-    out = _fake(q, k, v, mask, scale, causal, window, softcap)
+    out = _fake(q)
     ks, vs = (_per_query_head(x, heads, x.dtype) for x in (k, v))
     for b, first in enumerate(_first_key(mask, q.shape[0])):
         bias = None if added is None else added[b, ..., first:]

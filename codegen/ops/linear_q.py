@@ -103,14 +103,9 @@ def linear_q(
 
 @linear_q.fake
 def _linear_q_fake(
-    x: Tensor,
-    packed: Sequence[Tensor],
-    formats: str,
-    sizes: Sequence[int],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gated: bool,
+    x: Tensor, packed: Sequence[Tensor], formats: str, sizes: Sequence[int], *rest: Any
 ) -> Tensor:
+    gated = rest[-1]
     return x.new_empty(*x.shape[:-1], sizes[0] if gated else sum(sizes))
 
 

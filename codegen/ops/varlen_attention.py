@@ -104,17 +104,5 @@ def _simulated(*args: Any) -> Tensor:
 
 
 @varlen_attention.fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _fake(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
