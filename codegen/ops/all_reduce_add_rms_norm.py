@@ -113,46 +113,21 @@ def all_reduce_add_rms_norm_sharded(
 
 
 @all_reduce_add_rms_norm_sharded.specification
-def _sharded_reference(
-    xs: Sequence[Tensor],
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_first: bool,
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`reference`, from the whole residual; total is the rank's shard."""
-    normed, total = reference(xs, residual, weight, eps, weight_offset, cast_first)
-    return normed, shard_rows_reference(total, len(xs), rank)
+def _sharded_reference(xs: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    """As :func:`reference`, from the whole residual, and with the rank last; total is the rank's shard."""
+    normed, total = reference(xs, *options[:-1])
+    return normed, shard_rows_reference(total, len(xs), options[-1])
 
 
 @all_reduce_add_rms_norm_sharded.simulator(RANKS_LANES)
-def _sharded_simulated(
-    xs: Sequence[Tensor],
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_first: bool,
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    """From the whole residual; total is the rank's shard."""
-    normed, total = _simulated(xs, residual, weight, eps, weight_offset, cast_first)
-    return normed, shard_rows_reference(total, len(xs), rank)
+def _sharded_simulated(xs: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    normed, total = _simulated(xs, *options[:-1])
+    return normed, shard_rows_reference(total, len(xs), options[-1])
 
 
 @all_reduce_add_rms_norm_sharded.fake
-def _sharded_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    cast_first: bool,
-    group_size: int,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
+def _sharded_fake(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    group_size = options[-2]
     require_float(x)
     normed = torch.empty_like(x, dtype=residual.dtype, memory_format=torch.contiguous_format)
     rows = chunk_rows(x.numel() // x.shape[-1], group_size)
