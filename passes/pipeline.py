@@ -43,6 +43,7 @@ from llm42c.passes.sizes import NO_SYMBOLS, SYMBOLS, baked, concretise
 from llm42c.passes.solve_triangular import solve_triangular
 from llm42c.passes.topk import topk
 from llm42c.passes.varlen_attention import varlen_attention
+from llm42c.passes.wanted_rows import wanted_rows
 
 _PLAIN = frozenset({PLAIN})
 _PACKED = frozenset({PACKED})
@@ -83,6 +84,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("reductions", reductions),
     # Fewer calls, the same bits.
     Pass("linear_add", linear_add, _PACKED),
+    Pass("wanted_rows", wanted_rows, _PACKED),
     Pass("rotary", rotary, _PACKED),
     Pass("layout", layout, _PACKED),
     Pass("common_subexpressions", common_subexpressions, _PACKED),
