@@ -247,12 +247,13 @@ class _Params:
     min_p: Tensor
     seed: Tensor
     special: list[int]  # rows that need processing, a given token or top log-probs
+    masked: bool  # a grammar masks each row, and nothing else rewrites any
 
 
 class RowSampler:
-    """Samples the rows of a step, rewriting those whose requests have penalties, bias or processors.
+    """Samples the rows of a step, rewriting those that penalties, bias, processors or a grammar change.
 
-    Where the logits lie; rewriting is done on the CPU.
+    Where the logits lie, masks too; other rewriting is done on the CPU.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -265,8 +266,11 @@ class RowSampler:
         params = self._row_params([r for r, _ in rows], logits.device)
         position = torch.from_numpy(np.array([p for _, p in rows], dtype=np.int64)).to(logits.device)
         logits = logits[: len(rows)]
-        token, logprob = self._draw(logits, params, position)
-        result = Sampled(token.tolist(), logprob.tolist(), {}, {})
+        if params.masked:  # drawn once, from masked rows
+            result = Sampled([0] * len(rows), [0.0] * len(rows), {}, {})
+        else:
+            token, logprob = self._draw(logits, params, position)
+            result = Sampled(token.tolist(), logprob.tolist(), {}, {})
         if params.special:
             self._special(logits, rows, params, position, result)
         return result
@@ -290,6 +294,7 @@ class RowSampler:
                 or r.forced is not None
                 or r.params.logprobs is not None
             ],
+            masked=all(r.grammar is not None and not r.processed for r in requests),
         )
         return self._params
 
@@ -363,8 +368,9 @@ class RowSampler:
         tokens, _ = self._draw(work.to(raw.device), params, position, index)
         logprobs = self._sampler.token_logprobs(raw, tokens.clamp(min=0))
         for i, token, logprob in zip(todo, tokens.tolist(), logprobs.tolist(), strict=True):
-            result.tokens[i], result.logprobs[i] = token, logprob
-            if token < 0 and rows[i][0].grammar is not None:
+            refused = math.isnan(logprob)  # the row as it came
+            result.tokens[i], result.logprobs[i] = -1 if refused else token, logprob
+            if token < 0 and not refused and rows[i][0].grammar is not None:
                 result.errors.setdefault(i, NOTHING_LEFT)
 
     def _masks(

@@ -1,7 +1,8 @@
 """The promise as a state machine: whatever happens around it, a deterministic request gives its solo run's
 bits.
 
-Requests of all kinds are submitted, aborted, stepped and preempted in any order on engines of all kinds.
+Requests of all kinds are submitted, aborted, stepped, preempted and resumed from their state in any order on
+engines of all kinds.
 After every step, what is committed of each deterministic request is a prefix of its solo run in a fresh
 engine, tokens and log-prob bits; its canonical KV has the digest that its tokens imply; and its stream has
 only grown.
@@ -23,6 +24,7 @@ from toy import EOS, VOCAB, Flat, NoisyModel, ToyModel, expected_digest, make_en
 
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
+from llm42c.runtime.resumption import RequestState
 from llm42c.runtime.sampling import SamplingParams
 
 PAGE, WINDOW, CHUNK = 4, 5, 12  # of `small_config`
@@ -179,6 +181,20 @@ class Promise(RuleBasedStateMachine):
         seen["forced preemptions"] += 1
         seen["pending lost"] += scheduler.preempt(scheduler.running[request])
 
+    @precondition(lambda self: any(d for _, _, d in self.live.values()))
+    @rule(data=st.data(), stream=st.booleans())
+    def move(self, data: st.DataObject, stream: bool) -> None:
+        """A request goes on from its state, as it would in another engine."""
+        there = sorted(i for i, (_, _, deterministic) in self.live.items() if deterministic)
+        request_id = data.draw(st.sampled_from(there))
+        state = RequestState.from_json(self.engine.export(request_id).to_json())
+        self.engine.abort(request_id)
+        del self.streams[request_id]
+        moved = self.engine.resume(state, stream=stream)
+        self.live[moved] = self.live.pop(request_id)
+        self.streams[moved] = (list(state.tokens), list(state.logprobs))
+        seen["moved in the middle"] += bool(state.tokens)
+
     def take(self, output: RequestOutput) -> None:
         prompt, params, deterministic = self.live[output.request_id]
         tokens, logprobs = self.streams[output.request_id]
@@ -263,6 +279,7 @@ def test_the_promise() -> None:
     )
     for name in (
         *("rollbacks", "preemptions", "prefix_hits", "certified_tokens", "verified_tokens", "audits"),
+        "moved in the middle",
         *("aborts", "forced preemptions", "pending lost", "finished", "drafted_tokens", "accepted_drafts"),
     ):
         assert seen[name] > 0, f"vacuous: no {name}"

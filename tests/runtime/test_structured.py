@@ -7,10 +7,11 @@ import re
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from test_drafts import MODES, PROMPT, adversaries, run
 from test_resumption import complete, finish
-from toy import EOS, VOCAB, Flat, NoisyModel, make_engine, small_config
+from toy import EOS, VOCAB, Flat, NoisyModel, ToyModel, make_engine, small_config
 
 from llm42c.errors import ContractMismatchError, RequestError
 from llm42c.runtime.outputs import RequestOutput
@@ -149,6 +150,28 @@ def test_a_receipt_holds_the_grammar_and_who_reads_it() -> None:
     assert f"structured_by: other 1 -> {by}" in result.detail
     with pytest.raises(ContractMismatchError, match="structured_by"):
         engine.submit(PROMPT, other.params)
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(0, 6), slice(6, 7)])
+def test_a_row_of_nan_is_refused_whatever_its_mask_hides(where: slice) -> None:
+    """Alone, and beside a request without a grammar: all of a row is looked at."""
+
+    class Broken(ToyModel):
+        def disturb_logits(self, batch, logits):  # type: ignore[no-untyped-def]
+            logits[:, where] = np.nan
+            return logits
+
+    said = set()
+    for others in (0, 1):
+        engine = make_engine(Broken(), small_config(audit_fraction=0.0))
+        engine.certificates.commits = lambda shape: True  # type: ignore[method-assign]
+        bad = engine.submit(PROMPT, SamplingParams(max_tokens=9, regex="[A-F]{9}"))
+        for _ in range(others):
+            engine.submit(PROMPT, SamplingParams(max_tokens=9))
+        done = {o.request_id: o for o in finish(engine) if o.finished}
+        said.add(done[bad].error)
+    assert len(said) == 1
+    assert "NaN" in (said.pop() or "")
 
 
 def test_ordinary_requests_have_grammars_too() -> None:

@@ -298,7 +298,7 @@ void apply_token_mask(const Logits& x, const int32_t* mask, void* out, int threa
   const int64_t words = (x.vocab + 31) / 32;
   with_element(x.dtype, [&]<class T>(T) {
     const T nothing = from_float<T>(-kInfinity);
-    parallel_rows(x.rows, x.rows * x.vocab, 1 << 18, threads, [&](int64_t r) {
+    parallel_rows(x.rows, x.rows * x.vocab, 1 << 16, threads, [&](int64_t r) {
       const T* from = static_cast<const T*>(x.data) + r * x.stride;
       T* to = static_cast<T*>(out) + r * x.vocab;
       for (int64_t w = 0; w < words; w++) {
@@ -306,6 +306,8 @@ void apply_token_mask(const Logits& x, const int32_t* mask, void* out, int threa
         const int64_t first = w * 32, end = std::min(x.vocab, first + 32);
         if (bits == 0) {
           std::fill(to + first, to + end, nothing);
+        } else if (bits == ~uint32_t(0)) {
+          std::copy(from + first, from + end, to + first);
         } else {
           for (int64_t v = first; v < end; v++) to[v] = (bits >> (v - first) & 1) ? from[v] : nothing;
         }
