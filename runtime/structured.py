@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+RULE = "masks/1"  # what is made of llguidance's masks; whoever changes a bit of it raises the version
 KINDS = ("json_schema", "regex", "choice", "grammar")
 NOTHING_LEFT = "the grammar allows only tokens that min_tokens, logit_bias or a logits processor rule out"
 
@@ -60,13 +61,13 @@ class Grammars:
 
     @functools.cached_property
     def name(self) -> str:
-        """Who computes masks: the package with its version, and a digest of the tokens as it knows them."""
+        """Who computes masks: rule, package and its version, and a digest of the tokens as it knows them."""
         tokenizer, hasher = self._read, hashlib.blake2b(digest_size=8)
         for token in range(tokenizer.vocab_size):
             text = tokenizer.decode_bytes([token])
             hasher.update(b"%d %d " % (len(text), tokenizer.is_special_token(token)) + text)
         version = _llguidance().get_version().split()[0].removeprefix("llguidance@")
-        return f"llguidance {version}, tokens {hasher.hexdigest()}"
+        return f"{RULE}, llguidance {version}, tokens {hasher.hexdigest()}"
 
     @functools.cached_property
     def _read(self) -> Any:

@@ -141,7 +141,7 @@ def test_a_receipt_holds_the_grammar_and_who_reads_it() -> None:
     assert receipt.params.regex == "([A-C][D-F])+L"
     by = receipt.params.structured_by
     assert by is not None
-    assert re.fullmatch(r"llguidance \d+\.\d+\.\d+, tokens [0-9a-f]{16}", by)
+    assert re.fullmatch(r"masks/1, llguidance \d+\.\d+\.\d+, tokens [0-9a-f]{16}", by)
     engine = make_engine(config=small_config(certify="startup"))
     assert engine.replay(receipt).verdict == "exact"
     other = dataclasses.replace(receipt, params=dataclasses.replace(receipt.params, structured_by="other 1"))
