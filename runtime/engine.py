@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,24 +18,23 @@ from llm42c.capture.packed import PackedModel
 from llm42c.errors import ConfigError, ContractMismatchError, IntegrityError, RequestError
 from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.runtime.accept import VERIFIER, Verdict, accept, row_problem
-from llm42c.runtime.asked import require_portable
 from llm42c.runtime.audit import Auditor
 from llm42c.runtime.block_pool import BlockPool, kv_digest
 from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
-from llm42c.runtime.drafters import AS_ENGINE, Speculate, drafter_source, requested_source
+from llm42c.runtime.door import Door
+from llm42c.runtime.drafters import AS_ENGINE, Speculate
 from llm42c.runtime.graphs import GraphDevice, GraphedModel
-from llm42c.runtime.intake import Limits, check_flag, check_id, check_limits, check_prompt, check_tokens
+from llm42c.runtime.intake import Limits, check_id
 from llm42c.runtime.outputs import RequestOutput, news_of
 from llm42c.runtime.packing import Chunk, Packer, slots_of
 from llm42c.runtime.probe import Probe
-from llm42c.runtime.processors import Decode, TextState
+from llm42c.runtime.processors import Decode
 from llm42c.runtime.receipt import Receipt, ReplayResult, compare, contract_result
 from llm42c.runtime.request import Proposal, Request, State
 from llm42c.runtime.resumption import RequestState
 from llm42c.runtime.sampling import (
-    MAX_SEED,
     RowSampler,
     Sampled,
     Sampler,
@@ -48,7 +46,7 @@ from llm42c.runtime.scheduler import FastPlan, Scheduler
 from llm42c.runtime.scoring import Scored, scored, scoring_params
 from llm42c.runtime.speculate import Speculator
 from llm42c.runtime.stats import Stats
-from llm42c.runtime.structured import Grammars, Matcher
+from llm42c.runtime.structured import Grammars
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ class Engine:
             raise ConfigError(f"kv_cache_bytes ({config.kv_cache_bytes}) does not hold one page")
         self.limits = Limits(verifier.vocab_size, context, num_pages, config.page_size, decode is not None)
         self._cache = verifier.new_kv_cache(num_pages, config.page_size)
-        self._decode, self._grammars = decode, grammars
+        self._decode = decode
         self._stats = Stats()
         self._fast, self._verifier = fast, verifier  # what steps run; probes call the models themselves
         if graphs is not None:
@@ -106,13 +104,13 @@ class Engine:
         self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
         probe = Probe(fast, verifier, config, context, self._cache, self._pool, ranks)
         self.certificates = Certificates(config, self.contract, probe, self._stats, ranks)
-        self._drafters = drafter_source(config.speculate)
         self._speculator = Speculator(verifier.vocab_size, self._stats, ranks)
         self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats, self._speculator)
         self._auditor = Auditor(
             config, self._cache, self._pool, self._scheduler, self.certificates, self._stats, ranks
         )
         self._max_pages = -(-context // config.page_size)
+        self._door = Door(self.limits, config, decode, grammars, ranks)
         top, size = config.token_buckets[-1], config.page_size
         self._fast_packer = Packer(top, config.max_num_seqs, top, self._max_pages, size)
         self._verify_packer = Packer(
@@ -165,57 +163,25 @@ class Engine:
         repaired before the user sees a token.
         """
         self._refuse_if_closed()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params must be a SamplingParams, not {type(params).__name__}")
         if contract is not None:
             self._require(contract)
-        check_flag("deterministic", deterministic)
-        check_flag("stream", stream)
-        check_flag("forced", forced)
-        check_flag("receipt", receipt)
         if request_id is None:
             arrival, request_id = self._next_id()
         else:
             arrival, request_id = next(self._arrivals), check_id(request_id)
         if request_id in self._requests:
             raise RequestError(f"request id {shown(request_id)} is in use")
-        prompt = check_prompt(prompt_ids, self.limits)
-        max_tokens, limited_by = check_limits(prompt, params, self.limits)
-        text = None
-        if self._decode is not None and params.detokenize and (stream or params.stop):
-            text = TextState(self._decode, params.stop)
-        if draft is not None:
-            draft = check_tokens("the draft", draft, self.limits.vocab_size, max_tokens)
-        if not deterministic and (draft is not None or receipt):
-            raise RequestError("drafts and receipts are for deterministic requests")
-        if forced and len(draft or ()) < max_tokens:
-            raise RequestError("a forced draft must have max_tokens tokens")
-        if receipt:
-            require_portable(params, "a receipt")
-        grammar = self._grammar(params, forced)
-        source = self._drafters if speculate == AS_ENGINE else requested_source(speculate)
-        seed = params.seed
-        if seed is None:
-            seed = params.derived_seed(prompt) if deterministic else self._random_seed()
-        request = Request(
+        request = self._door.request(
             request_id,
             arrival,
-            prompt,
+            prompt_ids,
             params,
             deterministic=deterministic,
             stream=stream,
-            seed=seed,
-            max_tokens=max_tokens,
-            limited_by=limited_by,
-            eos_ids=frozenset(self.config.eos_token_ids),
-            max_pages=self._max_pages,
-            text=text,
             draft=draft,
             forced=forced,
-            wants_receipt=receipt,
-            drafter_source=source if deterministic else None,
-            grammar=grammar,
+            speculate=speculate,
+            receipt=receipt,
         )
         try:
             self._requests[request_id] = request
@@ -225,15 +191,6 @@ class Engine:
             self._scheduler.withdraw(request)
             raise
         return request_id
-
-    def _grammar(self, params: SamplingParams, forced: bool) -> Matcher | None:
-        if not params.is_structured:
-            return None
-        if self._grammars is None:
-            raise RequestError("structured output needs an engine with a tokenizer (grammars=...)")
-        if forced:
-            raise RequestError("a forced draft is taken as it is; it can have no grammar")
-        return self._grammars.matcher(params)
 
     def _next_id(self) -> tuple[int, str]:
         """An arrival number, and an id after it that no request has taken for itself."""
@@ -257,10 +214,6 @@ class Engine:
         self._closed = True
         self._drop_everything()
         self._held = []
-
-    def _random_seed(self) -> int:
-        seed: int = self._ranks.share(secrets.randbelow(MAX_SEED + 1))
-        return seed
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its pages; nothing more is delivered for it. False if it is not running.

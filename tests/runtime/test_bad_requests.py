@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import VOCAB, NoisyModel, ToyModel, make_engine, small_config, solo
+from toy import VOCAB, NoisyModel, ToyModel, make_engine, small_config, solo, toy_decode
 
 from llm42c.errors import IntegrityError, RequestError
 from llm42c.runtime.engine import Engine
@@ -297,10 +297,7 @@ def test_news_of_others_outlives_a_generate_that_is_broken_off() -> None:
 
 
 def test_a_detokenizer_that_gives_no_text_fails_its_request_alone() -> None:
-    engine = make_engine()
-    decode = engine._decode
-    assert decode is not None
-    engine._decode = lambda ids: None if 10 in ids else decode(ids)  # type: ignore[assignment,return-value]
+    engine = make_engine(decode=lambda ids: None if 10 in ids else toy_decode(ids))  # type: ignore[arg-type,return-value]
     both = [SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={t: 100.0}) for t in (10, 11)]
     bad, good = engine.generate([[1, 2], [1, 2]], both)
     assert (bad.finish_reason, bad.error) == ("error", "TypeError: the detokenizer returned NoneType")

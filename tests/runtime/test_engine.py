@@ -24,6 +24,7 @@ from toy import (
 
 from llm42c.errors import ConfigError, ContractMismatchError, RequestError
 from llm42c.runtime.block_pool import BlockPool
+from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.request import State
 from llm42c.runtime.sampling import SamplingParams
@@ -320,8 +321,9 @@ def test_other_mistakes_at_submit() -> None:
         engine.submit([1], contract="0" * 64)
     engine.submit([1], contract=engine.contract.hash)
     engine.submit([1], contract=engine.contract)
-    no_text = make_engine()
-    no_text.limits = type(no_text.limits)(VOCAB, 256, 64, 4, has_text=False)
+    config = small_config()
+    fixed = (config.verify_tokens, config.verify_seqs, config.rows)
+    no_text = Engine(ToyModel(), ToyModel(fixed=fixed), config, sampler=ToySampler())
     with pytest.raises(RequestError, match="tokenizer"):
         no_text.submit([1], SamplingParams(stop=("x",)))
 
@@ -413,7 +415,6 @@ def test_nan_of_the_fast_path_alone_does_not_fail_a_deterministic_request() -> N
 
 
 def test_a_failing_detokenizer_fails_its_request_only() -> None:
-    engine = make_engine(NoisyModel())
     seen = reference(PROMPTS[4], 20, frozenset())[9]
 
     def decode(ids: list[int]) -> str:
@@ -421,7 +422,7 @@ def test_a_failing_detokenizer_fails_its_request_only() -> None:
             raise UnicodeError("no text")
         return toy_decode(ids)
 
-    engine._decode = decode
+    engine = make_engine(NoisyModel(), decode=decode)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     quiet = SamplingParams(max_tokens=20, ignore_eos=True, detokenize=False)
     first, second = engine.submit(PROMPTS[4], params), engine.submit(PROMPTS[4], quiet)

@@ -237,7 +237,7 @@ def test_what_structured_output_needs_is_said(monkeypatch: pytest.MonkeyPatch) -
     engine = make_engine()
     with pytest.raises(RequestError, match="forced draft"):
         engine.submit(PROMPT, dataclasses.replace(params, max_tokens=2), draft=[0, 1], forced=True)
-    engine._grammars = None
+    engine._door._grammars = None
     with pytest.raises(RequestError, match="tokenizer"):
         engine.submit(PROMPT, params)
     monkeypatch.setitem(sys.modules, "llguidance", None)

@@ -22,6 +22,7 @@ from llm42c.capture.packed import KVCache, PackedInputs
 from llm42c.codegen.ops.token_mask import apply_token_mask
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.engine import Engine
+from llm42c.runtime.processors import Decode
 from llm42c.runtime.sampling import SamplingParams
 from llm42c.runtime.speculate import StepTimes
 from llm42c.runtime.structured import Grammars
@@ -338,6 +339,7 @@ def make_engine(
     config: EngineConfig | None = None,
     check: bool = False,
     sampler: ToySampler | None = None,
+    decode: Decode = toy_decode,
 ) -> Engine:
     """An engine on the toy. `check=False` takes the verifier's row independence for granted."""
     config = config or small_config()
@@ -348,7 +350,7 @@ def make_engine(
         verifier,
         lazy,
         sampler=sampler or ToySampler(),
-        decode=toy_decode,
+        decode=decode,
         grammars=Grammars(ToyTokens(), VOCAB, config.eos_token_ids),
     )
     engine.certificates.verifier_checked |= not check
