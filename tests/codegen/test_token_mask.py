@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_masks import DTYPES, cases, same
 
-from llm42c.codegen import device as devices
 from llm42c.codegen.ops import registry
 from llm42c.codegen.ops.token_mask import apply_token_mask
+from llm42c.codegen.triton import devices
 
 registry.load()
 
