@@ -132,6 +132,11 @@ class SamplingParams:
         return any(getattr(self, kind) is not None for kind in KINDS)
 
     @property
+    def filters(self) -> bool:
+        """Whether tokens are left out by how likely they are."""
+        return self.temperature > 0 and bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
     def processes_logits(self) -> bool:
         """Whether rows must be rewritten before sampling."""
         return bool(
@@ -247,7 +252,7 @@ class _Params:
     min_p: Tensor
     seed: Tensor
     special: list[int]  # rows that need processing, a given token or top log-probs
-    masked: bool  # a grammar masks each row, and nothing else rewrites any
+    masked: bool  # each row is drawn from what a grammar leaves, and nothing else rewrites any
 
 
 class RowSampler:
@@ -294,7 +299,7 @@ class RowSampler:
                 or r.forced is not None
                 or r.params.logprobs is not None
             ],
-            masked=all(r.grammar is not None and not r.processed for r in requests),
+            masked=all(r.grammar is not None and not r.processed and r.params.filters for r in requests),
         )
         return self._params
 
@@ -348,7 +353,7 @@ class RowSampler:
             for i in params.special
             if result.tokens[i] >= 0
             and rows[i][0].processed == processed
-            and (processed or rows[i][0].grammar is not None)
+            and (processed or not _stands(*rows[i], result.tokens[i]))
         ]
         if not todo:
             return
@@ -400,6 +405,16 @@ class RowSampler:
         return {
             i: list(zip(ids[j][:k], values[j][:k], strict=True)) for j, (i, k) in enumerate(wanted.items())
         }
+
+
+def _stands(request: Request, length: int, token: int) -> bool:
+    """Whether what was drawn from an unmasked row may stay, so that its mask need not be known.
+
+    The greatest score of all is the greatest of those that are allowed, if it is allowed. Filters look at the
+    whole row, so with some the row is always masked.
+    """
+    grammar = request.grammar
+    return grammar is None or (not request.params.filters and grammar.permits(request, length, token))
 
 
 def _given(request: Request, length: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -16,12 +17,14 @@ from toy import EOS, VOCAB, Flat, NoisyModel, ToyModel, make_engine, small_confi
 from llm42c.errors import ContractMismatchError, RequestError
 from llm42c.runtime.outputs import RequestOutput
 from llm42c.runtime.receipt import Receipt
+from llm42c.runtime.request import Request
 from llm42c.runtime.resumption import RequestState
 from llm42c.runtime.sampling import SamplingParams
 from llm42c.runtime.structured import Matcher
 
 pytest.importorskip("llguidance")
 
+mask = Matcher.mask
 BALANCED = re.compile("(A*)([C-E]{1,3})(B*)")
 # Parameters, and whether a whole text is what they ask for.
 CASES: dict[str, tuple[SamplingParams, Callable[[str], bool]]] = {
@@ -42,6 +45,10 @@ CASES: dict[str, tuple[SamplingParams, Callable[[str], bool]]] = {
             max_tokens=40, grammar='start: "A" start "B" | /[C-E]{1,3}/', logit_bias={0: 2.0}, temperature=1.0
         ),
         lambda text: (m := BALANCED.fullmatch(text)) is not None and len(m[1]) == len(m[3]),
+    ),
+    "filters": (
+        SamplingParams(max_tokens=24, regex="[A-F]{5,15}L", temperature=1.2, top_k=9, top_p=0.9, seed=3),
+        lambda text: re.fullmatch("[A-F]{5,15}L", text) is not None,
     ),
     "penalties": (
         SamplingParams(max_tokens=24, regex="[A-F]{9,15}", repetition_penalty=1.4, frequency_penalty=0.5),
@@ -99,6 +106,28 @@ def test_no_draft_changes_a_bit(name: str, mode: str) -> None:
             assert getattr(output, field) == getattr(plain, field), field
     stats = engine.stats()
     assert 0 < stats.accepted_drafts <= stats.drafted_tokens
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_token_is_asked_for_is_what_its_mask_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token at each row; and who always computes the mask gets the same bits."""
+    plain, permits, seen = undisturbed(CASES[name][0]), Matcher.permits, Counter[bool]()
+
+    def compared(self: Matcher, request: Request, length: int, token: int) -> bool:
+        words = mask(self, request, length)
+        for one in range(VOCAB):
+            wanted = bool(words[one // 32] >> one % 32 & 1)
+            assert permits(self, request, length, one) == wanted
+            seen[wanted] += 1
+        return permits(self, request, length, token)
+
+    monkeypatch.setattr(Matcher, "permits", compared)
+    assert complete(undisturbed(CASES[name][0])) == complete(plain)
+    assert (min(seen[True], seen[False]) > 10) == (
+        name not in ("filters", "penalties", "grammar", "min_tokens")
+    )
+    monkeypatch.setattr(Matcher, "permits", lambda self, request, length, token: False)
+    assert complete(undisturbed(CASES[name][0])) == complete(plain)
 
 
 def test_drafts_are_filtered_by_the_grammar() -> None:
@@ -246,8 +275,6 @@ def test_what_structured_output_needs_is_said(monkeypatch: pytest.MonkeyPatch) -
 
 
 # -- negative controls ---------------------------------------------------------------------------------------
-
-mask = Matcher.mask
 
 
 def test_a_mask_that_is_applied_late_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
