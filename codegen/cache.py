@@ -120,6 +120,24 @@ def sealed(path: Path) -> bytes | None:
     return data if data and hashlib.sha256(data).digest() == content[-_SEAL:] else None
 
 
+def used(path: Path) -> None:
+    """Count a file as used at this moment, for :func:`keep_newest`."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def keep_newest(part: str, suffix: str, count: int) -> None:
+    """Delete all but the ``count`` files of that suffix in ``part`` that were written or used last."""
+    dated = []
+    with contextlib.suppress(OSError):
+        for path in (folder() / part).glob(f"*{suffix}"):
+            with contextlib.suppress(OSError):  # another process deletes too
+                dated.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(dated, reverse=True)[count:]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 @functools.cache
 def temporary() -> Path:
     """A folder for this process alone, gone when it ends. Raises OSError."""

@@ -2,6 +2,7 @@
 
 An entry is the key, the digest of the graph and its text, sealed by a checksum. One that is damaged, of
 another key, or whose text no longer gives the graph of that digest counts as absent: the model is captured.
+The folder keeps the ``KEPT`` entries that were used last.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from llm42c.compile.stored import FAULTS, Rewritten, UnstorableError, decode, en
 from llm42c.digest import graph_digest
 
 FOLDER = "programs"
+KEPT = 256  # a tenth of a megabyte each
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +44,7 @@ class Programs:
         try:
             key, digest, text = content.decode().split("\n", 2)
             if key == self._key(kind):
+                cache.used(path)
                 return self._decoded(text, digest)
         except (*FAULTS, UnstorableError) as error:
             _log.info("%s is of no use: %s: %s", path, type(error).__name__, error)
@@ -59,6 +62,7 @@ class Programs:
             return rewritten
         path = cache.folder() / FOLDER / f"{self._key(kind)}.json"
         cache.write(path, "\n".join((self._key(kind), digest, text)), seal=True)
+        cache.keep_newest(FOLDER, path.suffix, KEPT)
         return again
 
     def _key(self, kind: str) -> str:
