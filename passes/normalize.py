@@ -44,43 +44,19 @@ _CAST_METHODS = {
     "int": torch.int32,
     "bool": torch.bool,
 }
-_OPERATORS = {
-    operator.add: "add",
-    operator.sub: "sub",
-    operator.mul: "mul",
-    operator.truediv: "div",
-    operator.neg: "neg",
-    operator.matmul: "matmul",
-    operator.pow: "pow",
-}
-_ALIASES = {
-    torch.true_divide: "div",
-    torch.divide: "div",
-    torch.multiply: "mul",
-    torch.subtract: "sub",
-    torch.negative: "neg",
-    torch.swapaxes: "transpose",
-    torch.swapdims: "transpose",
-    torch.nn.functional.softmax: "softmax",
-    torch.nn.functional.log_softmax: "log_softmax",
-    torch.nn.functional.sigmoid: "sigmoid",
-    torch.nn.functional.tanh: "tanh",
-    torch.nn.functional.relu: "relu",
-    torch.rms_norm: "rms_norm",
-    torch.special.expit: "sigmoid",
-}
-# Methods whose function has another parameter order or no function at all stay methods.
-_METHOD_ALIASES = {
-    "multiply": "mul",
+# What functions, methods and Python's operators are called → the function of the same meaning. Methods of a
+# function's own name need no row, and those whose function has another parameter order stay methods.
+_SAME = {
+    **{name: name for name in ("add", "sub", "mul", "neg", "matmul", "pow")},
+    **{name: name for name in ("softmax", "log_softmax", "sigmoid", "tanh", "relu", "rms_norm")},
+    **dict.fromkeys(("multiply", "__mul__"), "mul"),
+    **dict.fromkeys(("truediv", "true_divide", "divide"), "div"),
+    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
     "subtract": "sub",
-    "divide": "div",
-    "true_divide": "div",
     "negative": "neg",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
     "__add__": "add",
-    "__mul__": "mul",
     "__matmul__": "matmul",
+    "special_expit": "sigmoid",
 }
 _POWERS: dict[float | None, str] = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 _KEEP_METHODS = frozenset({"split", "where", "std", "clone", "embedding", "dropout", "linear"})
@@ -89,7 +65,7 @@ _KEEP_METHODS = frozenset({"split", "where", "std", "clone", "embedding", "dropo
 def _spell(node: fx.Node) -> None:
     """Case 1: the target becomes the canonical function; arguments keep their places."""
     if node.op == "call_method":
-        target = _METHOD_ALIASES.get(str(node.target), str(node.target))
+        target = _SAME.get(str(node.target), str(node.target))
         if (
             target in g.FUNCTIONS
             and target not in _KEEP_METHODS
@@ -101,9 +77,9 @@ def _spell(node: fx.Node) -> None:
         if g.ours(node):
             node.target = node.target.default
     elif node.op == "call_function":
-        function: Any = node.target
-        spelled = _OPERATORS.get(function) or _ALIASES.get(function)
-        if not spelled or not any(g.tensor(a) is not None for a in node.args):
+        spelled = _SAME.get(getattr(node.target, "__name__", ""))
+        known = isinstance(node.target, torch._ops.OpOverload) or g.name(node)
+        if known or not spelled or not any(g.tensor(a) is not None for a in node.args):
             return
         if spelled == "relu" and g.mutated_arguments(node):
             return
@@ -115,9 +91,9 @@ def _spell(node: fx.Node) -> None:
             if node.kwargs.get("inplace") or g.arg(node, 1):
                 return  # it writes to its argument
             node.args, node.kwargs = node.args[:1], {}
-        node.target = g.FUNCTIONS[spelled]
-        if spelled in ("softmax", "log_softmax"):
+        if node.target in (torch.nn.functional.softmax, torch.nn.functional.log_softmax):
             _drop_stacklevel(node)
+        node.target = g.FUNCTIONS[spelled]
 
 
 def _pack_varargs(node: fx.Node, target: str) -> None:
