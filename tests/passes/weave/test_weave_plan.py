@@ -9,15 +9,19 @@ from collections import deque
 
 import networkx as nx
 import pytest
+import torch
 import weave_graphs as wg
 
+from llm42c.codegen import quant
 from llm42c.codegen.device import Device, UnknownDeviceError, Value
+from llm42c.codegen.ops import registry
 from llm42c.codegen.triton.devices import from_table
+from llm42c.passes import graph as g
 from llm42c.passes.weave import schedule as weave_plan
-from llm42c.passes.weave.cost import N, Rates
+from llm42c.passes.weave.cost import N, Rates, call_cost
 from llm42c.passes.weave.program import SEGMENT, START, WAIT, in_order, sequential_order, token_weave, turns
 from llm42c.passes.weave.schedule import MARGIN, Planner, critical_path, dag_of, pieces_of_split, schedule
-from llm42c.passes.weave.split import split_tokens
+from llm42c.passes.weave.split import HALF_SIZES, split_tokens
 from llm42c.passes.weave.text import describe_plan, to_dot, to_mermaid
 
 
@@ -37,6 +41,43 @@ def _slow_link(split, share: float = 0.3, tokens: int = 512) -> Rates:
     compute = planner.decide(tokens).plain_seconds
     nbytes = 4 * tokens * wg.HIDDEN * 4  # four collectives of fp32 rows
     return dataclasses.replace(wg.RATES, latency=0.0, link=nbytes / (compute * share / (1 - share)))
+
+
+def _panels(n: int, k: int, name: str) -> torch.Tensor:
+    form = quant.format_of(name)
+    shape = (-(-n // quant.COLUMNS), k // form.block, form.panel_bytes)
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "arguments", "columns"),
+    [
+        ("linear_dense", [torch.empty(48, 64, device="meta")], lambda w: (*w, None), 48),
+        ("linear_silu_mul", [torch.empty(2, 64, 48, device="meta")], lambda w: (*w, 48), 96),
+        (
+            "linear_q",
+            [_panels(48, 64, "q8_0"), _panels(48, 64, "q4_0")],
+            lambda w: (w, "q8_0,q4_0", [48, 48], None, None, True),
+            96,
+        ),
+    ],
+)
+def test_a_product_costs_what_its_operator_says(name, weights, arguments, columns):
+    """2 * K operations for each of its columns, of which a gated one's result has half; its weights once."""
+    registry.define()
+    graph, tokens = torch.fx.Graph(), min(HALF_SIZES)
+    values = [torch.empty(tokens, 64, device="meta"), *weights]
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(values))]
+    for node, value in zip(nodes, values, strict=True):
+        node.meta[g.VALUE] = value
+    target = getattr(torch.ops.llm42, name).default
+    call = graph.call_function(target, (nodes[0], *arguments(nodes[1:])))
+    call.meta[g.VALUE] = torch.empty(tokens, 48, device="meta")
+    one = dataclasses.replace(wg.RATES, flops=1.0, units=1, tile_m=1, tile_n=1, call=0.0)
+    computing = call_cost(call, tokens, dataclasses.replace(one, bandwidth=math.inf))
+    assert float(computing.subs(N, 10)) == 2 * 10 * 64 * columns
+    reading = call_cost(call, tokens, dataclasses.replace(one, flops=math.inf, bandwidth=1.0))
+    assert float(reading.subs(N, 0)) == sum(w.nbytes for w in weights)
 
 
 def test_halves_take_turns(split):
