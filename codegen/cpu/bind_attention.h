@@ -6,67 +6,67 @@
 
 namespace llm42::bind {
 
-inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
+inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
-inline at::Tensor metadata(const at::Tensor& t, at::ScalarType dtype, int64_t dims, const char* op, const char* name) {
-  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == dims, op, ": expected ", name, " with ", dims,
+inline Tensor metadata(const Tensor& t, ScalarType dtype, int64_t dims, const char* op, const char* name) {
+  CHECK_VALUE(t.scalar_type() == dtype && t.dim() == dims, op, ": expected ", name, " with ", dims,
               " dimension(s) of dtype ", dtype, ", got ", t.sizes(), " ", t.scalar_type());
   return t.contiguous();
 }
 
-inline at::Tensor attention_sinks(const std::optional<at::Tensor>& sinks, int64_t heads, const char* op) {
+inline Tensor attention_sinks(const std::optional<Tensor>& sinks, int64_t heads, const char* op) {
   if (!sinks) return {};
-  TORCH_CHECK_VALUE(sinks->dim() == 1 && sinks->size(0) == heads, op, ": expected sinks [", heads, "], got ", sinks->sizes());
-  return sinks->to(at::kFloat).contiguous();
+  CHECK_VALUE(sinks->dim() == 1 && sinks->size(0) == heads, op, ": expected sinks [", heads, "], got ", sinks->sizes());
+  return sinks->to(kFloat).contiguous();
 }
 
-inline void check_paged_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                               const at::Tensor& k_cache, const at::Tensor& v_cache) {
-  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
+inline void check_paged_shapes(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& k_cache, const Tensor& v_cache) {
+  CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && same(v.sizes(), k.sizes()) && k.size(0) == q.size(0) &&
                   k.size(2) == q.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
               op, ": expected q [T, Hq, D], k and v [T, Hkv, D] with Hkv dividing Hq, got ", q.sizes(), ", ", k.sizes(),
               " and ", v.sizes());
   const int64_t dim = q.size(2), heads = k.size(1);
-  TORCH_CHECK_VALUE(dim > 0 && dim % 8 == 0, op, ": head_dim must be a multiple of 8, got ", dim);
-  for (const at::Tensor* t : {&k, &v, &k_cache, &v_cache})
-    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k, v and the caches must have one dtype, got ",
+  CHECK_VALUE(dim > 0 && dim % 8 == 0, op, ": head_dim must be a multiple of 8, got ", dim);
+  for (const Tensor* t : {&k, &v, &k_cache, &v_cache})
+    CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k, v and the caches must have one dtype, got ",
                 q.scalar_type(), " and ", t->scalar_type());
-  TORCH_CHECK_VALUE(k_cache.dim() == 4 && k_cache.size(1) == heads && k_cache.size(2) == dim && k_cache.is_contiguous(), op,
+  CHECK_VALUE(k_cache.dim() == 4 && k_cache.size(1) == heads && k_cache.size(2) == dim && k_cache.is_contiguous(), op,
               ": expected a contiguous k_cache [pages, ", heads, ", ", dim, ", page], got ", k_cache.sizes());
-  TORCH_CHECK_VALUE(v_cache.dim() == 4 && v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == heads &&
+  CHECK_VALUE(v_cache.dim() == 4 && v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == heads &&
                   v_cache.size(2) == k_cache.size(3) && v_cache.size(3) == dim && v_cache.is_contiguous(),
               op, ": expected a contiguous v_cache [", k_cache.size(0), ", ", heads, ", ", k_cache.size(3), ", ", dim,
               "], got ", v_cache.sizes());
-  TORCH_CHECK_VALUE(k_cache.size(3) > 0 && k_cache.size(3) % 16 == 0, op, ": page size must be a multiple of 16, got ",
+  CHECK_VALUE(k_cache.size(3) > 0 && k_cache.size(3) % 16 == 0, op, ": page size must be a multiple of 16, got ",
               k_cache.size(3));
 }
 
 // `pages`: of the cache, or -1 where keys stand without pages in `rows_of_keys` rows.
 inline void check_paged_metadata(const char* op, const attention::Paged& p, int64_t pages, int64_t rows_of_keys = 0) {
-  TORCH_CHECK_VALUE(p.cu_seqlens_q[0] == 0, op, ": cu_seqlens_q must begin with 0, got ", p.cu_seqlens_q[0]);
+  CHECK_VALUE(p.cu_seqlens_q[0] == 0, op, ": cu_seqlens_q must begin with 0, got ", p.cu_seqlens_q[0]);
   for (int64_t s = 0; s < p.sequences; s++) {
     const int64_t rows = int64_t(p.cu_seqlens_q[s + 1]) - p.cu_seqlens_q[s], keys = p.kv_lens[s];
-    TORCH_CHECK_VALUE(rows >= 0, op, ": cu_seqlens_q must not decrease, but sequence ", s, " has ", rows, " rows");
+    CHECK_VALUE(rows >= 0, op, ": cu_seqlens_q must not decrease, but sequence ", s, " has ", rows, " rows");
     if (rows == 0) continue;
-    TORCH_CHECK_VALUE(keys >= rows, op, ": kv_lens[", s, "] = ", keys, " is less than the ", rows, " rows of the sequence");
+    CHECK_VALUE(keys >= rows, op, ": kv_lens[", s, "] = ", keys, " is less than the ", rows, " rows of the sequence");
     if (!p.block_table) {
-      TORCH_CHECK_VALUE(p.first_key[s] >= 0 && p.first_key[s] + keys <= rows_of_keys, op, ": sequence ", s, " has keys ",
+      CHECK_VALUE(p.first_key[s] >= 0 && p.first_key[s] + keys <= rows_of_keys, op, ": sequence ", s, " has keys ",
                         p.first_key[s], " to ", p.first_key[s] + keys, ", but there are ", rows_of_keys);
       continue;
     }
-    TORCH_CHECK_VALUE(keys <= p.table_width * p.page, op, ": kv_lens[", s, "] = ", keys, " is more than ", p.table_width,
+    CHECK_VALUE(keys <= p.table_width * p.page, op, ": kv_lens[", s, "] = ", keys, " is more than ", p.table_width,
                 " pages of ", p.page, " hold");
     const int32_t* table = p.block_table + s * p.table_width;
     for (int64_t i = 0; i * p.page < keys; i++)
-      TORCH_CHECK_VALUE(table[i] >= 0 && table[i] < pages, op, ": block_table[", s, ", ", i, "] = ", table[i],
+      CHECK_VALUE(table[i] >= 0 && table[i] < pages, op, ": block_table[", s, ", ", i, "] = ", table[i],
                   " is no page of a cache of ", pages);
   }
-  TORCH_CHECK_VALUE(p.cu_seqlens_q[p.sequences] <= p.tokens, op, ": cu_seqlens_q ends at ", p.cu_seqlens_q[p.sequences],
+  CHECK_VALUE(p.cu_seqlens_q[p.sequences] <= p.tokens, op, ": cu_seqlens_q ends at ", p.cu_seqlens_q[p.sequences],
               " but there are ", p.tokens, " rows");
   for (int64_t t = 0; p.slot_mapping && t < p.tokens; t++)
-    TORCH_CHECK_VALUE(p.slot_mapping[t] >= -1 && p.slot_mapping[t] < pages * p.page, op, ": slot_mapping[", t, "] = ",
+    CHECK_VALUE(p.slot_mapping[t] >= -1 && p.slot_mapping[t] < pages * p.page, op, ": slot_mapping[", t, "] = ",
                 p.slot_mapping[t], " is neither -1 nor a slot of a cache of ", pages, " pages of ", p.page);
 }
 
@@ -75,23 +75,23 @@ inline thread_local int64_t decode_workers = 0;
 
 // Of several threads, one at least begins with prefills.
 inline attention::Schedule attention_schedule() {
-  const int threads = at::get_num_threads();
+  const int threads = num_threads();
   return {threads, int(std::min<int64_t>(decode_workers, std::max(1, threads - 1)))};
 }
 
 // What the packed calls share. The tensors own what `call` points to.
 struct PackedCall {
   const char* op;
-  at::Tensor q, cu_seqlens_q, kv_lens, sinks, out;
+  Tensor q, cu_seqlens_q, kv_lens, sinks, out;
   attention::Paged call{};
 
-  PackedCall(const char* op_, const at::Tensor& q_, const at::Tensor& cu_seqlens_q_, const at::Tensor& kv_lens_,
-             double scale, int64_t window, double softcap, const std::optional<at::Tensor>& sinks_)
-      : op(op_), q(with_contiguous_rows(q_)), cu_seqlens_q(metadata(cu_seqlens_q_, at::kInt, 1, op_, "cu_seqlens_q")),
-        kv_lens(metadata(kv_lens_, at::kInt, 1, op_, "kv_lens")), sinks(attention_sinks(sinks_, q_.size(1), op_)),
-        out(at::empty(q_.sizes(), q_.options().memory_format(at::MemoryFormat::Contiguous))) {
-    TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
-    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+  PackedCall(const char* op_, const Tensor& q_, const Tensor& cu_seqlens_q_, const Tensor& kv_lens_,
+             double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks_)
+      : op(op_), q(with_contiguous_rows(q_)), cu_seqlens_q(metadata(cu_seqlens_q_, kInt, 1, op_, "cu_seqlens_q")),
+        kv_lens(metadata(kv_lens_, kInt, 1, op_, "kv_lens")), sinks(attention_sinks(sinks_, q_.size(1), op_)),
+        out(empty(q_.sizes(), q_.scalar_type())) {
+    CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
+    CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
     call.dtype = dtype_of(q, op);
     call.q = q.const_data_ptr(), call.q_token = q.stride(0), call.q_head = q.stride(1);
     call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
@@ -105,22 +105,22 @@ struct PackedCall {
 };
 
 // Metadata is always checked: that costs nothing next to the call.
-inline at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
-                                  const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& slots_,
-                                  const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
-                                  const at::Tensor& block_table_, double scale, int64_t window, double softcap,
-                                  const std::optional<at::Tensor>& sinks) {
+inline Tensor paged_attention(const Tensor& q, const Tensor& k_, const Tensor& v_,
+                                  const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots_,
+                                  const Tensor& cu_seqlens_q, const Tensor& kv_lens,
+                                  const Tensor& block_table_, double scale, int64_t window, double softcap,
+                                  const std::optional<Tensor>& sinks) {
   const char* op = "paged_attention";
   check_paged_shapes(op, q, k_, v_, k_cache, v_cache);
-  const at::Tensor slots = metadata(slots_, at::kLong, 1, op, "slot_mapping");
-  const at::Tensor block_table = metadata(block_table_, at::kInt, 2, op, "block_table");
+  const Tensor slots = metadata(slots_, kLong, 1, op, "slot_mapping");
+  const Tensor block_table = metadata(block_table_, kInt, 2, op, "block_table");
   PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks);
   attention::Paged& p = packed.call;
-  TORCH_CHECK_VALUE(slots.size(0) == q.size(0), op, ": expected slot_mapping [", q.size(0), "], got ", slots.sizes());
-  TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && block_table.size(0) == p.sequences, op,
+  CHECK_VALUE(slots.size(0) == q.size(0), op, ": expected slot_mapping [", q.size(0), "], got ", slots.sizes());
+  CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && block_table.size(0) == p.sequences, op,
               ": expected cu_seqlens_q [S + 1], kv_lens [S], block_table [S, P], got ", cu_seqlens_q.sizes(), ", ",
               kv_lens.sizes(), ", ", block_table.sizes());
-  const at::Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
+  const Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
   p.k = k.const_data_ptr(), p.k_token = k.stride(0), p.k_head = k.stride(1);
   p.v = v.const_data_ptr(), p.v_token = v.stride(0), p.v_head = v.stride(1);
   p.k_cache = k_cache.mutable_data_ptr(), p.v_cache = v_cache.mutable_data_ptr();
@@ -132,36 +132,36 @@ inline at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_, con
   return packed.out;
 }
 
-inline void check_varlen_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+inline void check_varlen_shapes(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                 bool paged) {
   const int64_t dims = paged ? 4 : 3;
-  TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == dims && v.sizes() == k.sizes() && k.size(-1) == q.size(2) &&
+  CHECK_VALUE(q.dim() == 3 && k.dim() == dims && same(v.sizes(), k.sizes()) && k.size(-1) == q.size(2) &&
                         k.size(-2) > 0 && q.size(1) % k.size(-2) == 0,
                     op, ": expected q [T, Hq, D], k and v ", paged ? "[pages, page, Hkv, D]" : "[Tk, Hkv, D]",
                     " with Hkv dividing Hq, got ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
-  TORCH_CHECK_VALUE(q.size(2) > 0 && q.size(2) % 8 == 0, op, ": head_dim must be a multiple of 8, got ", q.size(2));
-  TORCH_CHECK_VALUE(!paged || (k.size(1) > 0 && k.size(1) % 16 == 0), op,
+  CHECK_VALUE(q.size(2) > 0 && q.size(2) % 8 == 0, op, ": head_dim must be a multiple of 8, got ", q.size(2));
+  CHECK_VALUE(!paged || (k.size(1) > 0 && k.size(1) % 16 == 0), op,
                     ": page size must be a multiple of 16, got ", k.size(1));
-  for (const at::Tensor* t : {&k, &v})
-    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype, got ",
+  for (const Tensor* t : {&k, &v})
+    CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype, got ",
                      q.scalar_type(), " and ", t->scalar_type());
 }
 
-inline at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k_, const at::Tensor& v_,
-                                   const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens,
-                                   const std::optional<at::Tensor>& cu_seqlens_k_,
-                                   const std::optional<at::Tensor>& block_table_, double scale, int64_t window,
-                                   double softcap, const std::optional<at::Tensor>& sinks) {
+inline Tensor varlen_attention(const Tensor& q, const Tensor& k_, const Tensor& v_,
+                                   const Tensor& cu_seqlens_q, const Tensor& kv_lens,
+                                   const std::optional<Tensor>& cu_seqlens_k_,
+                                   const std::optional<Tensor>& block_table_, double scale, int64_t window,
+                                   double softcap, const std::optional<Tensor>& sinks) {
   const char* op = "varlen_attention";
   const bool paged = block_table_.has_value();
-  TORCH_CHECK_VALUE(paged != cu_seqlens_k_.has_value(), op, ": expected either cu_seqlens_k or block_table");
+  CHECK_VALUE(paged != cu_seqlens_k_.has_value(), op, ": expected either cu_seqlens_k or block_table");
   check_varlen_shapes(op, q, k_, v_, paged);
-  const at::Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
+  const Tensor k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
   PackedCall packed(op, q, cu_seqlens_q, kv_lens, scale, window, softcap, sinks);
   attention::Paged& p = packed.call;
-  const at::Tensor table =
-      paged ? metadata(*block_table_, at::kInt, 2, op, "block_table") : metadata(*cu_seqlens_k_, at::kInt, 1, op, "cu_seqlens_k");
-  TORCH_CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && table.size(0) == p.sequences + !paged, op,
+  const Tensor table =
+      paged ? metadata(*block_table_, kInt, 2, op, "block_table") : metadata(*cu_seqlens_k_, kInt, 1, op, "cu_seqlens_k");
+  CHECK_VALUE(cu_seqlens_q.size(0) == p.sequences + 1 && table.size(0) == p.sequences + !paged, op,
                     ": expected cu_seqlens_q [S + 1], kv_lens [S], cu_seqlens_k [S + 1] or block_table [S, P], got ",
                     cu_seqlens_q.sizes(), ", ", kv_lens.sizes(), " and ", table.sizes());
   p.by_token = true;
@@ -175,52 +175,52 @@ inline at::Tensor varlen_attention(const at::Tensor& q, const at::Tensor& k_, co
   return packed.out;
 }
 
-inline void check_dense_shapes(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && k.size(0) == q.size(0) &&
+inline void check_dense_shapes(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && same(v.sizes(), k.sizes()) && k.size(0) == q.size(0) &&
                         k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                     op, ": expected q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] with Hkv dividing Hq, got ", q.sizes(),
                     ", ", k.sizes(), " and ", v.sizes());
-  TORCH_CHECK_VALUE(q.size(3) > 0 && q.size(3) % 8 == 0, op, ": head_dim must be a multiple of 8, got ", q.size(3));
-  for (const at::Tensor* t : {&k, &v})
-    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype, got ",
+  CHECK_VALUE(q.size(3) > 0 && q.size(3) % 8 == 0, op, ": head_dim must be a multiple of 8, got ", q.size(3));
+  for (const Tensor* t : {&k, &v})
+    CHECK_TYPE(t->scalar_type() == q.scalar_type(), op, ": q, k and v must have one dtype, got ",
                      q.scalar_type(), " and ", t->scalar_type());
 }
 
 // [B, Hq, Sq, Sk] of bool or float32, with stride 0 where it is broadcast.
-inline at::Tensor dense_mask(const char* op, const std::optional<at::Tensor>& mask, at::IntArrayRef sizes) {
+inline Tensor dense_mask(const char* op, const std::optional<Tensor>& mask, IntArrayRef sizes) {
   if (!mask) return {};
-  TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool || mask->is_floating_point(), op,
+  CHECK_TYPE(mask->scalar_type() == kBool || mask->is_floating_point(), op,
                    ": expected a mask of bool or float, got ", mask->scalar_type());
   const int64_t dims = mask->dim();
   bool fits = dims <= 4;
   for (int64_t i = 1; fits && i <= dims; i++)
     fits = mask->size(-i) == 1 || mask->size(-i) == sizes[sizes.size() - size_t(i)];
-  TORCH_CHECK_VALUE(fits, op, ": a mask of ", mask->sizes(), " does not broadcast to ", sizes);
-  const at::Tensor supported = mask->scalar_type() == at::kBool ? *mask : mask->to(at::kFloat);
+  CHECK_VALUE(fits, op, ": a mask of ", mask->sizes(), " does not broadcast to ", sizes);
+  const Tensor supported = mask->scalar_type() == kBool ? *mask : mask->to(kFloat);
   return supported.expand(sizes);
 }
 
 // One call on dense tensors, which own what `call` points to.
 struct DenseTensors {
-  at::Tensor q, k, v, mask, out;
+  Tensor q, k, v, mask, out;
   attention::Dense call{};
 
-  DenseTensors(const char* op, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-               const std::optional<at::Tensor>& mask_, double scale, bool causal, int64_t window, double softcap) {
+  DenseTensors(const char* op, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+               const std::optional<Tensor>& mask_, double scale, bool causal, int64_t window, double softcap) {
     check_dense_shapes(op, q_, k_, v_);
-    TORCH_CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
-    TORCH_CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
+    CHECK_VALUE(window >= 0, op, ": window must not be negative, got ", window);
+    CHECK_VALUE(softcap >= 0, op, ": softcap must not be negative, got ", softcap);
     q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_);
     const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), kv_len = k.size(2), dim = q.size(3);
     mask = dense_mask(op, mask_, {batch, heads, q_len, kv_len});
-    out = at::empty({batch, q_len, heads, dim}, q.options()).transpose(1, 2);
+    out = empty({batch, q_len, heads, dim}, q.scalar_type()).transpose(1, 2);
     attention::Dense& p = call;
     p.dtype = dtype_of(q, op);
     p.q = q.const_data_ptr(), p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_token = q.stride(2);
     p.k = k.const_data_ptr(), p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_token = k.stride(2);
     p.v = v.const_data_ptr(), p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_token = v.stride(2);
     if (mask.defined()) {
-      if (mask.scalar_type() == at::kBool)
+      if (mask.scalar_type() == kBool)
         p.mask = mask.const_data_ptr<bool>();
       else
         p.bias = mask.const_data_ptr<float>();
@@ -234,18 +234,18 @@ struct DenseTensors {
   }
 };
 
-inline at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                  const std::optional<at::Tensor>& mask, double scale, bool causal, int64_t window,
+inline Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const std::optional<Tensor>& mask, double scale, bool causal, int64_t window,
                                   double softcap) {
   const DenseTensors tensors("dense_attention", q, k, v, mask, scale, causal, window, softcap);
-  attention::dense(tensors.call, {at::get_num_threads()});
+  attention::dense(tensors.call, {num_threads()});
   return tensors.out;
 }
 
-inline void register_attention(torch::Library& m) {
-  m.impl("dense_attention", &dense_attention);
-  m.impl("paged_attention", &paged_attention);
-  m.impl("varlen_attention", &varlen_attention);
+inline void register_attention(Library& m) {
+  m.impl("dense_attention", TORCH_BOX(&dense_attention));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
 }
 
 }  // namespace llm42::bind

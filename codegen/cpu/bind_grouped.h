@@ -11,12 +11,12 @@ namespace llm42::bind {
 struct GroupedRows {
   std::vector<int64_t> order, start;
 
-  GroupedRows(const at::Tensor& group, int64_t groups) : order(group.size(0)), start(groups + 1, 0) {
-    const at::Tensor ids = group.contiguous();
+  GroupedRows(const Tensor& group, int64_t groups) : order(group.size(0)), start(groups + 1, 0) {
+    const Tensor ids = group.contiguous();
     const int64_t* id = ids.const_data_ptr<int64_t>();
     const int64_t rows = ids.size(0);
     for (int64_t i = 0; i < rows; i++) {
-      TORCH_CHECK_VALUE(id[i] >= 0 && id[i] < groups, "grouped_linear: group ", id[i], " is outside of [0, ", groups, ")");
+      CHECK_VALUE(id[i] >= 0 && id[i] < groups, "grouped_linear: group ", id[i], " is outside of [0, ", groups, ")");
       start[id[i] + 1]++;
     }
     for (int64_t e = 0; e < groups; e++) start[e + 1] += start[e];
@@ -25,20 +25,20 @@ struct GroupedRows {
   }
 };
 
-inline at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                 const at::Tensor& group, bool transposed) {
+inline Tensor grouped_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                 const Tensor& group, bool transposed) {
   const char* op = "grouped_linear";
-  TORCH_CHECK_VALUE(weight.dim() == 3, op, ": expected weight [E, N, K], got ", weight.sizes());
+  CHECK_VALUE(weight.dim() == 3, op, ": expected weight [E, N, K], got ", weight.sizes());
   const int64_t n = weight.size(transposed ? 2 : 1), k = weight.size(transposed ? 1 : 2), groups = weight.size(0);
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == k, op, ": expected x [R, ", k, "] for a weight ", weight.sizes(), ", got ",
+  CHECK_VALUE(x.dim() == 2 && x.size(1) == k, op, ": expected x [R, ", k, "] for a weight ", weight.sizes(), ", got ",
               x.sizes());
-  TORCH_CHECK_VALUE(group.dim() == 1 && group.size(0) == x.size(0) && group.scalar_type() == at::kLong, op,
+  CHECK_VALUE(group.dim() == 1 && group.size(0) == x.size(0) && group.scalar_type() == kLong, op,
               ": expected group [", x.size(0), "] int64, got ", group.sizes(), " ", group.scalar_type());
   check_dtype(weight, x, op, "weight");
-  at::Tensor biases;
+  Tensor biases;
   if (bias) {
     check_dtype(*bias, x, op, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == groups && bias->size(1) == n, op, ": expected bias [", groups,
+    CHECK_VALUE(bias->dim() == 2 && bias->size(0) == groups && bias->size(1) == n, op, ": expected bias [", groups,
                 ", ", n, "], got ", bias->sizes());
     biases = bias->contiguous();
   }
@@ -46,8 +46,8 @@ inline at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, 
   const GroupedRows grouped(group, groups);
   const size_t size = x.element_size();
   const auto* source = static_cast<const char*>(rows.keep.const_data_ptr());
-  at::Tensor gathered = at::empty({rows.rows, k}, x.options()), product = at::empty({rows.rows, n}, x.options());
-  at::Tensor out = at::empty({rows.rows, n}, x.options());
+  Tensor gathered = empty({rows.rows, k}, x.scalar_type()), product = empty({rows.rows, n}, x.scalar_type());
+  Tensor out = empty({rows.rows, n}, x.scalar_type());
   auto* in = static_cast<char*>(gathered.mutable_data_ptr());
   auto* made = static_cast<char*>(product.mutable_data_ptr());
   for (int64_t i = 0; i < rows.rows; i++)
@@ -67,7 +67,7 @@ inline at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, 
     problem.m = count;
     problem.n = n;
     problem.k = k;
-    gemm::linear(problem, at::get_num_threads());
+    gemm::linear(problem, num_threads());
   }
   auto* target = static_cast<char*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < rows.rows; i++)
@@ -75,6 +75,6 @@ inline at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, 
   return out;
 }
 
-inline void register_grouped(torch::Library& m) { m.impl("grouped_linear", &grouped_linear); }
+inline void register_grouped(Library& m) { m.impl("grouped_linear", TORCH_BOX(&grouped_linear)); }
 
 }  // namespace llm42::bind

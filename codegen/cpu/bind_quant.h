@@ -5,16 +5,16 @@
 
 namespace llm42::bind {
 
-inline quant::Segment quantised(const at::Tensor& packed, std::string_view format, int64_t n, int64_t k,
+inline quant::Segment quantised(const Tensor& packed, std::string_view format, int64_t n, int64_t k,
                                 const char* op) {
   const quant::Layout* layout = quant::layout_of(format);
-  TORCH_CHECK_VALUE(layout, op, ": no kernel for weights of format '", std::string(format), "'");
+  CHECK_VALUE(layout, op, ": no kernel for weights of format '", std::string(format), "'");
   check_not_negative(n, op, "n");
-  TORCH_CHECK_VALUE(k % layout->block == 0, op, ": rows of ", k, " values are no multiple of the ", layout->block,
+  CHECK_VALUE(k % layout->block == 0, op, ": rows of ", k, " values are no multiple of the ", layout->block,
                     " of a block of ", std::string(format));
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op, ": expected packed weights of dtype uint8, got ",
+  CHECK_TYPE(packed.scalar_type() == kByte, op, ": expected packed weights of dtype uint8, got ",
                    packed.scalar_type());
-  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == quant::panel_count(n) &&
+  CHECK_VALUE(packed.dim() == 3 && packed.size(0) == quant::panel_count(n) &&
                     packed.size(1) == k / layout->block && packed.size(2) == layout->bytes && packed.is_contiguous(),
                     op, ": expected a weight [", n, ", ", k, "] of format ", std::string(format),
                     " packed as a contiguous tensor [", quant::panel_count(n), ", ", k / layout->block, ", ",
@@ -22,14 +22,14 @@ inline quant::Segment quantised(const at::Tensor& packed, std::string_view forma
   return {layout, packed.const_data_ptr<uint8_t>(), n};
 }
 
-inline at::Tensor linear_q(const at::Tensor& x, at::TensorList packed, const std::string& formats,
-                           at::IntArrayRef sizes, const std::optional<at::Tensor>& bias,
-                           const std::optional<at::Tensor>& residual, bool gated) {
+inline Tensor linear_q(const Tensor& x, const std::vector<Tensor>& packed, const Text& formats,
+                           IntArrayRef sizes, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& residual, bool gated) {
   const char* op = "linear_q";
   quant::Problem p{};
   const MatrixView view = as_rows(x, op);
-  std::string_view names = formats;
-  TORCH_CHECK_VALUE(!sizes.empty() && sizes.size() == packed.size(), op, ": expected a size for each of the ",
+  std::string_view names = formats.value;
+  CHECK_VALUE(!sizes.empty() && sizes.size() == packed.size(), op, ": expected a size for each of the ",
                     packed.size(), " weights, got ", sizes.size());
   for (size_t i = 0; i < packed.size(); i++) {
     const size_t end = std::min(names.find(','), names.size());
@@ -37,24 +37,24 @@ inline at::Tensor linear_q(const at::Tensor& x, at::TensorList packed, const std
     names.remove_prefix(std::min(end + 1, names.size()));
     p.n += sizes[i];
   }
-  TORCH_CHECK_VALUE(names.empty(), op, ": more formats than weights in '", formats, "'");
-  TORCH_CHECK_VALUE(!gated || (sizes.size() == 2 && sizes[0] == sizes[1] && !bias && !residual), op,
+  CHECK_VALUE(names.empty(), op, ": more formats than weights in '", formats.value, "'");
+  CHECK_VALUE(!gated || (sizes.size() == 2 && sizes[0] == sizes[1] && !bias && !residual), op,
                     ": gated takes two weights of one size, and neither bias nor residual");
   if (gated) p.n = sizes[0];
-  at::DimVector shape(x.sizes());
+  Dims shape = dims_of(x.sizes());
   shape.back() = p.n;
-  const at::Tensor out = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
-  at::Tensor added;
+  const Tensor out = empty(shape, x.scalar_type());
+  Tensor added;
   MatrixView r{};
   if (bias) {
     check_dtype(*bias, x, op, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == p.n, op, ": expected bias [", p.n, "], got ", bias->sizes());
+    CHECK_VALUE(bias->dim() == 1 && bias->size(0) == p.n, op, ": expected bias [", p.n, "], got ", bias->sizes());
     added = bias->contiguous();
     p.bias = added.const_data_ptr();
   }
   if (residual) {
     check_dtype(*residual, x, op, "residual");
-    TORCH_CHECK_VALUE(residual->sizes() == out.sizes(), op, ": expected residual ", out.sizes(), ", got ",
+    CHECK_VALUE(same(residual->sizes(), out.sizes()), op, ": expected residual ", out.sizes(), ", got ",
                       residual->sizes());
     r = as_rows(*residual, op);
     p.residual = r.keep.const_data_ptr();
@@ -67,30 +67,30 @@ inline at::Tensor linear_q(const at::Tensor& x, at::TensorList packed, const std
   p.k = view.cols;
   p.gated = gated;
   p.out = out.mutable_data_ptr();
-  quant::linear(p, at::get_num_threads());
+  quant::linear(p, num_threads());
   return out;
 }
 
-inline at::Tensor embedding_q(const at::Tensor& ids, const at::Tensor& packed, const std::string& format, int64_t n,
-                              int64_t k, at::ScalarType dtype) {
+inline Tensor embedding_q(const Tensor& ids, const Tensor& packed, const Text& format, int64_t n,
+                              int64_t k, ScalarType dtype) {
   const char* op = "embedding_q";
-  TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op,
+  CHECK_TYPE(ids.scalar_type() == kLong || ids.scalar_type() == kInt, op,
                    ": expected ids of dtype int64 or int32, got ", ids.scalar_type());
-  const quant::Segment weight = quantised(packed, format, n, k, op);
-  const at::Tensor index = ids.to(at::kLong).contiguous();
+  const quant::Segment weight = quantised(packed, format.value, n, k, op);
+  const Tensor index = ids.to(kLong).contiguous();
   const int64_t* first = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.numel(); i++)
-    TORCH_CHECK_INDEX(first[i] >= 0 && first[i] < n, op, ": index ", first[i], " is out of range for ", n, " rows");
-  at::DimVector shape(ids.sizes());
+    CHECK_INDEX(first[i] >= 0 && first[i] < n, op, ": index ", first[i], " is out of range for ", n, " rows");
+  Dims shape = dims_of(ids.sizes());
   shape.push_back(k);
-  const at::Tensor out = at::empty(shape, packed.options().dtype(dtype));
-  quant::rows(weight, k, first, index.numel(), dtype_of(out, op), out.mutable_data_ptr(), at::get_num_threads());
+  const Tensor out = empty(shape, dtype);
+  quant::rows(weight, k, first, index.numel(), dtype_of(out, op), out.mutable_data_ptr(), num_threads());
   return out;
 }
 
-inline void register_quant(torch::Library& m) {
-  m.impl("linear_q", &linear_q);
-  m.impl("embedding_q", &embedding_q);
+inline void register_quant(Library& m) {
+  m.impl("linear_q", TORCH_BOX(&linear_q));
+  m.impl("embedding_q", TORCH_BOX(&embedding_q));
 }
 
 }  // namespace llm42::bind

@@ -5,25 +5,25 @@
 
 namespace llm42::bind {
 
-inline at::Tensor empty_like_rows(const at::Tensor& x, int64_t cols) {
-  at::DimVector sizes(x.sizes());
+inline Tensor empty_like_rows(const Tensor& x, int64_t cols) {
+  Dims sizes = dims_of(x.sizes());
   sizes.back() = cols;
-  return at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  return empty(sizes, x.scalar_type());
 }
 
-inline at::Tensor norm_parameter(const std::optional<at::Tensor>& p, const MatrixView& x, const char* op,
+inline Tensor norm_parameter(const std::optional<Tensor>& p, const MatrixView& x, const char* op,
                                  const char* name) {
   if (!p) return {};
-  TORCH_CHECK_VALUE(p->dim() == 1 && p->size(0) == x.cols, op, ": expected ", name, " [", x.cols, "], got ",
+  CHECK_VALUE(p->dim() == 1 && p->size(0) == x.cols, op, ": expected ", name, " [", x.cols, "], got ",
                     p->sizes());
-  TORCH_CHECK_TYPE(p->scalar_type() == x.keep.scalar_type() || p->scalar_type() == at::kFloat, op, ": expected ", name,
+  CHECK_TYPE(p->scalar_type() == x.keep.scalar_type() || p->scalar_type() == kFloat, op, ": expected ", name,
                    " of dtype ", x.keep.scalar_type(), " (as x) or float32, got ", p->scalar_type());
   return p->contiguous();
 }
 
 inline rowwise::Rows rows_of(const MatrixView& x) { return {x.keep.const_data_ptr(), x.stride}; }
 
-inline rowwise::Norm norm_call(const MatrixView& x, const at::Tensor& weight, double eps, const at::Tensor& out,
+inline rowwise::Norm norm_call(const MatrixView& x, const Tensor& weight, double eps, const Tensor& out,
                                const char* op) {
   rowwise::Norm p{};
   p.dtype = dtype_of(x.keep, op);
@@ -37,86 +37,86 @@ inline rowwise::Norm norm_call(const MatrixView& x, const at::Tensor& weight, do
   return p;
 }
 
-inline at::Tensor rms_norm_weight(const std::optional<at::Tensor>& weight, const MatrixView& x, bool cast_first,
+inline Tensor rms_norm_weight(const std::optional<Tensor>& weight, const MatrixView& x, bool cast_first,
                                   const char* op) {
-  const at::Tensor w = norm_parameter(weight, x, op, "weight");
-  TORCH_CHECK_TYPE(!cast_first || !w.defined() || w.scalar_type() == x.keep.scalar_type(), op,
+  const Tensor w = norm_parameter(weight, x, op, "weight");
+  CHECK_TYPE(!cast_first || !w.defined() || w.scalar_type() == x.keep.scalar_type(), op,
                    ": with cast_first, expected weight of dtype ", x.keep.scalar_type(), " (as x), got ",
                    w.scalar_type());
   return w;
 }
 
-inline at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
+inline Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps,
                            double weight_offset, bool cast_first) {
   const MatrixView view = as_rows(x, "rms_norm");
-  const at::Tensor w = rms_norm_weight(weight, view, cast_first, "rms_norm");
-  const at::Tensor out = empty_like_rows(x, view.cols);
+  const Tensor w = rms_norm_weight(weight, view, cast_first, "rms_norm");
+  const Tensor out = empty_like_rows(x, view.cols);
   rowwise::Norm p = norm_call(view, w, eps, out, "rms_norm");
   p.weight_offset = float(weight_offset);
   p.cast_first = cast_first;
-  rowwise::rms_norm(p, at::get_num_threads());
+  rowwise::rms_norm(p, num_threads());
   return out;
 }
 
-inline std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
-                                                       const std::optional<at::Tensor>& weight, double eps,
+inline std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                                       const std::optional<Tensor>& weight, double eps,
                                                        double weight_offset, bool cast_first) {
   const MatrixView view = as_rows(x, "add_rms_norm");
   check_dtype(residual, x, "add_rms_norm", "residual");
-  TORCH_CHECK_VALUE(residual.sizes() == x.sizes(), "add_rms_norm: expected residual ", x.sizes(), " as x, got ",
+  CHECK_VALUE(same(residual.sizes(), x.sizes()), "add_rms_norm: expected residual ", x.sizes(), " as x, got ",
                     residual.sizes());
   const MatrixView r = as_rows(residual, "add_rms_norm");
-  const at::Tensor w = rms_norm_weight(weight, view, cast_first, "add_rms_norm");
-  const at::Tensor out = empty_like_rows(x, view.cols), sum = empty_like_rows(x, view.cols);
+  const Tensor w = rms_norm_weight(weight, view, cast_first, "add_rms_norm");
+  const Tensor out = empty_like_rows(x, view.cols), sum = empty_like_rows(x, view.cols);
   rowwise::Norm p = norm_call(view, w, eps, out, "add_rms_norm");
   p.residual = rows_of(r);
   p.sum = sum.mutable_data_ptr();
   p.weight_offset = float(weight_offset);
   p.cast_first = cast_first;
-  rowwise::rms_norm(p, at::get_num_threads());
+  rowwise::rms_norm(p, num_threads());
   return {out, sum};
 }
 
-inline at::Tensor layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                             const std::optional<at::Tensor>& bias, double eps) {
+inline Tensor layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
+                             const std::optional<Tensor>& bias, double eps) {
   const MatrixView view = as_rows(x, "layer_norm");
-  const at::Tensor w = norm_parameter(weight, view, "layer_norm", "weight");
-  const at::Tensor b = norm_parameter(bias, view, "layer_norm", "bias");
-  TORCH_CHECK_TYPE(!w.defined() || !b.defined() || w.scalar_type() == b.scalar_type(),
+  const Tensor w = norm_parameter(weight, view, "layer_norm", "weight");
+  const Tensor b = norm_parameter(bias, view, "layer_norm", "bias");
+  CHECK_TYPE(!w.defined() || !b.defined() || w.scalar_type() == b.scalar_type(),
                    "layer_norm: expected weight and bias of one dtype, got ",
-                   w.defined() ? w.scalar_type() : at::kFloat, " and ", b.defined() ? b.scalar_type() : at::kFloat);
-  const at::Tensor out = empty_like_rows(x, view.cols);
+                   w.defined() ? w.scalar_type() : kFloat, " and ", b.defined() ? b.scalar_type() : kFloat);
+  const Tensor out = empty_like_rows(x, view.cols);
   rowwise::Norm p = norm_call(view, w.defined() ? w : b, eps, out, "layer_norm");
   p.weight = w.defined() ? w.const_data_ptr() : nullptr;
   p.bias = b.defined() ? b.const_data_ptr() : nullptr;
-  rowwise::layer_norm(p, at::get_num_threads());
+  rowwise::layer_norm(p, num_threads());
   return out;
 }
 
-inline at::Tensor silu_mul(const at::Tensor& x) {
+inline Tensor silu_mul(const Tensor& x) {
   const MatrixView view = as_rows(x, "silu_mul");
-  TORCH_CHECK_VALUE(view.cols % 2 == 0, "silu_mul: expected x [..., 2 * I] = gate | up, got ", x.sizes());
-  const at::Tensor out = empty_like_rows(x, view.cols / 2);
+  CHECK_VALUE(view.cols % 2 == 0, "silu_mul: expected x [..., 2 * I] = gate | up, got ", x.sizes());
+  const Tensor out = empty_like_rows(x, view.cols / 2);
   rowwise::silu_mul(dtype_of(x, "silu_mul"), rows_of(view), view.rows, view.cols / 2, out.mutable_data_ptr(),
-                    at::get_num_threads());
+                    num_threads());
   return out;
 }
 
-inline MatrixView rotary_table(const at::Tensor& table, const at::Tensor& x, const char* name) {
+inline MatrixView rotary_table(const Tensor& table, const Tensor& x, const char* name) {
   check_dtype(table, x, "rotary", name);
   const bool fits = table.dim() == 2 && table.size(0) == x.size(0) && table.size(1) <= x.size(2);
-  TORCH_CHECK_VALUE(fits && table.size(1) % 2 == 0, "rotary: expected ", name, " [T, R] with T = ", x.size(0),
+  CHECK_VALUE(fits && table.size(1) % 2 == 0, "rotary: expected ", name, " [T, R] with T = ", x.size(0),
                     " and even R <= ", x.size(2), ", got ", table.sizes());
   return as_rows(table, "rotary");
 }
 
-inline at::Tensor rotary(const at::Tensor& x_, const at::Tensor& cos_, const at::Tensor& sin_) {
-  TORCH_CHECK_VALUE(x_.dim() == 3, "rotary: expected x [T, H, D], got ", x_.sizes());
-  TORCH_CHECK_VALUE(cos_.sizes() == sin_.sizes(), "rotary: expected cos and sin of one shape, got ", cos_.sizes(),
+inline Tensor rotary(const Tensor& x_, const Tensor& cos_, const Tensor& sin_) {
+  CHECK_VALUE(x_.dim() == 3, "rotary: expected x [T, H, D], got ", x_.sizes());
+  CHECK_VALUE(same(cos_.sizes(), sin_.sizes()), "rotary: expected cos and sin of one shape, got ", cos_.sizes(),
                     " and ", sin_.sizes());
-  const at::Tensor x = x_.stride(2) == 1 ? x_ : x_.contiguous();
+  const Tensor x = x_.stride(2) == 1 ? x_ : x_.contiguous();
   const MatrixView cos = rotary_table(cos_, x, "cos"), sin = rotary_table(sin_, x, "sin");
-  const at::Tensor out = empty_like_rows(x, x.size(2));
+  const Tensor out = empty_like_rows(x, x.size(2));
   rowwise::Rotary p{};
   p.dtype = dtype_of(x, "rotary");
   p.x = x.const_data_ptr();
@@ -129,18 +129,18 @@ inline at::Tensor rotary(const at::Tensor& x_, const at::Tensor& cos_, const at:
   p.dim = x.size(2);
   p.rotary_dim = cos.cols;
   p.out = out.mutable_data_ptr();
-  rowwise::rotary(p, at::get_num_threads());
+  rowwise::rotary(p, num_threads());
   return out;
 }
 
 // Dimensions to reduce, made the trailing ones; the kept sizes (ones where keepdim) are in `out_sizes`.
-inline at::Tensor trailing(const at::Tensor& x, at::IntArrayRef dims, bool keepdim, at::DimVector& out_sizes,
+inline Tensor trailing(const Tensor& x, IntArrayRef dims, bool keepdim, Dims& out_sizes,
                            int64_t& cols) {
   std::vector<bool> reduced(size_t(x.dim()), dims.empty());
   for (int64_t d : dims) {
-    TORCH_CHECK_VALUE(d >= -x.dim() && d < x.dim(), "row_sum: expected dim in [", -x.dim(), ", ", x.dim() - 1,
+    CHECK_VALUE(d >= -x.dim() && d < x.dim(), "row_sum: expected dim in [", -x.dim(), ", ", x.dim() - 1,
                       "], got ", d);
-    TORCH_CHECK_VALUE(!reduced[size_t(d < 0 ? d + x.dim() : d)], "row_sum: dim ", d, " appears twice in ", dims);
+    CHECK_VALUE(!reduced[size_t(d < 0 ? d + x.dim() : d)], "row_sum: dim ", d, " appears twice in ", dims);
     reduced[size_t(d < 0 ? d + x.dim() : d)] = true;
   }
   std::vector<int64_t> order, last;
@@ -159,55 +159,55 @@ inline at::Tensor trailing(const at::Tensor& x, at::IntArrayRef dims, bool keepd
   return x.permute(order).contiguous();
 }
 
-inline at::Tensor row_sum(const at::Tensor& x, at::IntArrayRef dims, bool keepdim) {
+inline Tensor row_sum(const Tensor& x, IntArrayRef dims, bool keepdim) {
   const Dtype dtype = dtype_of(x, "row_sum");
-  at::DimVector sizes;
+  Dims sizes;
   int64_t cols;
-  const at::Tensor rows = trailing(x, dims, keepdim, sizes, cols);
-  const at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor rows = trailing(x, dims, keepdim, sizes, cols);
+  const Tensor out = empty(sizes, x.scalar_type());
   rowwise::row_sum(dtype, {rows.const_data_ptr(), cols}, out.numel(), cols, out.mutable_data_ptr(),
-                   at::get_num_threads());
+                   num_threads());
   return out;
 }
 
-inline at::Tensor softmax_of(const at::Tensor& x, bool log, const char* op) {
+inline Tensor softmax_of(const Tensor& x, bool log, const char* op) {
   const MatrixView view = as_rows(x, op);
-  const at::Tensor out = empty_like_rows(x, view.cols);
+  const Tensor out = empty_like_rows(x, view.cols);
   rowwise::row_softmax(dtype_of(x, op), rows_of(view), view.rows, view.cols, out.mutable_data_ptr(), log,
-                       at::get_num_threads());
+                       num_threads());
   return out;
 }
 
-inline at::Tensor row_softmax(const at::Tensor& x) { return softmax_of(x, false, "row_softmax"); }
-inline at::Tensor row_log_softmax(const at::Tensor& x) { return softmax_of(x, true, "row_log_softmax"); }
+inline Tensor row_softmax(const Tensor& x) { return softmax_of(x, false, "row_softmax"); }
+inline Tensor row_log_softmax(const Tensor& x) { return softmax_of(x, true, "row_log_softmax"); }
 
-inline at::Tensor running(const at::Tensor& x, int64_t dim, bool product, const char* op) {
+inline Tensor running(const Tensor& x, int64_t dim, bool product, const char* op) {
   const Dtype dtype = dtype_of(x, op);
-  TORCH_CHECK_VALUE(dim >= -x.dim() && dim < x.dim(), op, ": expected dim in [", -x.dim(), ", ", x.dim() - 1, "], got ",
+  CHECK_VALUE(dim >= -x.dim() && dim < x.dim(), op, ": expected dim in [", -x.dim(), ", ", x.dim() - 1, "], got ",
                     dim);
-  const at::Tensor rows = x.movedim(dim, -1).contiguous();
-  const at::Tensor out = at::empty(rows.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor rows = x.movedim(dim, -1).contiguous();
+  const Tensor out = empty(rows.sizes(), x.scalar_type());
   const int64_t cols = rows.size(-1);
   if (out.numel() > 0)
     rowwise::running(dtype, {rows.const_data_ptr(), cols}, out.numel() / cols, cols, out.mutable_data_ptr(), product,
-                     at::get_num_threads());
+                     num_threads());
   return out.movedim(-1, dim).contiguous();
 }
 
-inline at::Tensor running_sum(const at::Tensor& x, int64_t dim) { return running(x, dim, false, "running_sum"); }
-inline at::Tensor running_product(const at::Tensor& x, int64_t dim) { return running(x, dim, true, "running_product"); }
+inline Tensor running_sum(const Tensor& x, int64_t dim) { return running(x, dim, false, "running_sum"); }
+inline Tensor running_product(const Tensor& x, int64_t dim) { return running(x, dim, true, "running_product"); }
 
-inline void register_rowwise(torch::Library& m) {
-  m.impl("rms_norm", &rms_norm);
-  m.impl("add_rms_norm", &add_rms_norm);
-  m.impl("layer_norm", &layer_norm);
-  m.impl("silu_mul", &silu_mul);
-  m.impl("rotary", &rotary);
-  m.impl("row_sum", &row_sum);
-  m.impl("running_sum", &running_sum);
-  m.impl("running_product", &running_product);
-  m.impl("row_softmax", &row_softmax);
-  m.impl("row_log_softmax", &row_log_softmax);
+inline void register_rowwise(Library& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("rotary", TORCH_BOX(&rotary));
+  m.impl("row_sum", TORCH_BOX(&row_sum));
+  m.impl("running_sum", TORCH_BOX(&running_sum));
+  m.impl("running_product", TORCH_BOX(&running_product));
+  m.impl("row_softmax", TORCH_BOX(&row_softmax));
+  m.impl("row_log_softmax", TORCH_BOX(&row_log_softmax));
 }
 
 }  // namespace llm42::bind

@@ -1,6 +1,5 @@
 // The one translation unit that sees torch: turns tensors into pointers and sizes, and registers the
 // CPU implementations of the llm42 operators. Each part's wrappers stand in their own header.
-#include <torch/library.h>
 
 #include "bind_attention.h"
 #include "bind_grouped.h"
@@ -9,7 +8,7 @@
 #include "bind_rowwise.h"
 #include "bind_sample.h"
 
-TORCH_LIBRARY_IMPL(llm42, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(llm42, CPU, m) {
   llm42::bind::register_attention(m);
   llm42::bind::register_grouped(m);
   llm42::bind::register_linear(m);

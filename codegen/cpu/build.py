@@ -3,6 +3,9 @@
 The cache key covers the sources, the compiler, its flags, torch and the CPU's instruction set, so a
 new torch, an edited kernel or another machine under the same home folder never loads a stale file.
 
+A wheel made with ``make wheel`` carries the library for each of ``CARRIED``, and nothing is compiled then.
+The library sees torch through its stable C interface alone: one serves every torch from ``TORCH_TARGET`` on.
+
 The kernels give the same bits for every instruction set. ``LLM42_ISA`` in the environment, read when the
 library is loaded, chooses one of ``ISAS``; without it everything that the CPU has is used.
 """
@@ -27,6 +30,7 @@ import torch
 from llm42c.codegen import cache
 
 SOURCE_DIR = Path(__file__).parent
+CARRIED_DIR = SOURCE_DIR / "carried"
 ISAS = ("native", "avx512_bf16", "avx512", "avx2", "portable")
 ISA_VARIABLE = "LLM42_ISA"
 _AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
@@ -38,6 +42,9 @@ _ISA_FLAGS = {
     # The portable form of vec.h; the compiler may still vectorise its loops with what the CPU has.
     "portable": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
 }
+# What a wheel carries, best first. Its portable library runs on every CPU of the architecture.
+CARRIED = ("avx512_bf16", "avx512", "avx2", "portable")
+_CARRIED_FLAGS = _ISA_FLAGS | {"portable": ["-DLLM42_GENERIC_VEC=1"]}
 # Flags of /proc/cpuinfo that a CPU must have to run the library of an instruction set.
 _AVX512_NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}
 NEEDS = {
@@ -48,6 +55,7 @@ NEEDS = {
 # Contraction is off: a fused multiply-add happens exactly where a kernel writes one.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest that pyproject.toml allows
 _lock = threading.Lock()
 _loaded: tuple[str, Path] | None = None  # instruction set, library
 
@@ -90,6 +98,14 @@ def cpu_features() -> str:
     return f"{platform.machine()} {keys.get('model name', '')} {keys.get('flags', keys.get('Features', ''))}"
 
 
+def compiler_version() -> str:
+    """Of the compiler that Inductor would use, too; ``"none"`` where there is none."""
+    try:
+        return Toolchain.find().version
+    except BuildError:
+        return "none"
+
+
 def sources() -> list[Path]:
     return sorted([*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("kernels/*.cpp")])
 
@@ -99,15 +115,17 @@ def all_sources() -> list[Path]:
     return sorted([*sources(), *SOURCE_DIR.rglob("*.h")])
 
 
-def _torch_paths() -> tuple[list[str], list[str]]:
+def _torch_flags(added: bool) -> tuple[list[str], list[str]]:
+    """To compile and to link. No path is kept: torch is loaded when the library is.
+
+    ``added`` sources may use all of torch's C++ interface, ours use the stable one.
+    """
     root = Path(torch.__file__).parent
-    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-    return include, link
-
-
-def _abi_flag() -> str:
-    return f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    include, link = [f"-I{root / 'include'}"], [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    if not added:
+        return [TORCH_TARGET, *include], link
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return [abi, *include, f"-I{root / 'include/torch/csrc/api/include'}"], [*link, "-lc10"]
 
 
 def build_key(isa: str = "native", added: tuple[Path, ...] = ()) -> str:
@@ -130,11 +148,17 @@ def _run(command: list[str]) -> None:
 
 
 def _compile(out: Path, isa: str, added: tuple[Path, ...]) -> None:
-    """Write the library, by way of a folder for temporary files: its name appears when it is whole."""
+    """Write the library into the cache: its name appears when it is whole."""
+    if not cache.write(out, compiled(_ISA_FLAGS[isa], added), seal=True):
+        raise OSError(f"{out} cannot be written")
+
+
+def compiled(isa_flags: list[str], added: tuple[Path, ...] = ()) -> bytes:
+    """The library, by way of a folder for temporary files. Raises BuildError."""
     compiler = Toolchain.find().compiler
-    include, link = _torch_paths()
+    include, link = _torch_flags(bool(added))
     with tempfile.TemporaryDirectory(prefix="llm42-build-", ignore_cleanup_errors=True) as tmp:
-        flags = [*FLAGS, *_ISA_FLAGS[isa], _abi_flag(), f"-I{SOURCE_DIR}"]
+        flags = [*FLAGS, *isa_flags, f"-I{SOURCE_DIR}"]
 
         def compile_one(source: Path) -> str:
             target = str(Path(tmp) / (source.stem + ".o"))
@@ -144,10 +168,37 @@ def _compile(out: Path, isa: str, added: tuple[Path, ...]) -> None:
 
         with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
             objects = list(pool.map(compile_one, added or sources()))
-        library = Path(tmp) / out.name
+        library = Path(tmp) / "kernels.so"
         _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(library), *link])
-        if not cache.write(out, library.read_bytes(), seal=True):
-            raise OSError(f"{out} cannot be written")
+        return library.read_bytes()
+
+
+def carry(folder: Path) -> None:
+    """Compile what a wheel carries into the package of which ``folder`` is the copy of this one."""
+    for isa in CARRIED:
+        path = folder / CARRIED_DIR.name / carried_name(isa)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(compiled(_CARRIED_FLAGS[isa]))
+
+
+def carried_name(isa: str) -> str:
+    """Of sources and flags: a wheel whose sources were edited does not load what was made of others."""
+    digest = hashlib.sha256()
+    for path in all_sources():
+        digest.update(path.relative_to(SOURCE_DIR).as_posix().encode())
+        digest.update(path.read_bytes())
+    for item in (*FLAGS, TORCH_TARGET, *_CARRIED_FLAGS[isa]):
+        digest.update(item.encode() + b"\0")
+    return f"llm42_cpu_{isa}_{digest.hexdigest()[:20]}.so"
+
+
+def carried(isa: str) -> Path | None:
+    """The library for ``isa`` that this package carries; for ``"native"`` the best that this CPU can run."""
+    if not CARRIED_DIR.is_dir():
+        return None
+    features = set(cpu_features().split())
+    able = [name for name in CARRIED if NEEDS.get(name, set()) <= features] if isa == "native" else [isa]
+    return next((path for name in able if (path := CARRIED_DIR / carried_name(name)).is_file()), None)
 
 
 def chosen_isa() -> str:
@@ -175,7 +226,7 @@ def require_isa(isa: str) -> None:
 
 
 def build(isa: str | None = None, added: tuple[Path, ...] = ()) -> Path:
-    """Path of the compiled library for ``isa`` (by default :func:`chosen_isa`), compiled unless it is cached.
+    """Path of the library for ``isa`` (by default :func:`chosen_isa`): carried, cached or compiled.
 
     ``added``: of these sources instead of ours, which may include our headers and torch's.
     Raises BuildError without a working compiler, and for an instruction set that this CPU lacks.
@@ -186,6 +237,8 @@ def build(isa: str | None = None, added: tuple[Path, ...] = ()) -> Path:
     require_isa(isa)
     if missing := [str(path) for path in added if not path.is_file()]:
         raise BuildError(f"there is no C++ source {', '.join(missing)}")
+    if not added and (ready := carried(isa)) is not None:
+        return ready
     name = f"llm42_{'added' if added else 'cpu'}_{isa}_{build_key(isa, added)}.so"
     out = cache.folder() / "kernels" / name
     if cache.sealed(out) is not None:

@@ -60,7 +60,7 @@ class CpuTarget(Target):
             "isa": torch.backends.cpu.get_cpu_capability(),
             "cpu": hashlib.sha256(build.cpu_features().encode()).hexdigest()[:16],
             "libc": " ".join(platform.libc_ver()),
-            "compiler": build.Toolchain.find().version,
+            "compiler": build.compiler_version(),
         }
         return found | ({"threads": str(torch.get_num_threads())} if threads else {})
 

@@ -125,15 +125,15 @@ IN_CPP = {
         using namespace llm42;
         constexpr int LANES = 16;
 
-        at::Tensor mean_abs(const at::Tensor& x) {
+        bind::Tensor mean_abs(const bind::Tensor& x) {
           const bind::MatrixView view = bind::as_rows(x, "toy_mean_abs");
-          at::DimVector sizes(x.sizes());
+          bind::Dims sizes = bind::dims_of(x.sizes());
           sizes.back() = 1;
-          const at::Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+          const bind::Tensor out = bind::empty(sizes, x.scalar_type());
           with_element(bind::dtype_of(x, "toy_mean_abs"), [&]<class T>(T) {
             const T* from = static_cast<const T*>(view.keep.const_data_ptr());
             T* to = static_cast<T*>(out.mutable_data_ptr());
-            parallel_rows(view.rows, view.rows * view.cols, 1 << 14, at::get_num_threads(), [&](int64_t row) {
+            parallel_rows(view.rows, view.rows * view.cols, 1 << 14, bind::num_threads(), [&](int64_t row) {
               float lanes[16] = {};  // LANES of them
               for (int64_t i = 0; i < view.cols; i++)
                 lanes[i % LANES] += std::fabs(to_float(from[row * view.stride + i]));
@@ -145,7 +145,7 @@ IN_CPP = {
 
         }  // namespace
 
-        TORCH_LIBRARY_IMPL(llm42, CPU, m) { m.impl("toy_mean_abs", &mean_abs); }
+        STABLE_TORCH_LIBRARY_IMPL(llm42, CPU, m) { m.impl("toy_mean_abs", TORCH_BOX(&mean_abs)); }
     """,
     "toy_on_gpu.py": FILES["toy_on_gpu.py"],
 }
