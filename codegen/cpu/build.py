@@ -57,6 +57,7 @@ FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest that pyproject.toml allows
 _lock = threading.Lock()
+NO_COMPILER = "none"
 _loaded: tuple[str, Path] | None = None  # instruction set, library
 
 
@@ -99,11 +100,11 @@ def cpu_features() -> str:
 
 
 def compiler_version() -> str:
-    """Of the compiler that Inductor would use, too; ``"none"`` where there is none."""
+    """Of the compiler that Inductor would use, too; NO_COMPILER where there is none."""
     try:
         return Toolchain.find().version
     except BuildError:
-        return "none"
+        return NO_COMPILER
 
 
 def sources() -> list[Path]:

@@ -52,7 +52,10 @@ def computation_of(
     sums = any(k is not Kind.TRANSCENDENTAL for k in foreign.values())
     machine = target.identity(device, foreign=bool(foreign), threads=sums)
     if compiled:
-        machine |= {"torch": torch.__version__, "inductor": _settings()}
+        machine |= {
+            "torch": torch.__version__,
+            "inductor": _settings() if device.type != "cpu" or inductor.has_compiler() else "none",
+        }
     return Computation(
         graph=graph_digest(gm, weights),
         target=target.name,
@@ -77,6 +80,6 @@ def machine_state() -> str:
         build.cpu_features(),
         str(torch.get_num_threads()),
         "" if library is None else library.name,
-        _settings(),
+        _settings() if inductor.has_compiler() else "none",
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

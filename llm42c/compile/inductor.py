@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+
+from llm42c.codegen.cpu import build
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +81,23 @@ def notes() -> list[str]:
             else "no placed call needs it"
         )
         for key in unknown_settings()
-    ]
+    ] + ([] if has_compiler() else [WITHOUT_COMPILER])
+
+
+WITHOUT_COMPILER = (
+    "there is no C++ compiler: on a CPU, what lies between the operators runs call by call, as PyTorch has it"
+)
+
+
+def has_compiler() -> bool:
+    """Whether Inductor can compile for CPUs."""
+    return build.compiler_version() != build.NO_COMPILER
+
+
+def runs_as_it_stands(example_inputs: list[Any]) -> bool:
+    """Whether a graph on these inputs is left to PyTorch, because Inductor could not compile it."""
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    return all(x.device.type == "cpu" for x in tensors) and not has_compiler()
 
 
 @functools.cache
@@ -92,7 +110,9 @@ def _warn_once() -> None:
 
 
 def compile_fixed(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Compile a rewritten graph with Inductor under :func:`fixed_config`."""
+    """Compile a rewritten graph with Inductor under :func:`fixed_config`; uncompiled without a compiler."""
+    if runs_as_it_stands(example_inputs):
+        return gm
     from torch._inductor.compile_fx import compile_fx
 
     _warn_once()
@@ -101,7 +121,9 @@ def compile_fixed(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[...
 
 
 def compile_free(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Compile a graph with Inductor as it is."""
+    """Compile a graph with Inductor as it is; without a compiler, as it stands."""
+    if runs_as_it_stands(example_inputs):
+        return gm
     from torch._inductor.compile_fx import compile_fx
 
     compiled: Any = compile_fx(gm, example_inputs)
