@@ -204,11 +204,15 @@ class ModelCompiler:
             self.weights.materialise(rewritten.gm)
         return computation_of(rewritten.gm, rewritten.weights, bool(program.clusters), self.device)
 
-    def _dependence(self, rewritten: Rewritten, form: Form, program: PiecewiseProgram) -> str | None:
+    def _dependence(
+        self, rewritten: Rewritten, form: Form, program: PiecewiseProgram, computation: Computation
+    ) -> str | None:
         if form == "stock" or self.ranks.size > 1:
             return "Inductor chooses its orders" if form == "stock" else "several ranks compute it"
         if program.clusters and inductor.missing():
             return f"Inductor of this torch does not know {', '.join(inductor.missing())}"
+        if program.clusters and computation.foreign and inductor.without_compiler(self.device):
+            return f"without a C++ compiler PyTorch computes {', '.join(computation.foreign)}"
         return dependence(rewritten.gm, rewritten.inputs, targets.of(self.device).name)
 
     def _compile(self, form: Form, release: bool) -> CompiledModel:
@@ -236,7 +240,7 @@ class ModelCompiler:
             computation=computation,
             program=program,
             report=rewritten.report,
-            dependence=self._dependence(rewritten, form, program),
+            dependence=self._dependence(rewritten, form, program, computation),
             _inputs=rewritten.inputs,
             _kv_spec=rewritten.kv_spec,
             weaving=weaving,

@@ -54,7 +54,7 @@ def computation_of(
     if compiled:
         machine |= {
             "torch": torch.__version__,
-            "inductor": _settings() if device.type != "cpu" or inductor.has_compiler() else "none",
+            "inductor": "none" if inductor.without_compiler(device) else _settings(),
         }
     return Computation(
         graph=graph_digest(gm, weights),

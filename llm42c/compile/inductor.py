@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from llm42c.codegen.cpu import build
@@ -96,8 +97,12 @@ def has_compiler() -> bool:
 
 def runs_as_it_stands(example_inputs: list[Any]) -> bool:
     """Whether a graph on these inputs is left to PyTorch, because Inductor could not compile it."""
-    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
-    return all(x.device.type == "cpu" for x in tensors) and not has_compiler()
+    return any(without_compiler(x.device) for x in example_inputs if isinstance(x, Tensor))
+
+
+def without_compiler(device: torch.device) -> bool:
+    """Whether Inductor cannot compile for ``device``."""
+    return device.type == "cpu" and not has_compiler()
 
 
 @functools.cache

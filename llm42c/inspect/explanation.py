@@ -107,7 +107,8 @@ class EngineExplanation:
     ``operators`` counts the llm42 operators that are called. ``orders`` has the order of each, which the
     contract lists by name and version. ``costs`` has what the products of one token with weights move and
     compute, all calls of an operator together. ``foreign`` counts the calls that are neither operators nor
-    exact: their bits hang on the machine.
+    exact: their bits hang on the machine. ``dependence`` is why batch shapes are not certified by
+    construction, None if they are.
     """
 
     report: Report
@@ -118,6 +119,7 @@ class EngineExplanation:
     foreign: dict[str, int]
     digest: str
     weaving: PackedWeaving | None = None
+    dependence: str | None = None
 
     def __str__(self) -> str:
         lines = ["the engine's graph", "", self.report.table().rstrip(), "", *_where(self.report)]
@@ -128,7 +130,8 @@ class EngineExplanation:
         lines.append("compiled by Inductor, with its reductions fixed: " + ("" if self.pieces else "nothing"))
         lines += [f"    {p.times:>4} × {p.module or '(top)'}: {_counts(p.calls)}" for p in self.pieces]
         lines.append(_FOREIGN + (_counts(self.foreign) or "nothing"))
-        lines += [_verdict(self.report), f"graph {self.digest}"]
+        shapes = f"by comparing bits: {self.dependence}" if self.dependence else "by construction"
+        lines += [_verdict(self.report), f"batch shapes are certified {shapes}", f"graph {self.digest}"]
         if self.weaving is not None:
             lines += ["", "token weaving:", self.weaving.summary()]
         return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -159,6 +162,7 @@ def explain_engine(compiler: ModelCompiler) -> EngineExplanation:
         computation.foreign,
         compiled.digest,
         compiled.weaving,
+        compiled.dependence,
     )
 
 

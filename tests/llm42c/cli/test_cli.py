@@ -133,6 +133,7 @@ def test_explain_is_about_the_graph_that_generate_runs(
     assert "    linear: fma-chain/2 (One fp32 chain" in printed
     assert "compiled by Inductor" in printed
     assert "every call has a fixed order" in printed
+    assert "batch shapes are certified by construction" in printed
     assert cli.main(["explain", model, "--pipeline", "compile"]) == 0
     plain = capsys.readouterr().out
     assert plain.startswith("graph 1 of 1")
