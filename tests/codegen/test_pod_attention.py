@@ -135,7 +135,7 @@ def test_a_step_is_of_its_thread_and_ends() -> None:
 
 
 def test_layers_and_lanes_are_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_filling_the_memory", lambda: 7)
+    monkeypatch.setattr(cpu, "filling_the_memory", lambda: 7)
 
     assert in_steps(workers, CPU)() == 7
     lane = ThreadLane()

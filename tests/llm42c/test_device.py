@@ -209,7 +209,7 @@ def test_version_of_the_driver(
 def test_identity_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     h200, h100 = from_table("NVIDIA H200"), from_table("NVIDIA H100 PCIe")
-    monkeypatch.setattr(gpu.devices, "detect", lambda kind, index: h200)
+    monkeypatch.setattr(gpu.devices, "detect", lambda index: h200)
     monkeypatch.setattr(gpu, "driver_version", lambda: "570.1")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     mine = gpu.TARGET.identity(CUDA, False, False)
@@ -217,7 +217,7 @@ def test_identity_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mine["driver"] == "570.1"
     assert mine["target"] == h200.hash
     assert {"cuda", "triton", "torch"} <= mine.keys()
-    monkeypatch.setattr(gpu.devices, "detect", lambda kind, index: h100)
+    monkeypatch.setattr(gpu.devices, "detect", lambda index: h100)
     assert gpu.TARGET.identity(CUDA, False, False)["target"] != mine["target"]
 
 

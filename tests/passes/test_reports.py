@@ -44,10 +44,12 @@ class Near:
     dtype: torch.dtype = torch.float32
     dynamic: bool = False
     runs: bool = True
+    rows: tuple[int, ...] = ()  # one more input
 
     def graph(self) -> fx.GraphModule:
         g = torch.Generator().manual_seed(1)
         inputs = [torch.randn(shape, generator=g).to(self.dtype) for shape in self.shapes]
+        inputs += [torch.tensor(self.rows)] if self.rows else []
         gm = capture(self.fn, *inputs, dynamic=self.dynamic, runs=self.runs)
         for node in [n for n in gm.graph.nodes if n.op == "placeholder" and "_parameters_" in n.name]:
             node.op = "get_attr"
@@ -180,6 +182,10 @@ NEAR: dict[str, Near] = {
     "matmul": Near(lambda a, b: a @ b, ((2, 3, 8), (2, 8, 4)), "float64", dtype=torch.float64),
     "reductions": Near(lambda x: x.sum(-1), ((3, 8),), "float64", dtype=torch.float64),
     "linear_add": Near(Broadcast(), ((1, 7, 8), (1, 1, 4)), "broadcasts", IN_PACKED),
+    "wanted_rows": Near(
+        lambda x, wanted: OPS.rms_norm(x, None, 1e-5, 0.0, True)[:, wanted],
+        ((1, 7, 8),), "no product", IN_PACKED, rows=(3, 0),
+    ),
     "rotary": Near(
         turned_wrong, ((1, 2, 7, 8), (1, 1, 7, 8), (1, 1, 7, 8)), "not the two halves", IN_PACKED
     ),

@@ -218,7 +218,7 @@ def test_machine_and_settings(known: Contract, monkeypatch: pytest.MonkeyPatch, 
     """Threads, instruction set, versions, settings of a compiler that is not called, folders: no field."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-    monkeypatch.setattr(cpu, "_filling_the_memory", lambda: 7)
+    monkeypatch.setattr(cpu, "filling_the_memory", lambda: 7)
     monkeypatch.setitem(inductor._FIXED, "epilogue_fusion", False)
     monkeypatch.setenv("LLM42_DUMP", str(tmp_path))
     state = computation.machine_state()
