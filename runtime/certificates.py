@@ -122,6 +122,11 @@ class Certificates:
             return False
         return True
 
+    @property
+    def due(self) -> bool:
+        """Whether a probe is wanted that can run now."""
+        return bool(self._queue) and not self.spot_checking and not self.waited
+
     def reserve(self, num_running: int) -> int:
         """Pages that admissions should leave free, for a probe to find while so many requests run."""
         return self._probe.pages_for(num_running) if self._short else 0

@@ -45,7 +45,7 @@ from llm42c.runtime.sampling import (
 from llm42c.runtime.scheduler import FastPlan, Scheduler
 from llm42c.runtime.scoring import Scored, scored, scoring_params
 from llm42c.runtime.speculate import Speculator
-from llm42c.runtime.stats import Stats
+from llm42c.runtime.stats import Load, Stats
 from llm42c.runtime.structured import Grammars
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Engine:
             raise ConfigError(f"kv_cache_bytes ({config.kv_cache_bytes}) does not hold one page")
         self.limits = Limits(verifier.vocab_size, context, num_pages, config.page_size, decode is not None)
         self._cache = verifier.new_kv_cache(num_pages, config.page_size)
-        self._decode = decode
+        self._decode, self.grammars = decode, grammars
         self._stats = Stats()
         self._fast, self._verifier = fast, verifier  # what steps run; probes call the models themselves
         if graphs is not None:
@@ -353,6 +353,10 @@ class Engine:
 
     def stats(self) -> Stats:
         return self._stats
+
+    def load(self) -> Load:
+        scheduler, pages = self._scheduler, self.limits.num_pages
+        return Load(len(scheduler.running), len(scheduler.waiting), pages, pages - self._pool.num_free)
 
     def kv_digest(self, request_id: str, num_positions: int | None = None) -> str:
         """Digest of the KV bits of a running request's leading computed positions. Raises RequestError."""

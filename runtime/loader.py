@@ -26,6 +26,7 @@ from llm42c.runtime.contract import engine_contract
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.graphs import CudaGraphs
 from llm42c.runtime.lockstep import LockstepModel
+from llm42c.runtime.processors import Decode
 from llm42c.runtime.structured import Grammars
 
 
@@ -137,7 +138,7 @@ def _engine(compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer
         decoder,
         verifier,
         config,
-        decode=None if tokenizer is None else _decoder(tokenizer),
+        decode=None if tokenizer is None else text_decoder(tokenizer),
         grammars=None
         if tokenizer is None
         else Grammars(tokenizer, verifier.vocab_size, config.eos_token_ids),
@@ -171,7 +172,8 @@ def eos_token_ids(model: nn.Module) -> tuple[int, ...]:
     return ()
 
 
-def _decoder(tokenizer: Any) -> Any:
+def text_decoder(tokenizer: Any) -> Decode:
+    """Token ids to text, special tokens left out."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 

@@ -96,7 +96,7 @@ class Pump:
             outputs = self.engine.step()
         except BaseException as error:
             why = f"a step was broken off: {type(error).__name__}"
-            outputs = [_failed(request_id, why) for request_id in list(self._mail)]
+            outputs = [failed_output(request_id, why) for request_id in list(self._mail)]
             for output in outputs:
                 self.engine.abort(output.request_id)  # an IntegrityError leaves them in the engine
             raise
@@ -107,7 +107,7 @@ class Pump:
                     if output.request_id in self._mail:
                         self._mail[output.request_id].append(output)
                 while self._inbox:
-                    _settle(*self._inbox.popleft())
+                    settle_future(*self._inbox.popleft())
                 self._changed.notify_all()
 
     def _between_steps(self, action: Callable[[], T]) -> T:
@@ -118,15 +118,17 @@ class Pump:
             if self._stepping:
                 self._inbox.append((action, future))
             else:
-                _settle(action, future)
+                settle_future(action, future)
         return future.result()
 
 
-def _failed(request_id: str, why: str) -> RequestOutput:
+def failed_output(request_id: str, why: str) -> RequestOutput:
+    """The last output of a request that a broken step took along."""
     return RequestOutput(request_id, [], [], finished=True, finish_reason="error", error=why)
 
 
-def _settle(action: Callable[[], Any], future: Future[Any]) -> None:
+def settle_future(action: Callable[[], Any], future: Future[Any]) -> None:
+    """Run `action`; its result or exception is the future's."""
     try:
         future.set_result(action())
     except Exception as error:

@@ -1,9 +1,19 @@
-"""Counters of one engine. Plain numbers, cheap to bump, printed by `as_dict`."""
+"""Counters of one engine. Plain numbers, cheap to bump, printed by `as_dict`; and how full it is."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How full an engine is at a moment."""
+
+    running: int  # requests that hold pages
+    waiting: int
+    pages: int  # for keys and values
+    pages_in_use: int  # of them; what is only cached can be taken at any time
 
 
 @dataclass(slots=True)

@@ -61,6 +61,7 @@ import llm42c
 names = [m.name for m in pkgutil.walk_packages(llm42c.__path__, "llm42c.")]
 assert {f"llm42c.{link}" for link in sys.argv[1:]} <= set(names), names
 optional = ("triton", "gguf", "accelerate", "matplotlib")
+optional += ("fastapi", "starlette", "uvicorn", "prometheus_client")
 for name in names:
     if name.endswith("__main__"):
         continue

@@ -17,6 +17,7 @@ from llm42c.cli import (
     replay,
     resume,
     score,
+    serve,
     survey,
     version,
 )
@@ -44,6 +45,7 @@ app.command("generate")(generate.generate)
 app.command("resume")(resume.resume)
 app.command("replay")(replay.replay)
 app.command("score")(score.score)
+app.command("serve")(serve.serve)
 app.add_typer(bench.app, name="bench")
 app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)

@@ -1,0 +1,301 @@
+"""Requests under way. A deterministic one is computed once, however many ask for the same at a time.
+
+A flight is what the engine has committed for one job, so far. Readers hold a position in it and keep nothing
+themselves, so that a slow one costs no memory besides the output, and one that comes later starts at the
+beginning. Everything here runs in the event loop; the engine's thread only leaves news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from llm42c.errors import RequestError
+from llm42c.runtime.engine import Engine
+from llm42c.runtime.outputs import RequestOutput, TopLogprobs
+from llm42c.runtime.processors import Decode, TextState
+from llm42c.runtime.server.errors import ApiError
+from llm42c.runtime.server.jobs import Job, Jobs
+from llm42c.runtime.server.metrics import Metrics
+from llm42c.runtime.server.settings import Settings
+from llm42c.runtime.server.thread import EngineThread
+
+
+class Flight:
+    """`ends[i]`: how many characters of `text` are certain behind token i; what is left then belongs to the
+    end."""
+
+    def __init__(self, request_id: str, job: Job, decode: Decode) -> None:
+        self.request_id, self.job = request_id, job
+        self.began = self.last = time.perf_counter()
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.tops: list[TopLogprobs] = []
+        self.ends: list[int] = []
+        self.output: RequestOutput | None = None  # the last one
+        self.error: ApiError | None = None
+        self.entered: asyncio.Task[None] | None = None  # the submission
+        self.readers = 0
+        self.listeners: set[asyncio.Event] = set()
+        self._state = TextState(decode, job.params.stop)
+
+    @staticmethod
+    def nothing(job: Job, decode: Decode) -> Flight:
+        """One that has ended without a token."""
+        flight = Flight("", job, decode)
+        flight.output = RequestOutput("", [], [], finished=True, finish_reason="length")
+        return flight
+
+    @property
+    def text(self) -> str:
+        return self._state.text
+
+    @property
+    def done(self) -> bool:
+        return self.output is not None or self.error is not None
+
+    @property
+    def shown(self) -> int:
+        """How many tokens are part of the answer: a token id that ended it is not."""
+        ended = self.output is not None and isinstance(self.output.stop_reason, int)
+        return len(self.tokens) - ended
+
+    def characters(self, position: int) -> int:
+        """How many characters are certain behind the first `position` tokens."""
+        return self.ends[position - 1] if position else 0
+
+    def take(self, output: RequestOutput) -> None:
+        """Append what the engine has committed since. Raises what the detokenizer raises."""
+        state, new = self._state, output.new_token_ids
+        self.tokens += new
+        self.logprobs += output.new_logprobs
+        self.tops += output.new_top_logprobs or []
+        for token in new[: len(new) - isinstance(output.stop_reason, int)]:
+            state.push(token)
+            self.ends.append(state.safe_length())
+        if output.finished:
+            if output.error is None:
+                state.finish(isinstance(output.stop_reason, str), self.job.params.include_stop)
+                self.ends = [min(end, len(state.text)) for end in self.ends]
+            self.output = output
+
+    def tell(self) -> None:
+        for event in self.listeners:
+            event.set()
+
+
+class Reading:
+    """One answer's hold on its flights. Leaving it lets go of them."""
+
+    def __init__(self, flights: Flights, timeout_s: float) -> None:
+        self.flights: list[Flight] = []
+        self._all, self._event = flights, asyncio.Event()
+        self._timeout_s = timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+
+    async def join(self, jobs: Iterable[Job]) -> None:
+        """Raises ApiError or RequestError, and then holds nothing."""
+        try:
+            for job in jobs:
+                self.hold(self._all.join(job))
+            for flight in self.flights:
+                if flight.entered is not None:
+                    await asyncio.shield(flight.entered)
+        except BaseException:
+            self.leave()
+            raise
+
+    def hold(self, flight: Flight) -> None:
+        flight.readers += 1
+        flight.listeners.add(self._event)
+        self.flights.append(flight)
+
+    async def news(self) -> None:
+        """Wait until a flight has something new. Raises ApiError when the time is up."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._event.wait()
+        except TimeoutError:
+            message = f"the request took longer than {self._timeout_s:g} s"
+            raise ApiError(504, message, "timeout", "deadline_exceeded") from None
+        self._event.clear()
+
+    async def finished(self) -> list[RequestOutput]:
+        """Wait for the ends of all flights. Raises ApiError where one has failed."""
+        while not all(flight.done for flight in self.flights):
+            self.check()
+            await self.news()
+        self.check()
+        return [flight.output for flight in self.flights if flight.output is not None]
+
+    def check(self) -> None:
+        for flight in self.flights:
+            if flight.error is not None:
+                raise flight.error
+
+    def leave(self) -> None:
+        for flight in self.flights:
+            flight.listeners.discard(self._event)
+            flight.readers -= 1
+            self._all.left(flight)
+        self.flights = []
+
+
+class Flights:
+    """The flights of one engine: entry, limits, news."""
+
+    def __init__(self, engine: Engine, settings: Settings, decode: Decode, metrics: Metrics) -> None:
+        self.jobs = Jobs(engine)
+        self.thread = EngineThread(engine, self._deliver)
+        self.metrics = metrics
+        self.draining = False
+        self._settings, self._decode = settings, decode
+        self._limit = engine.config.max_num_seqs + settings.max_queue
+        self._at_once = engine.config.max_num_seqs
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ids = itertools.count()
+        self._flying: dict[str, Flight] = {}  # by request id
+        self._by_key: dict[str, Flight] = {}
+        self._remembered: OrderedDict[str, list[int]] = OrderedDict()
+        self._num_remembered = 0
+        self._mean_s = 1.0  # of the last requests, from arrival to end
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.thread.start()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.thread.close)
+
+    def __len__(self) -> int:
+        return len(self._flying)
+
+    def join(self, job: Job) -> Flight:
+        """The flight of an equal job, or a new one. Raises ApiError where none more is taken."""
+        flight = self._by_key.get(job.key)
+        if flight is not None:
+            self.metrics.shared.inc()
+            return flight
+        self._admit()
+        flight = Flight(f"serve-{next(self._ids)}", job, self._decode)
+        self._flying[flight.request_id] = flight
+        if job.key:
+            self._by_key[job.key] = flight
+        flight.entered = asyncio.ensure_future(self._enter(flight))
+        # Whoever asked may be gone by then.
+        flight.entered.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return flight
+
+    def reading(self, timeout_s: float | None) -> Reading:
+        most = self._settings.timeout_s
+        return Reading(self, most if timeout_s is None else min(timeout_s, most))
+
+    def hand_over(self) -> None:
+        """The time for finishing is over: every flight ends, and says where to go on."""
+        for flight in list(self._flying.values()):
+            message = "the server is shutting down"
+            if flight.job.deterministic:
+                message += "; a stream goes on elsewhere with its Last-Event-ID"
+            flight.error = ApiError(503, message, code="shutting_down")
+            self._forget(flight)
+            self.thread.abort(flight.request_id)
+            flight.tell()
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise ApiError(
+                503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "1"}
+            )
+        if self.thread.broken is not None:
+            raise ApiError(503, f"the engine is broken: {self.thread.broken}", code="engine_broken")
+        if len(self._flying) >= self._limit:
+            self.metrics.refused.inc()
+            waiting = len(self._flying) - self._at_once
+            seconds = max(1, min(60, round(self._mean_s * waiting / self._at_once)))
+            raise ApiError(
+                429,
+                f"{waiting} requests are waiting already; come back in {seconds} s",
+                code="queue_full",
+                headers={"Retry-After": str(seconds)},
+            )
+
+    async def _enter(self, flight: Flight) -> None:
+        job = flight.job
+        draft = job.draft
+        if draft is None and job.key:
+            draft = self._recall(job.key)
+        try:
+            await asyncio.wrap_future(
+                self.thread.submit(
+                    flight.request_id,
+                    job.prompt,
+                    job.params,
+                    deterministic=job.deterministic,
+                    receipt=job.receipt,
+                    speculate=job.speculate,
+                    draft=draft,
+                    forced=job.forced,
+                )
+            )
+        except RequestError:
+            self._forget(flight)
+            raise
+
+    def left(self, flight: Flight) -> None:
+        """One reader less. Without any the request is aborted; what it has committed stays as a draft."""
+        if flight.readers > 0 or flight.request_id not in self._flying:
+            return
+        self._forget(flight)
+        self.thread.abort(flight.request_id)
+        self.metrics.aborted.inc()
+        if flight.job.key and flight.tokens:
+            self._remember(flight.job.key, flight.tokens)
+
+    def _forget(self, flight: Flight) -> None:
+        self._flying.pop(flight.request_id, None)
+        if self._by_key.get(flight.job.key) is flight:
+            del self._by_key[flight.job.key]
+
+    def _remember(self, key: str, tokens: list[int]) -> None:
+        self._recall(key)
+        self._remembered[key] = tokens
+        self._num_remembered += len(tokens)
+        while self._num_remembered > self._settings.remembered_tokens:
+            _, oldest = self._remembered.popitem(last=False)
+            self._num_remembered -= len(oldest)
+
+    def _recall(self, key: str) -> list[int] | None:
+        tokens = self._remembered.pop(key, None)
+        self._num_remembered -= len(tokens or ())
+        return tokens
+
+    # -- news ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """In the engine's thread: one wake-up of the loop for a whole step."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._take, outputs)
+
+    def _take(self, outputs: list[RequestOutput]) -> None:
+        now = time.perf_counter()
+        for output in outputs:
+            flight = self._flying.get(output.request_id)
+            if flight is None:
+                continue
+            self.metrics.tokens(flight.job.deterministic, len(flight.tokens), output, now - flight.last)
+            flight.last = now
+            try:
+                flight.take(output)
+            except Exception as error:  # of a tokenizer
+                flight.error = ApiError(500, f"the output cannot be decoded: {type(error).__name__}: {error}")
+                self.thread.abort(flight.request_id)
+            if output.error is not None:
+                flight.error = ApiError(500, output.error, code="generation_failed")
+            if flight.done:
+                self._forget(flight)
+                self._mean_s += 0.1 * (now - flight.began - self._mean_s)
+            flight.tell()
