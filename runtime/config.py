@@ -51,7 +51,7 @@ class EngineConfig:
     cuda_graphs: Literal["auto", "off"] = "auto"  # auto: on a GPU that has the model to itself
     cuda_graph_tokens: int = 512  # larger steps run without one
 
-    speculate: Speculate = None  # who drafts: "auto", "ngram", a drafter or what makes one; None: nobody
+    speculate: Speculate = None  # who drafts, as drafters.py names them, a drafter or what makes one
     prefix_cache: bool = True
     eos_token_ids: tuple[int, ...] = ()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from llm42c.errors import RequestError
+from llm42c.errors import Llm42Error, RequestError
 from llm42c.parallel.ranks import Ranks
 from llm42c.runtime.asked import require_portable
 from llm42c.runtime.config import EngineConfig
-from llm42c.runtime.drafters import AS_ENGINE, Speculate, drafter_source, requested_source
+from llm42c.runtime.draft_models import DraftModels
+from llm42c.runtime.drafters import AS_ENGINE, DrafterSource, Speculate, drafter_source, requested_source
 from llm42c.runtime.intake import Limits, check_flag, check_limits, check_prompt, check_tokens
 from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.request import Request
@@ -27,9 +28,14 @@ class Door:
         decode: Decode | None,
         grammars: Grammars | None,
         ranks: Ranks,
+        draft_models: DraftModels,
     ) -> None:
+        """Raises ConfigError if the engine's own drafter cannot draft."""
         self._limits, self._decode, self._grammars, self._ranks = limits, decode, grammars, ranks
+        self._draft_models = draft_models
         self._drafters = drafter_source(config.speculate)
+        if self._drafters is not None and self._drafters.model is not None:
+            draft_models.of(self._drafters.model)
         self._eos_ids = frozenset(config.eos_token_ids)
         self._max_pages = -(-limits.max_model_len // limits.page_size)
 
@@ -68,7 +74,7 @@ class Door:
         if receipt:
             require_portable(params, "a receipt")
         grammar = self._grammar(params, forced)
-        source = self._drafters if speculate == AS_ENGINE else requested_source(speculate)
+        source = self._drafters if speculate == AS_ENGINE else self._requested(speculate)
         return Request(
             request_id,
             arrival,
@@ -88,6 +94,16 @@ class Door:
             drafter_source=source if deterministic else None,
             grammar=grammar,
         )
+
+    def _requested(self, speculate: Speculate) -> DrafterSource | None:
+        """The first request that names a draft model waits until it is built. Raises RequestError."""
+        source = requested_source(speculate)
+        if source is not None and source.model is not None:
+            try:
+                self._draft_models.of(source.model)
+            except Llm42Error as error:
+                raise RequestError(str(error)) from error
+        return source
 
     def _seed(self, params: SamplingParams, prompt: list[int], deterministic: bool) -> int:
         if params.seed is not None:

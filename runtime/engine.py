@@ -24,6 +24,7 @@ from llm42c.runtime.certificates import Certificates
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import Contract, engine_contract
 from llm42c.runtime.door import Door
+from llm42c.runtime.draft_models import Build, DraftModels
 from llm42c.runtime.drafters import AS_ENGINE, Speculate
 from llm42c.runtime.graphs import GraphDevice, GraphedModel
 from llm42c.runtime.intake import Limits, check_id
@@ -59,7 +60,8 @@ class Engine:
 
     `fast` runs at bucketed shapes, `verifier` always at (verify_tokens, verify_seqs, verify_rows); both read
     and write the same cache. `sampler` defaults to the llm42 operators; `decode` turns token ids into text
-    and is needed for stop strings, `grammars` for structured output; `contract` defaults to what can be known
+    and is needed for stop strings, `grammars` for structured output, `draft_models`, which compiles one, for
+    drafts by a model; `contract` defaults to what can be known
     from the arguments. Not thread-safe. With `ranks`, every rank makes the same engine and calls it in the
     same way. With `graphs`, steps are recorded once for each shape and replayed.
 
@@ -79,6 +81,7 @@ class Engine:
         ranks: Ranks = ALONE,
         graphs: GraphDevice | None = None,
         grammars: Grammars | None = None,
+        draft_models: Build | None = None,
     ) -> None:
         if (fast.vocab_size, fast.dtype) != (verifier.vocab_size, verifier.dtype):
             raise ConfigError("the fast and the verifier graph have different vocabularies or dtypes")
@@ -104,19 +107,30 @@ class Engine:
         self._pool = BlockPool(num_pages, config.page_size, self.contract.hash.encode())
         probe = Probe(fast, verifier, config, context, self._cache, self._pool, ranks)
         self.certificates = Certificates(config, self.contract, probe, self._stats, ranks)
-        self._speculator = Speculator(verifier.vocab_size, self._stats, ranks)
+        self._max_pages = -(-context // config.page_size)
+        sampler = sampler or operator_sampler(self._cache.k[0].device)
+        self._draft_models = DraftModels(
+            draft_models,
+            verifier,
+            self._cache,
+            num_pages,
+            self._max_pages,
+            config,
+            sampler,
+            self._stats,
+            one_rank=ranks.size == 1,
+        )
+        self._speculator = Speculator(verifier.vocab_size, self._stats, ranks, self._draft_models)
         self._scheduler = Scheduler(config, self._pool, self.certificates, self._stats, self._speculator)
         self._auditor = Auditor(
             config, self._cache, self._pool, self._scheduler, self.certificates, self._stats, ranks
         )
-        self._max_pages = -(-context // config.page_size)
-        self._door = Door(self.limits, config, decode, grammars, ranks)
+        self._door = Door(self.limits, config, decode, grammars, ranks, self._draft_models)
         top, size = config.token_buckets[-1], config.page_size
         self._fast_packer = Packer(top, config.max_num_seqs, top, self._max_pages, size)
         self._verify_packer = Packer(
             config.verify_tokens, config.verify_seqs, config.rows, self._max_pages, size
         )
-        sampler = sampler or operator_sampler(self._cache.k[0].device)
         # One for each kind of step, because each remembers the parameters of its last batch.
         self._sample_fast, self._sample_verify = RowSampler(sampler), RowSampler(sampler)
         self._requests: dict[str, Request] = {}
@@ -452,23 +466,26 @@ class Engine:
         sampled = self._sample_fast(logits, plan.chunks)
         stats.seconds_fast += middle - start
         stats.seconds_sample += time.perf_counter() - middle
-        if plan.commits:
-            self._speculator.times.took(plan.num_tokens, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         stats.fast_steps += 1
-        row = tokens = 0
+        row = tokens = committed = 0
         origin = self.certificates.origin_id(plan.shape) if plan.commits else VERIFIER
         for chunk in plan.chunks:
             request = chunk.request
             if not request.deterministic:
-                stats.ordinary_tokens += self._accept(chunk, sampled, row, origin).committed
+                committed += (new := self._accept(chunk, sampled, row, origin).committed)
+                stats.ordinary_tokens += new
             elif plan.commits and len(request.proposal.tokens) == request.proposal.drafted:
-                stats.certified_tokens += self._accept(chunk, sampled, row, origin).committed
+                committed += (new := self._accept(chunk, sampled, row, origin).committed)
+                stats.certified_tokens += new
             else:
                 self._propose(request, sampled, row, plan.commits)
             row += chunk.num_rows
             tokens += chunk.num_tokens
         stats.fast_tokens += tokens
         stats.fast_padding += plan.num_tokens - tokens
+        if plan.commits and row == tokens:  # decodes, and nothing of a prompt
+            self._speculator.took(plan.num_tokens, len(plan.chunks), seconds, committed)
 
     def _propose(self, request: Request, sampled: Sampled, row: int, certified: bool) -> None:
         request.proposal.drain = certified

@@ -23,6 +23,7 @@ from llm42c.parallel.ranks import ALONE, Ranks
 from llm42c.passes.base import Pass
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.contract import engine_contract
+from llm42c.runtime.draft_builds import DraftBuilds
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.graphs import CudaGraphs
 from llm42c.runtime.lockstep import LockstepModel
@@ -38,6 +39,7 @@ class BuiltEngine:
     compiler: ModelCompiler
     model: nn.Module
     tokenizer: Any
+    drafts: DraftBuilds
     fast: Form = "pinned"
     _variants: WeakSet[Engine] = field(default_factory=WeakSet, repr=False, compare=False)
 
@@ -48,7 +50,7 @@ class BuiltEngine:
         """
         _check_keys(changes)
         config = replace(self.engine.config, **changes)
-        made = _engine(self.compiler, self.fast, config, self.tokenizer)
+        made = _engine(self.compiler, self.fast, config, self.tokenizer, self.drafts)
         self._variants.add(made)
         return made
 
@@ -119,14 +121,17 @@ def build_engine(
         compiler.ranks.meet("the compiled model")
         compiler.release_originals()
         # The fast form is not part of the contract: committed bits are the verifier's.
-        engine = _engine(compiler, fast, engine_config, tokenizer)
+        drafts = DraftBuilds(compiler, tokenizer)
+        engine = _engine(compiler, fast, engine_config, tokenizer, drafts)
     except BaseException:
         compiler.restore()  # the model is its owner's
         raise
-    return BuiltEngine(engine, compiler, module, tokenizer, fast)
+    return BuiltEngine(engine, compiler, module, tokenizer, drafts, fast)
 
 
-def _engine(compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer: Any) -> Engine:
+def _engine(
+    compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer: Any, drafts: DraftBuilds
+) -> Engine:
     ranks, device = compiler.ranks, compiler.device
     on_gpu = device.type != "cpu"
     computation = compiler.compile("pinned").computation
@@ -151,6 +156,7 @@ def _engine(compiler: ModelCompiler, fast: Form, config: EngineConfig, tokenizer
             quantisation=quantised.formats(compiler.model),
         ),
         ranks=ranks,
+        draft_models=drafts,
         # Ranks compare their batches on the host, which no graph can hold.
         graphs=CudaGraphs(device) if on_gpu and ranks.size == 1 and config.cuda_graphs == "auto" else None,
     )

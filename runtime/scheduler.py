@@ -191,6 +191,10 @@ class Scheduler:
             self._grow(lease, len(lease.pages) * self._config.page_size + 1)
         return len(lease.pages) * self._config.page_size
 
+    def _hold(self, request: Request, num_positions: int) -> int:
+        """Pages for what a draft model reads and writes of a request, as `_grow_for_drafts`."""
+        return self._grow_for_drafts(request.lease, num_positions)
+
     def make_room(self) -> None:
         """For a probe that has waited for pages: preempt the newest requests until there are as many."""
         while self.running and self._pool.num_free < self._certificates.reserve(len(self.running)):
@@ -293,7 +297,7 @@ class Scheduler:
 
         def guess(requests: list[Request], given: int) -> list[list[int]]:
             larger = [s for s in sizes if s >= tokens + given] or sizes[-1:]
-            return self._speculator.choose(requests, tokens + given, larger, most - given)
+            return self._speculator.choose(requests, tokens + given, larger, most - given, self._hold)
 
         drafts = self._drafts(open_spans, sizes[-1] - tokens, guess)
         wanted = sum(map(len, drafts))
@@ -368,7 +372,9 @@ class Scheduler:
         """Give what is left of the verifier's shape to drafts behind the chunks that are there."""
         open_spans = [c for c in plan.chunks if _takes_drafts(c)]
         room = min(plan.tokens_left, plan.rows_left)
-        drafts = self._drafts(open_spans, room, lambda r, given: self._speculator.fill(r, room - given))
+        drafts = self._drafts(
+            open_spans, room, lambda r, given: self._speculator.fill(r, room - given, self._hold)
+        )
         for span, draft in zip(open_spans, drafts, strict=True):
             plan.grown(self._extend(span, draft))
 

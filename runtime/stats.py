@@ -33,6 +33,8 @@ class Stats:
     rollbacks: int = 0
     drafted_tokens: int = 0  # proposed by drafts and checked
     accepted_drafts: int = 0  # of them, those that were right
+    draft_weight_bytes: int = 0  # memory of draft models
+    draft_kv_bytes: int = 0  # caches that draft models have of their own
     drafter_failures: int = 0  # a drafter raised, was late, or gave what are no token ids
     recomputed_tokens: int = 0  # proposals thrown away, by rollback or preemption
     preemptions: int = 0
@@ -58,6 +60,7 @@ class Stats:
     seconds_fast: float = 0.0
     seconds_verify: float = 0.0
     seconds_sample: float = 0.0
+    seconds_draft: float = 0.0  # passes of draft models
     seconds_probe: float = 0.0
     seconds_spot: float = 0.0  # of it, for spot checks
     seconds_total: float = 0.0
@@ -70,9 +73,9 @@ class Stats:
 
     @property
     def seconds_overhead(self) -> float:
-        """Time of the engine's own Python: everything but the graphs, the sampler and probing."""
-        spent = self.seconds_fast + self.seconds_verify + self.seconds_sample + self.seconds_probe
-        return self.seconds_total - spent
+        """Time of the engine's own Python: everything but graphs, draft models, the sampler and probing."""
+        graphs = self.seconds_fast + self.seconds_verify + self.seconds_draft
+        return self.seconds_total - graphs - self.seconds_sample - self.seconds_probe
 
     def as_dict(self) -> dict[str, Any]:
         return {

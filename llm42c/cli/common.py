@@ -73,7 +73,11 @@ TokenWeaveOption = Annotated[
 ]
 SpeculateOption = Annotated[
     str,
-    typer.Option("--speculate", help="off; ngram: guess from the request's own text; auto. Changes no bit."),
+    typer.Option(
+        "--speculate",
+        help="off; ngram: guess from the request's own text; self: by the model in 4 bits; auto; auto:self; "
+        "model:PATH: by a smaller one. Changes no bit.",
+    ),
 ]
 KvOption = Annotated[int, typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB.")]
 JsonFileOption = Annotated[
@@ -131,10 +135,13 @@ def open_engine(
     """
     form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
     choice("--verify", verify, ("auto", "always"))
-    drafts = choice("--speculate", speculate, ("off", "auto", "ngram"))
+    drafts = None if speculate == "off" else speculate
     weave: TokenWeave = choice("--token-weave", token_weave, get_args(TokenWeave))
     wanted = parse_dtype(dtype)
     check_device(device)
+    from llm42c.runtime.drafters import drafter_source
+
+    drafter_source(drafts)
     report("loading", 0, 0)
     from llm42c.hub import models
 
@@ -145,7 +152,7 @@ def open_engine(
 
     place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
-    config.setdefault("speculate", None if drafts == "off" else drafts)
+    config.setdefault("speculate", drafts)
     built = build_engine(
         loaded, tokenizer, device=device, fast=form, ranks=place, token_weave=weave, **config
     )

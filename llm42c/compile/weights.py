@@ -109,6 +109,10 @@ class WeightStore:
     def is_released(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._released
 
+    def value(self, parameter: nn.Parameter) -> Tensor:
+        """What ``parameter`` holds, whether it is released or not; not to be written to."""
+        return self._value(parameter) if self.is_released(parameter) else parameter.detach()
+
     def restore(self) -> None:
         """Give the model its parameters back, bit for bit, but for those that somebody has overwritten."""
         for parameter in self._released.values():

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from llm42c.errors import RequestError
+from llm42c.runtime.drafters import DraftModel
 from llm42c.runtime.sampling import MAX_SEED
 
 _Test = Callable[[Any], bool]
@@ -40,8 +42,7 @@ _REFUSED_SETTINGS: dict[str, tuple[_Test, str]] = {
 }
 # Arguments of the call itself.
 _REFUSED_ARGUMENTS = {
-    "assistant_model": "assisted decoding",
-    "assistant_tokenizer": "assisted decoding",
+    "assistant_tokenizer": "assisted decoding with another vocabulary",
     "negative_prompt_ids": "classifier-free guidance",
     "negative_prompt_attention_mask": "classifier-free guidance",
     "inputs_embeds": "a prompt given as embeddings (pass input_ids)",
@@ -81,6 +82,24 @@ def prompt_lookup(arguments: dict[str, Any], *configs: Any) -> int | None:
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise RequestError(f"prompt_lookup_num_tokens must be a positive integer, not {count!r}")
     return count
+
+
+def assistant_of(model: Any, arguments: dict[str, Any]) -> DraftModel | None:
+    """`assistant_model`, which is taken out: a model that drafts. Raises RequestError unless its vocabulary
+    is the model's."""
+    assistant = arguments.pop("assistant_model", None)
+    if assistant is None:
+        return None
+    if not isinstance(assistant, PreTrainedModel):
+        raise RequestError(f"assistant_model must be a Hugging Face model, not a {type(assistant).__name__}")
+    if assistant is model:
+        raise RequestError("assistant_model: a model cannot assist itself; speculate='self' quantises it")
+    sizes = [int(m.config.get_text_config(decoder=True).vocab_size) for m in (assistant, model)]
+    if sizes[0] != sizes[1]:
+        raise RequestError(
+            f"assistant_model: its vocabulary must be the model's: it has {sizes[0]} tokens, not {sizes[1]}"
+        )
+    return DraftModel(assistant)
 
 
 def require_batch(arguments: dict[str, Any]) -> None:

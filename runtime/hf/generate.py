@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from llm42c.errors import RequestError
-from llm42c.runtime.drafters import AS_ENGINE, NgramDrafter
+from llm42c.runtime.drafters import AS_ENGINE, NgramDrafter, Speculate
 from llm42c.runtime.hf import arguments as args
 from llm42c.runtime.hf import stopping as stops
 from llm42c.runtime.hf.output import DeterministicOutput
@@ -35,7 +35,7 @@ class Call:
     arguments: dict[str, Any]  # as the caller gave them
     seed: Any
     stopping: stops.Stopping
-    prompt_lookup: int | None = None
+    speculate: Speculate = AS_ENGINE
     shift_max: bool = True  # max_length and min_length count the padding of a row
     shift_min: bool = True
 
@@ -79,9 +79,7 @@ def prepare(
     stop_strings = args.effective("stop_strings", arguments, given, model.generation_config)
     if stop_strings is not None:
         _hide("stop_strings", arguments, model.generation_config)
-    lookup = args.prompt_lookup(arguments, given, model.generation_config)
-    if lookup is not None:
-        _hide("prompt_lookup_num_tokens", arguments, model.generation_config)
+    speculate = _drafter(model, arguments, given)
 
     def collect(
         model: Any,
@@ -99,7 +97,19 @@ def prepare(
     criteria = arguments.get("stopping_criteria") or ()
     stopping = stops.prepare(config, int(input_ids.shape[1]), criteria, tokenizer, stop_strings)
     seed = 0 if seed is None else seed
-    return Call(model, input_ids, model_kwargs, config, arguments, seed, stopping, lookup)
+    return Call(model, input_ids, model_kwargs, config, arguments, seed, stopping, speculate)
+
+
+def _drafter(model: Any, arguments: dict[str, Any], given: Any) -> Speculate:
+    """Who drafts for the call's rows; Hugging Face is not told. Raises RequestError."""
+    assistant = args.assistant_of(model, arguments)
+    lookup = args.prompt_lookup(arguments, given, model.generation_config)
+    if lookup is None:
+        return AS_ENGINE if assistant is None else assistant
+    if assistant is not None:
+        raise RequestError("assistant_model and prompt_lookup_num_tokens: only one of them can draft")
+    _hide("prompt_lookup_num_tokens", arguments, model.generation_config)
+    return partial(NgramDrafter, lookup)
 
 
 def _hide(name: str, arguments: dict[str, Any], default: Any) -> None:
@@ -158,7 +168,7 @@ def _row(call: Call, index: int, prompt: list[int], seed: int) -> Row:
         row_processor,
         recorder,
         processors if call.wants_scores else None,
-        AS_ENGINE if call.prompt_lookup is None else partial(NgramDrafter, call.prompt_lookup),
+        call.speculate,
     )
 
 

@@ -140,7 +140,7 @@ class Promise(RuleBasedStateMachine):
         stream=st.booleans(),
         adversary=st.sampled_from(sorted(ADVERSARY)),
         at=st.integers(0, 20),
-        drafter=st.sampled_from([None, "ngram", "hostile"]),
+        drafter=st.sampled_from([None, "ngram", "hostile", "self", "auto:self", "model:toy"]),
     )
     def submit(
         self, prefix, tail, salt, params, deterministic, stream, adversary="silent", at=0, drafter=None
@@ -260,6 +260,7 @@ class Promise(RuleBasedStateMachine):
             "accepted_drafts",
         ):
             seen[name] += getattr(stats, name)
+        seen["passes of draft models"] += stats.seconds_draft > 0
 
 
 @pytest.mark.slow
@@ -280,6 +281,7 @@ def test_the_promise() -> None:
     for name in (
         *("rollbacks", "preemptions", "prefix_hits", "certified_tokens", "verified_tokens", "audits"),
         "moved in the middle",
+        "passes of draft models",
         *("aborts", "forced preemptions", "pending lost", "finished", "drafted_tokens", "accepted_drafts"),
     ):
         assert seen[name] > 0, f"vacuous: no {name}"

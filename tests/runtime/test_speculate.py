@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -14,16 +15,21 @@ from toy import VOCAB, Flat, ToyModel, make_engine, small_config, solo
 
 from llm42c.errors import ConfigError, RequestError
 from llm42c.parallel.ranks import Ranks
-from llm42c.runtime import speculate
-from llm42c.runtime.drafters import NgramDrafter, drafter_source
+from llm42c.runtime import guesses, step_times
+from llm42c.runtime.drafters import Corpus, NgramDrafter, drafter_source
 from llm42c.runtime.sampling import SamplingParams
-from llm42c.runtime.speculate import Speculator, StepTimes
+from llm42c.runtime.speculate import Speculator
 from llm42c.runtime.stats import Stats
+from llm42c.runtime.step_times import Ledger, StepTimes
 
 PROMPT = [(3 * j + 1) % VOCAB for j in range(9)]
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 REPETITIVE = SamplingParams(max_tokens=60, ignore_eos=True, logit_bias={0: 40.0})
 SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def no_pages(request: Any, positions: int) -> int:
+    return 0
 
 
 def by_search(tokens: list[int], k: int) -> list[int]:
@@ -72,6 +78,38 @@ def test_a_repeated_text_is_continued_for_as_long_as_is_asked() -> None:
     assert NgramDrafter().propose([1, 2, 3], 7) == []
 
 
+def test_a_corpus_is_asked_where_the_request_s_own_text_says_less() -> None:
+    corpus = Corpus([[1, 2, 3, 4, 5, 6], [9, 9, 9, 1, 2, 3, 7], [8]])
+    drafter = NgramDrafter(corpus=corpus)
+    assert drafter.propose([0, 1, 2, 3], 4) == [7], "the latest text that holds it, and not beyond its end"
+    assert NgramDrafter(corpus=corpus).propose([2, 3, 4], 9) == [5, 6]
+    assert NgramDrafter(corpus=corpus).propose([2, 3], 9) == [], "two tokens say too little"
+    assert NgramDrafter(corpus=corpus).propose([6, 9, 9], 9) == [], "no text begins in the one before"
+    assert NgramDrafter(corpus=corpus).propose([7, 3, 4, 40, 3, 4], 2) == [40, 3]
+    own = [1, 2, 3, 4, 41, 1, 2, 3, 4]
+    assert NgramDrafter(corpus=corpus).propose(own, 2) == [41, 1], "of equal matches the request's own counts"
+    assert Corpus([]).after([1, 2, 3, 4], 3) == ([], 0)
+    with pytest.raises(ConfigError, match="token ids"):
+        Corpus([["a"]])  # type: ignore[list-item]
+
+
+def test_a_corpus_finds_what_a_search_finds() -> None:
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(0, 5, 40).tolist() for _ in range(3)]
+    corpus, found = Corpus(texts), 0
+    for _ in range(200):
+        newest = rng.integers(0, 5, 4).tolist()
+        expected: list[int] = []
+        for text, n in [(t, n) for n in (4, 3) for t in reversed(texts)]:
+            ends = [e for e in range(n, len(text) + 1) if text[e - n : e] == newest[-n:]]
+            if ends:
+                expected = text[ends[-1] : ends[-1] + 3]
+                break
+        assert corpus.after(newest, 3)[0] == expected
+        found += bool(expected)
+    assert 20 < found < 200
+
+
 class Oracle:
     """Proposes right tokens, of which it gets `wrong` in every ten wrong."""
 
@@ -102,7 +140,7 @@ def taken(seconds: dict[int, float], wrong: int, tokens: int = 1, steps: int = 6
     for size, s in seconds.items():
         speculator.times.took(size, s)
     for _ in range(steps):
-        (draft,) = speculator.choose([request], tokens, [s for s in SIZES if s >= tokens], 31)
+        (draft,) = speculator.choose([request], tokens, [s for s in SIZES if s >= tokens], 31, no_pages)
         counts.append(len(draft))
         done = request.history.tokens
         accepted = next((i for i, t in enumerate(draft) if t != right[len(done) + i]), len(draft))
@@ -119,6 +157,48 @@ def test_drafts_are_as_long_as_pays() -> None:
     assert sum(taken(FLAT, wrong=5)[20:]) < sum(taken(FLAT, wrong=0)[20:]) / 2
     assert not any(taken(STEEP, wrong=0)), "rows cost what they bring"
     assert sum(taken({1: 1.0, 2: 1.3, 4: 1.9, 8: 3.0}, wrong=9)[20:]) <= 4, "nothing is accepted"
+
+
+def test_drafts_rest_where_they_cost_time() -> None:
+    ledger = Ledger()
+
+    def steps_until_rest(saved: float) -> int:
+        for step in range(1, 1000):
+            if ledger.rests(8):
+                return step - 1
+            ledger.took(8, saved)
+        return 1000
+
+    def rest() -> int:
+        return next(i for i in itertools.count(1) if not ledger.rests(8))
+
+    assert steps_until_rest(-0.1) == step_times.TRIAL
+    first = rest()
+    assert steps_until_rest(-0.1) <= step_times.TRIAL
+    assert rest() >= 2 * first >= step_times.FIRST_REST
+    assert not ledger.rests(1), "of other batches nothing is known"
+    assert steps_until_rest(0.1) == 1000
+
+
+def test_wrong_predictions_lose_little() -> None:
+    """Steps with drafts take twice as long as measured, and bring half a token: what is lost is bounded."""
+    right = list(np.random.default_rng(0).integers(0, VOCAB, 9000))
+    speculator, spent, plain = Speculator(VOCAB, Stats()), 0.0, 0.0
+    request = fake_request(Oracle(right, 5), right[:5])
+    for size in SIZES:
+        speculator.times.took(size, 1.0)
+    speculator.times.took = lambda size, seconds: None  # type: ignore[method-assign]
+    for _ in range(6000):
+        (draft,) = speculator.choose([request], 1, SIZES, 31, no_pages)
+        done = request.history.tokens
+        accepted = next((i for i, t in enumerate(draft) if t != right[len(done) + i]), len(draft))
+        request.history.tokens = right[: len(done) + accepted + 1]
+        seconds = (accepted + 1) * 1.25 if draft else 1.0
+        speculator.took(SIZES[0], 1, seconds, accepted + 1)
+        spent, plain = spent + seconds, plain + accepted + 1
+        if len(request.history.tokens) > 8900:
+            break
+    assert plain < spent < 1.03 * plain
 
 
 def test_times_between_measured_sizes_lie_on_a_line() -> None:
@@ -207,7 +287,7 @@ def test_a_bad_drafter_hurts_nobody(name: str, mode: dict[str, Any]) -> None:
     assert done == {first: plain, second: other}
     harmless = name in ("spoils its input", "endless")
     assert (engine.stats().drafter_failures == 0) == harmless
-    assert engine.stats().drafter_failures <= speculate.MOST_FAILURES
+    assert engine.stats().drafter_failures <= guesses.MOST_FAILURES
 
 
 def test_a_drafter_that_never_comes_back_costs_one_turn() -> None:
@@ -250,7 +330,7 @@ def test_a_drafter_slower_than_it_is_worth_is_asked_ever_more_seldom() -> None:
         speculator.times.took(size, 0.001)
     requests = [fake_request(Slow(), tokens) for _ in range(4)]
     for _ in range(1000):
-        speculator.choose(requests, 4, SIZES[2:], 28)
+        speculator.choose(requests, 4, SIZES[2:], 28, no_pages)
         tokens.append(1)
     assert 4 <= Slow.asked <= 4 * 8, "one question each, after pauses of 32, 64, 128 … steps"
     assert speculator._stats.drafter_failures == 0
@@ -267,11 +347,11 @@ def test_a_drafter_that_cannot_be_made_loses_its_turn() -> None:
     engine = make_engine(config=small_config(certify="startup", speculate=Unmade))
     (output,) = engine.generate([PROMPT], PARAMS)
     assert (output.token_ids, output.logprobs) == solo(PROMPT, PARAMS)
-    assert 0 < engine.stats().drafter_failures <= speculate.MOST_FAILURES
+    assert 0 < engine.stats().drafter_failures <= guesses.MOST_FAILURES
 
 
 def test_what_cannot_draft_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'auto', 'ngram', None or a drafter"):
+    with pytest.raises(ConfigError, match=r"'auto', 'ngram', .* None or a drafter"):
         small_config(speculate="fast")
     with pytest.raises(ConfigError, match="propose"):
         small_config(speculate=3)
@@ -299,7 +379,7 @@ def test_ranks_take_the_first_one_s_drafts() -> None:
     for rank, drafter in ((0, Oracle(right)), (1, Never())):
         speculator = Speculator(VOCAB, Stats(), Two(rank, 2))
         speculator.times.took(1, 1.0)
-        drafts.append(speculator.choose([fake_request(drafter, right[:5])], 1, [1, 2, 4, 8], 7))
+        drafts.append(speculator.choose([fake_request(drafter, right[:5])], 1, [1, 2, 4, 8], 7, no_pages))
         assert speculator._stats.drafter_failures == 0
     assert drafts[0] == drafts[1]
     assert drafts[0][0] == right[5 : 5 + len(drafts[0][0])] != []

@@ -21,10 +21,11 @@ import torch
 from llm42c.capture.packed import KVCache, PackedInputs
 from llm42c.codegen.ops.token_mask import apply_token_mask
 from llm42c.runtime.config import EngineConfig
+from llm42c.runtime.draft_models import BuiltDraft
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.processors import Decode
 from llm42c.runtime.sampling import SamplingParams
-from llm42c.runtime.speculate import StepTimes
+from llm42c.runtime.step_times import StepTimes
 from llm42c.runtime.structured import Grammars
 
 VOCAB = 48
@@ -340,8 +341,10 @@ def make_engine(
     check: bool = False,
     sampler: ToySampler | None = None,
     decode: Decode = toy_decode,
+    drafts: Callable[[], ToyModel] = lambda: NoisyModel(flip=0.2),
 ) -> Engine:
-    """An engine on the toy. `check=False` takes the verifier's row independence for granted."""
+    """An engine on the toy. `check=False` takes the verifier's row independence for granted. `drafts` makes
+    the model that drafts where one is asked for."""
     config = config or small_config()
     verifier = ToyModel(fixed=(config.verify_tokens, config.verify_seqs, config.rows))
     lazy = dataclasses.replace(config, certify="lazy")
@@ -352,6 +355,7 @@ def make_engine(
         sampler=sampler or ToySampler(),
         decode=decode,
         grammars=Grammars(ToyTokens(), VOCAB, config.eos_token_ids),
+        draft_models=lambda spec: BuiltDraft(drafts(), 1000),
     )
     engine.certificates.verifier_checked |= not check
     if config.certify == "startup":

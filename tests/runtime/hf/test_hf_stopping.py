@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.generation import logits_process as processors
 
 from llm42c.errors import RequestError
 from llm42c.runtime.hf import arguments as args
-from llm42c.runtime.speculate import StepTimes
+from llm42c.runtime.step_times import StepTimes
 
 PROMPTS = [prompt(9, 1), prompt(3, 2), prompt(14, 3)]
 
@@ -151,6 +152,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "guidance_scale": {"guidance_scale": 2.0},
     "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 0},
     "assistant_model": {"assistant_model": object()},
+    "assistant_tokenizer": {"assistant_tokenizer": object()},
     "constraints": {"constraints": [object()]},
     "force_words_ids": {"force_words_ids": [[5]]},
     "negative_prompt_ids": {"negative_prompt_ids": torch.tensor([[3]])},
@@ -191,6 +193,35 @@ def test_prompt_lookup_changes_no_bit(in_config: bool, monkeypatch: pytest.Monke
         drafted = wrapped().generate(**padded(prompts), **rules, **lookup)
     assert torch.equal(drafted, plain)
     assert stats.drafted_tokens > before
+
+
+def test_an_assistant_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is right is believed; it keeps its own weights, and Hugging Face's signature its meaning."""
+    prompts = [[3, 4, 5, 6] * 4, [7, 8, 9]]
+    rules: dict[str, Any] = {"max_new_tokens": 16, "do_sample": True, "seed": 3, "eos_token_id": None}
+    expected = wrapped().generate(**padded(prompts), **rules)
+    stats = wrapped().llm42._pump.engine.stats()
+    before = stats.accepted_drafts
+    monkeypatch.setattr(StepTimes, "of", lambda self, num_tokens: 1.0)  # so that drafts always pay
+    assistant = plain()
+    weights = {name: value.clone() for name, value in assistant.state_dict().items()}
+    assert torch.equal(wrapped().generate(**padded(prompts), **rules, assistant_model=assistant), expected)
+    assert stats.accepted_drafts > before
+    assert stats.draft_weight_bytes > 0
+    assert all(torch.equal(value, weights[name]) for name, value in assistant.state_dict().items())
+
+
+def test_an_assistant_of_another_vocabulary_is_refused() -> None:
+    config = copy.deepcopy(plain().config)
+    config.vocab_size += 8
+    other = type(plain())(config)
+    ids = torch.tensor([[3, 4, 5]])
+    for assistant, why in ((other, "vocabulary"), (wrapped(), "itself"), (object(), "Hugging Face model")):
+        with pytest.raises(RequestError, match=f"assistant_model.*{why}") as refused:
+            wrapped().generate(ids, max_new_tokens=4, assistant_model=assistant)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(RequestError, match="only one of them"):
+        wrapped().generate(ids, assistant_model=plain(), prompt_lookup_num_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache", "memory"])
