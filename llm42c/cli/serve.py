@@ -61,6 +61,11 @@ def serve(
     drain: Annotated[
         float, typer.Option("--drain", help="Seconds for accepted requests after SIGTERM.")
     ] = 30.0,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="FILE", help="Keep exact answers of deterministic requests there."),
+    ] = None,
+    cache_mb: Annotated[int, typer.Option("--cache-mb", min=1, help="Of the cache.")] = 256,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
@@ -87,6 +92,8 @@ def serve(
         timeout_s=timeout,
         write_timeout_s=write_timeout,
         drain_s=drain,
+        cache_path=cache,
+        cache_bytes=cache_mb * 2**20,
         api_keys=() if api_keys is None else _keys(api_keys),
     )
     check_certificate(certificate, key)

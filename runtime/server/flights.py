@@ -8,15 +8,18 @@ beginning. Everything here runs in the event loop; the engine's thread only leav
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
 
 from llm42c.errors import RequestError
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.outputs import RequestOutput, TopLogprobs
 from llm42c.runtime.processors import Decode, TextState
+from llm42c.runtime.server.cache import AnswerCache
 from llm42c.runtime.server.errors import ApiError
 from llm42c.runtime.server.jobs import Job, Jobs
 from llm42c.runtime.server.metrics import Metrics
@@ -37,16 +40,18 @@ class Flight:
         self.ends: list[int] = []
         self.output: RequestOutput | None = None  # the last one
         self.error: ApiError | None = None
-        self.entered: asyncio.Task[None] | None = None  # the submission
+        self.entered = False  # the engine has it, or never will
+        self.refusal: RequestError | None = None  # why it has not
         self.readers = 0
         self.listeners: set[asyncio.Event] = set()
         self._state = TextState(decode, job.params.stop)
 
     @staticmethod
-    def nothing(job: Job, decode: Decode) -> Flight:
-        """One that has ended without a token."""
+    def ended(job: Job, decode: Decode, output: RequestOutput | None = None) -> Flight:
+        """One that brings its whole output, or that has ended without a token."""
         flight = Flight("", job, decode)
-        flight.output = RequestOutput("", [], [], finished=True, finish_reason="length")
+        flight.entered = True
+        flight.take(output or RequestOutput("", [], [], finished=True, finish_reason="length"))
         return flight
 
     @property
@@ -99,11 +104,16 @@ class Reading:
     async def join(self, jobs: Iterable[Job]) -> None:
         """Raises ApiError or RequestError, and then holds nothing."""
         try:
-            for job in jobs:
-                self.hold(self._all.join(job))
+            async with self._in_time():
+                for job in jobs:
+                    self.hold(await self._all.find(job) or self._all.join(job))
+                while not all(flight.entered or flight.done for flight in self.flights):
+                    await self._event.wait()
+                    self._event.clear()
             for flight in self.flights:
-                if flight.entered is not None:
-                    await asyncio.shield(flight.entered)
+                if flight.refusal is not None:
+                    raise flight.refusal
+            self.check()
         except BaseException:
             self.leave()
             raise
@@ -115,13 +125,18 @@ class Reading:
 
     async def news(self) -> None:
         """Wait until a flight has something new. Raises ApiError when the time is up."""
+        async with self._in_time():
+            await self._event.wait()
+        self._event.clear()
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout_at(self._deadline):
-                await self._event.wait()
+                yield
         except TimeoutError:
             message = f"the request took longer than {self._timeout_s:g} s"
             raise ApiError(504, message, "timeout", "deadline_exceeded") from None
-        self._event.clear()
 
     async def finished(self) -> list[RequestOutput]:
         """Wait for the ends of all flights. Raises ApiError where one has failed."""
@@ -161,6 +176,8 @@ class Flights:
         self._by_key: dict[str, Flight] = {}
         self._remembered: OrderedDict[str, list[int]] = OrderedDict()
         self._num_remembered = 0
+        path = settings.cache_path
+        self._cache = None if path is None else AnswerCache(path, settings.cache_bytes)
         self._mean_s = 1.0  # of the last requests, from arrival to end
 
     def start(self) -> None:
@@ -169,9 +186,21 @@ class Flights:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.thread.close)
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.close)
 
     def __len__(self) -> int:
         return len(self._flying)
+
+    async def find(self, job: Job) -> Flight | None:
+        """A flight from the cache."""
+        if self._cache is None or not job.key or job.key in self._by_key:
+            return None
+        output = await self._cache.get(job)
+        if output is None:
+            return None
+        self.metrics.cached.inc()
+        return Flight.ended(job, self._decode, output)
 
     def join(self, job: Job) -> Flight:
         """The flight of an equal job, or a new one. Raises ApiError where none more is taken."""
@@ -184,9 +213,7 @@ class Flights:
         self._flying[flight.request_id] = flight
         if job.key:
             self._by_key[job.key] = flight
-        flight.entered = asyncio.ensure_future(self._enter(flight))
-        # Whoever asked may be gone by then.
-        flight.entered.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._submit(flight)
         return flight
 
     def reading(self, timeout_s: float | None) -> Reading:
@@ -222,27 +249,32 @@ class Flights:
                 headers={"Retry-After": str(seconds)},
             )
 
-    async def _enter(self, flight: Flight) -> None:
+    def _submit(self, flight: Flight) -> None:
         job = flight.job
         draft = job.draft
         if draft is None and job.key:
             draft = self._recall(job.key)
-        try:
-            await asyncio.wrap_future(
-                self.thread.submit(
-                    flight.request_id,
-                    job.prompt,
-                    job.params,
-                    deterministic=job.deterministic,
-                    receipt=job.receipt,
-                    speculate=job.speculate,
-                    draft=draft,
-                    forced=job.forced,
-                )
-            )
-        except RequestError:
+        future = self.thread.submit(
+            flight.request_id,
+            job.prompt,
+            job.params,
+            deterministic=job.deterministic,
+            receipt=job.receipt,
+            speculate=job.speculate,
+            draft=draft,
+            forced=job.forced,
+        )
+        future.add_done_callback(lambda done: self._soon(self._entered, flight, done.exception()))
+
+    def _entered(self, flight: Flight, error: BaseException | None) -> None:
+        flight.entered = True
+        if error is not None:
             self._forget(flight)
-            raise
+            if isinstance(error, RequestError):
+                flight.refusal = error
+            else:
+                flight.error = ApiError(500, f"the request broke the engine: {type(error).__name__}: {error}")
+        flight.tell()
 
     def left(self, flight: Flight) -> None:
         """One reader less. Without any the request is aborted; what it has committed stays as a draft."""
@@ -276,9 +308,12 @@ class Flights:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """In the engine's thread: one wake-up of the loop for a whole step."""
+        self._soon(self._take, outputs)
+
+    def _soon(self, action: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._take, outputs)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and everybody with it
+            self._loop.call_soon_threadsafe(action, *arguments)
 
     def _take(self, outputs: list[RequestOutput]) -> None:
         now = time.perf_counter()
@@ -298,4 +333,6 @@ class Flights:
             if flight.done:
                 self._forget(flight)
                 self._mean_s += 0.1 * (now - flight.began - self._mean_s)
+                if self._cache is not None and flight.job.key and flight.error is None:
+                    self._cache.put(flight.job, output)
             flight.tell()

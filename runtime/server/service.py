@@ -80,7 +80,7 @@ class Service:
                 echoed = await self._echoed(reading, prompts, body)
             if body.max_tokens == 0:
                 for job in jobs:
-                    reading.hold(Flight.nothing(job, self.codec.decode))
+                    reading.hold(Flight.ended(job, self.codec.decode))
         except RequestError as error:
             reading.leave()
             raise named_refusal(error) from None

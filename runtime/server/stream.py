@@ -12,7 +12,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,24 +24,29 @@ from llm42c.runtime.server.errors import ApiError
 from llm42c.runtime.server.flights import Flight, Reading
 
 DONE = b"data: [DONE]\n\n"
-_UNSENT, _ENDED = "-", "f"
+MOST_BYTES = 2**15  # of one write: a slow reader's buffer holds no more than it must
+_UNSENT, _ENDED, _OVER = "-", "f", "u"
 
 
 @dataclass
 class Cursor:
-    """How far a choice has been sent: nothing (-1), or its opening and so many tokens; and its end."""
+    """How far a choice has been sent: nothing (-1), or its opening and so many tokens; its end; and the usage
+    of all behind the ends."""
 
     tokens: int = -1
     ended: bool = False
+    over: bool = False
 
     def __str__(self) -> str:
-        return _ENDED if self.ended else _UNSENT if self.tokens < 0 else str(self.tokens)
+        if self.ended:
+            return _OVER if self.over else _ENDED
+        return _UNSENT if self.tokens < 0 else str(self.tokens)
 
     @staticmethod
     def parse(text: str) -> Cursor:
         """Raises ValueError."""
-        if text in (_ENDED, _UNSENT):
-            return Cursor(ended=text == _ENDED)
+        if text in (_UNSENT, _ENDED, _OVER):
+            return Cursor(ended=text != _UNSENT, over=text == _OVER)
         if not text.isascii() or not text.isdigit() or len(text) > 9:
             raise ValueError
         return Cursor(int(text))
@@ -95,26 +100,26 @@ class Events:
         self._answer, self._reading = answer, reading
         self._prefix = start.prefix() if start.key else ""
         self._cursors = [Cursor.parse(text) for text in start.cursors] or [Cursor() for _ in reading.flights]
+        self._over = all(cursor.over for cursor in self._cursors)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         flights = self._reading.flights
         try:
-            while True:
-                data = self._fresh(flights)
-                if data:
+            while not self._over:
+                for data in self._fresh(flights):
                     yield data
-                if all(cursor.ended for cursor in self._cursors):
+                # What goes on behind the ends has the usage still to learn.
+                if all(cursor.ended for cursor in self._cursors) and all(f.done for f in flights):
                     break
                 self._reading.check()
                 await self._reading.news()
-            last = self._answer.last(flights)
-            yield (self._event(last) if last is not None else b"") + DONE
+            yield (b"" if self._over else self._usage(flights)) + DONE
         except ApiError as error:
             yield f"data: {json.dumps(error.body())}\n\n".encode()
 
-    def _fresh(self, flights: list[Flight]) -> bytes:
-        """Events for all that has come and was not sent."""
-        events = []
+    def _fresh(self, flights: list[Flight]) -> Iterator[bytes]:
+        """Events for all that has come and was not sent, in pieces."""
+        events: list[bytes] = []
         for index, (cursor, flight) in enumerate(zip(self._cursors, flights, strict=True)):
             if cursor.ended:
                 continue
@@ -125,10 +130,19 @@ class Events:
                 chunk = self._answer.token(index, flight, cursor.tokens)
                 cursor.tokens += 1
                 events.append(self._event(chunk))
+                if len(events) * len(events[-1]) > MOST_BYTES:
+                    yield b"".join(events)
+                    events.clear()
             if flight.output is not None and flight.error is None:
                 cursor.ended = True
                 events.append(self._event(self._answer.closing(index, flight)))
-        return b"".join(events)
+        if events:
+            yield b"".join(events)
+
+    def _usage(self, flights: list[Flight]) -> bytes:
+        for cursor in self._cursors:
+            cursor.over = True
+        return self._event(self._answer.last(flights))
 
     def _event(self, chunk: str | None) -> bytes:
         if chunk is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from llm42c.runtime.server.service import Service
 from llm42c.runtime.server.settings import Settings
 
 TEMPLATE = (
-    "{% if tools %}{{ '<s>tools' }}{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
+    "{% if tools %}{{ '<s>' }}{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
     "{% for message in messages %}{{ '<s>' + message.role + ' ' + message.content + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}"
 )
@@ -94,10 +96,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(engine: Engine, tokenizer: Any, **settings: Any) -> Iterator[Running]:
-    """Its engine is closed with it."""
+def running(
+    engine: Engine, tokenizer: Any, *, send_buffer: int | None = None, **settings: Any
+) -> Iterator[Running]:
+    """Its engine is closed with it. `send_buffer`: bytes that the system takes for each connection."""
     service = Service(engine, tokenizer, Settings(**({"model": "tiny", "drain_s": 5.0} | settings)))
     listener: socket.socket = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     started = threading.Event()
     config = uvicorn.Config(
         make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=10
@@ -111,3 +117,31 @@ def running(engine: Engine, tokenizer: Any, **settings: Any) -> Iterator[Running
         yield up
     finally:
         up.stop()
+
+
+def post(up: Running, path: str, body: Any, status: int = 200, **headers: str) -> Any:
+    """The JSON of an answer."""
+    code, text = raw_post(up, path, json.dumps(body).encode(), **headers)
+    assert code == status, text
+    return json.loads(text)
+
+
+def raw_post(up: Running, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(up.url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        sent = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        connection.request("POST", path, body, sent)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def finished(up: Running) -> int:
+    """Requests that the engine has computed to their ends."""
+    return up.service.flights.thread.call(lambda engine: engine.stats().finished).result()

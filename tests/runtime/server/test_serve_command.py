@@ -25,6 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_folder.save_letters(tmp_path_factory.mktemp("letters")))
 
 
+@pytest.mark.slow
 def test_sigterm_lets_accepted_requests_finish(model: str) -> None:
     options = ["--name", "tiny", "--port", "0", "--kv-mb", "1"]
     command = [sys.executable, "-m", "llm42c", "serve", model, *options]

@@ -1,0 +1,128 @@
+"""The server against its own engine: the same requests over HTTP and without, in turns; tokens a second.
+
+python benchmarks/serve.py --csv benchmarks/results/serve.csv
+
+The client is a process of its own on the same cores, and its work counts. The engine alone makes no text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from llm42c.prompts import load_prompts
+from llm42c.runtime.bench.contenders import Llm42
+from llm42c.runtime.bench.machine import describe
+
+
+def serve(model: str, requests: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    import uvicorn
+
+    from llm42c.runtime.loader import build_engine
+    from llm42c.runtime.server.app import make_app
+    from llm42c.runtime.server.listen import Server, listen
+    from llm42c.runtime.server.service import Service
+    from llm42c.runtime.server.settings import Settings
+
+    built = build_engine(model, prefix_cache=False)
+    service = Service(built.engine, built.tokenizer, Settings(model=model))
+    listener, up = listen("127.0.0.1", 0), threading.Event()
+    config = uvicorn.Config(make_app(service), log_level="warning", access_log=False)
+    server = Server(config, service, up.set)
+    thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])))
+    thread.start()
+    up.wait()
+    prompts = [p.token_ids(built.tokenizer)[:64] for p in load_prompts()]
+    prompts = [ids[i:] for i in range(2) for ids in prompts]  # more than there are, and none twice
+    rows = []
+    for count in requests:
+        bodies = [
+            {"model": model, "prompt": ids, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+            for ids in prompts[:count]
+        ]
+        rates: dict[str, list[float]] = {"engine": [], "stream": [], "whole": []}
+        for i in range(rounds + 1):
+            for way in list(rates)[:: -1 if i % 2 else 1]:
+                rate = (
+                    _alone(service, prompts[:count], tokens)
+                    if way == "engine"
+                    else _over_http(listener.getsockname()[1], bodies, way, tokens)
+                )
+                if i:
+                    rates[way].append(rate)
+        row: dict[str, Any] = {"requests": count, "new_tokens": tokens, "rounds": rounds}
+        for way, found in rates.items():
+            row[f"{way}_tok_s"] = round(statistics.median(found), 1)
+        for way in ("stream", "whole"):
+            pairs = zip(rates[way], rates["engine"], strict=True)
+            row[f"{way}_over_engine"] = round(statistics.median(a / b for a, b in pairs), 3)
+        print(row, flush=True)
+        rows.append(row)
+    server.should_exit = True
+    thread.join()
+    return rows
+
+
+def _alone(service: Any, prompts: list[list[int]], tokens: int) -> float:
+    run = service.flights.thread.call(lambda engine: Llm42("engine", engine, 100).run(prompts, tokens))
+    return float(run.result().rate)
+
+
+def _over_http(port: int, bodies: list[dict[str, Any]], way: str, tokens: int) -> float:
+    asked = [body | {"stream": way == "stream"} for body in bodies]
+    command = [sys.executable, __file__, "--client", str(port)]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True)
+    return len(bodies) * tokens / float(done.stdout)
+
+
+async def client(port: int, bodies: list[dict[str, Any]]) -> float:
+    """Seconds for all, sent at once."""
+
+    async def ask(body: dict[str, Any]) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
+        found = await reader.read(-1)
+        assert b'"finish_reason": "length"' in found, found[:500]
+        writer.close()
+
+    start = time.perf_counter()
+    await asyncio.gather(*map(ask, bodies))
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", default="1,8,32")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.client is not None:
+        print(asyncio.run(client(arguments.client, json.load(sys.stdin))))
+        return
+    requests = list(map(int, arguments.requests.split(",")))
+    rows = serve(arguments.model, requests, arguments.tokens, arguments.rounds)
+    machine = {"command": shlex.join(["python", *sys.argv]), **describe()}
+    if arguments.csv is not None:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *machine])
+            writer.writeheader()
+            writer.writerows(row | machine for row in rows)
+
+
+if __name__ == "__main__":
+    main()
