@@ -485,7 +485,7 @@ class Engine:
         stats.fast_tokens += tokens
         stats.fast_padding += plan.num_tokens - tokens
         if plan.commits and row == tokens:  # decodes, and nothing of a prompt
-            self._speculator.took(plan.num_tokens, len(plan.chunks), seconds, committed)
+            self._speculator.took(plan.num_tokens, len(plan.chunks), row, seconds, committed)
 
     def _propose(self, request: Request, sampled: Sampled, row: int, certified: bool) -> None:
         request.proposal.drain = certified

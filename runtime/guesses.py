@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 BUDGET_S = 0.05  # for one guess of a drafter that is not ours
 MOST_FAILURES = 8  # in a row; then a drafter is not asked again
-MEMORY = 0.9  # of what a guess showed, when the next one is seen
+MEMORY, LONG_MEMORY = 0.9, 0.99  # of what a guess showed, when the next is seen: of a request, of all
+PRIOR = 2.0  # guesses that a new request's expectation weighs as much as
 FIRST_PAUSE, LONGEST_PAUSE = 32, 4096  # steps for which a drafter that did not pay is not asked
 
 
@@ -31,8 +32,8 @@ class Record:
     """Guesses of one kind for one request, and what became of them, by how long the match was that they
     rest on (0: on none)."""
 
-    hits: list[float] = field(default_factory=lambda: [1.0] * (LONGEST + 1))
-    misses: list[float] = field(default_factory=lambda: [0.6] * (LONGEST + 1))
+    hits: list[float] = field(default_factory=lambda: [0.6 * PRIOR] * (LONGEST + 1))
+    misses: list[float] = field(default_factory=lambda: [0.4 * PRIOR] * (LONGEST + 1))
     at: int = 0  # the position that the last guess begins at
     guess: list[int] = field(default_factory=list)
     match: int = 0
@@ -41,6 +42,17 @@ class Record:
     def chance(self) -> float:
         """That a token guessed as the last one was is right if those before it are."""
         return self.hits[self.match] / (self.hits[self.match] + self.misses[self.match])
+
+    @classmethod
+    def like(cls, other: Record) -> Record:
+        """A new one that expects what `other` has seen."""
+        chances = [h / (h + m) for h, m in zip(other.hits, other.misses, strict=True)]
+        return cls([PRIOR * c for c in chances], [PRIOR * (1 - c) for c in chances])
+
+    def note(self, match: int, results: Sequence[bool], memory: float = MEMORY) -> None:
+        for right in results:
+            self.hits[match] = self.hits[match] * memory + right
+            self.misses[match] = self.misses[match] * memory + (not right)
 
     def say(self, at: int, guess: Sequence[int], match: int = 0) -> list[int]:
         self.at, self.guess, self.match = at, list(guess), match
@@ -53,9 +65,7 @@ class Record:
             results.append(said == guessed)
             if said != guessed:
                 break
-        for right in results:
-            self.hits[self.match] = self.hits[self.match] * MEMORY + right
-            self.misses[self.match] = self.misses[self.match] * MEMORY + (not right)
+        self.note(self.match, results)
         self.guess = []
         return results
 
@@ -81,6 +91,7 @@ class Asker:
         self._vocab_size = vocab_size
         self._stats = stats
         self._guesses: WeakKeyDictionary[Request, Guesses] = WeakKeyDictionary()
+        self._all = Record()  # of our drafters' guesses for all requests
 
     def drafter_of(self, request: Request, turn: int) -> Guesses | None:
         """The request's drafter, if it has one that may be asked."""
@@ -92,11 +103,15 @@ class Asker:
         guesses = self._guesses.get(request)
         if guesses is None:
             made = source.make() if source.ours else None
-            guesses = self._guesses[request] = Guesses(source, made)
+            record = Record.like(self._all) if source.ours else Record()
+            guesses = self._guesses[request] = Guesses(source, made, record)
         return guesses
 
     def ask(self, request: Request, guesses: Guesses, k: int) -> list[int]:
-        guesses.record.compare(request.history.tokens)
+        match = guesses.record.match
+        results = guesses.record.compare(request.history.tokens)
+        if guesses.ours:
+            self._all.note(match, results, LONG_MEMORY)
         pending, known = request.proposal.tokens, request.history.tokens
         match = 0
         if isinstance(guesses.drafter, NgramDrafter) and guesses.ours:

@@ -29,7 +29,7 @@ LONGEST_DRAFT = 24
 MOST_PASSES = 8  # of a draft model for one step
 FEW_PASSES = 4  # where rows are computed anyway
 TRIAL_PASSES = 2  # where it does not promise to pay, now and then
-MARGIN = 1.03  # by how much drafts must be faster than none
+MARGIN = 1.05  # by how much drafts must be faster than none
 UNMEASURED = 0.5  # of a step's time: a pass of a draft model, until one is measured
 
 Step = tuple[float, int]  # chance that a drafted token is committed, index of its request
@@ -84,9 +84,10 @@ class Speculator:
         """Drafts for rows that are computed anyway: as many as there are, first come first served."""
         return self._decide(requests, room, lambda: self._fill(requests, room, hold))
 
-    def took(self, num_tokens: int, requests: int, seconds: float, committed: int) -> None:
-        """A committing step of decodes: its size, how many requests shared it, what came of it."""
-        if self._drafted:
+    def took(self, num_tokens: int, requests: int, rows: int, seconds: float, committed: int) -> None:
+        """A committing step of decodes: its size, how many requests shared it with how many rows, what came
+        of it."""
+        if self._drafted and rows > requests:
             plain = self._base * committed / requests
             self.ledger.took(requests, plain - seconds - self._deciding)
         else:  # a question that led to nothing is paid by the drafts

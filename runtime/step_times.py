@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-GROWTH = 0.06  # of a step's time by a row, relative to the smallest measured one, until it is measured
+GROWTH = 0.08  # of a step's time by a row, relative to the smallest measured one, until it is measured
 SAMPLES, STALE = 5, 512  # steps of a size that are remembered, and for how many steps
 TRIAL = 16  # steps with drafts before they are judged
 FORGET = 0.95  # of what earlier steps showed, when the next one is seen

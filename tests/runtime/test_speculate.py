@@ -194,7 +194,7 @@ def test_wrong_predictions_lose_little() -> None:
         accepted = next((i for i, t in enumerate(draft) if t != right[len(done) + i]), len(draft))
         request.history.tokens = right[: len(done) + accepted + 1]
         seconds = (accepted + 1) * 1.25 if draft else 1.0
-        speculator.took(SIZES[0], 1, seconds, accepted + 1)
+        speculator.took(SIZES[0], 1, 1 + len(draft), seconds, accepted + 1)
         spent, plain = spent + seconds, plain + accepted + 1
         if len(request.history.tokens) > 8900:
             break
