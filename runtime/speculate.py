@@ -29,6 +29,7 @@ LONGEST_DRAFT = 24
 MOST_PASSES = 8  # of a draft model for one step
 FEW_PASSES = 4  # where rows are computed anyway
 TRIAL_PASSES = 2  # where it does not promise to pay, now and then
+SUREST = 0.95  # chance of drafts that nobody has seen yet
 MARGIN = 1.05  # by how much drafts must be faster than none
 UNMEASURED = 0.5  # of a step's time: a pass of a draft model, until one is measured
 
@@ -68,7 +69,7 @@ class Speculator:
         self._turn = 0
         self._deciding = 0.0  # seconds since the last step
         self._base = 0.0  # seconds that the step under way would take without drafts
-        self._drafted = False  # it has some
+        self._asked, self._drafted = False, False  # drafters were, and drafts came of it
         self._pause, self._resume = 0, 0  # turns without a trial of draft models, and the turn after them
 
     def choose(
@@ -87,12 +88,11 @@ class Speculator:
     def took(self, num_tokens: int, requests: int, rows: int, seconds: float, committed: int) -> None:
         """A committing step of decodes: its size, how many requests shared it with how many rows, what came
         of it."""
-        if self._drafted and rows > requests:
-            plain = self._base * committed / requests
-            self.ledger.took(requests, plain - seconds - self._deciding)
-        else:  # a question that led to nothing is paid by the drafts
-            self.ledger.paid(requests, self._deciding)
-        self._deciding, self._drafted = 0.0, False
+        if self._asked:
+            drafted = self._drafted and rows > requests
+            saved = self._base * committed / requests - seconds if drafted else 0.0
+            self.ledger.took(requests, saved - self._deciding, seconds)
+        self._deciding, self._drafted, self._asked = 0.0, False, False
         self.times.took(num_tokens, seconds)
 
     def _decide(
@@ -127,17 +127,20 @@ class Speculator:
         base = self.times.of(sizes[0])
         if not base or self.ledger.rests(len(requests)):
             return drafts  # nothing is measured yet, or drafts did not pay
+        plan = _Plan(num_tokens, sizes, room, self.times)
+        if not plan.could_pay():
+            return drafts
+        self._asked, self._base = True, base
         offers: dict[int, _Offer] = {}
         for i, guesses, guess in self._ask(requests, room, base):
             chance = guesses.record.chance
             offers[i] = _Offer(guess, [chance ** (j + 1) for j in range(len(guess))], guesses)
-        plan = _Plan(num_tokens, sizes, room, self.times)
         best = plan.best(offers)
         for i, offer in self._ask_models(requests, offers, plan, best, hold).items():
             offers[i] = _Offer(offer.guess, offer.chances, offers[i].asked if i in offers else None)
         for i, count in plan.best(offers)[1].items():
             drafts[i] = offers[i].guess[:count]
-        self._base, self._drafted = base, any(drafts)
+        self._drafted = any(drafts)
         for i, offer in offers.items():
             if offer.asked is not None:
                 gain = sum(offer.chances[: len(drafts[i])])
@@ -273,6 +276,12 @@ class _Plan:
     @property
     def base(self) -> float:
         return self.times.of(self.sizes[0])
+
+    def could_pay(self) -> bool:
+        """Whether drafts that are hardly ever wrong would be faster than none."""
+        least = self.num_tokens / self.base * MARGIN
+        added = ((s, min(self.room, s - self.num_tokens)) for s in self.sizes if s > self.num_tokens)
+        return any((self.num_tokens + SUREST * more) / self.times.of(s) > least for s, more in added)
 
     def row(self, count: int) -> float:
         """Seconds that each of `count` more rows costs."""

@@ -166,7 +166,7 @@ def test_drafts_rest_where_they_cost_time() -> None:
         for step in range(1, 1000):
             if ledger.rests(8):
                 return step - 1
-            ledger.took(8, saved)
+            ledger.took(8, saved, 1.0)
         return 1000
 
     def rest() -> int:
@@ -177,6 +177,7 @@ def test_drafts_rest_where_they_cost_time() -> None:
     assert steps_until_rest(-0.1) <= step_times.TRIAL
     assert rest() >= 2 * first >= step_times.FIRST_REST
     assert not ledger.rests(1), "of other batches nothing is known"
+    assert steps_until_rest(-0.004) == 1000, "what questions may cost"
     assert steps_until_rest(0.1) == 1000
 
 
@@ -334,6 +335,62 @@ def test_a_drafter_slower_than_it_is_worth_is_asked_ever_more_seldom() -> None:
         tokens.append(1)
     assert 4 <= Slow.asked <= 4 * 8, "one question each, after pauses of 32, 64, 128 … steps"
     assert speculator._stats.drafter_failures == 0
+
+
+class FakeModel:
+    """A draft model that is always right and `sure` of it, at `seconds` a pass."""
+
+    def __init__(self, right: Sequence[int], seconds: float, sure: Sequence[float]) -> None:
+        self.right, self.sure, self.passes, self.asked = list(right), sure, 0, 0
+        self.times = StepTimes()
+        for _ in range(step_times.SAMPLES):
+            self.times.took(1, seconds)
+
+    def of(self, spec: Any) -> FakeModel:
+        return self
+
+    def chance(self, request: Any, probability: float) -> float:
+        return probability
+
+    def learn(self, request: Any, probabilities: Any, right: Any) -> None:
+        assert len(right) <= len(probabilities)
+
+    def guess(self, requests: Any, count: int, hold: Any, go_on: Any) -> list[tuple[list[int], list[float]]]:
+        self.asked += 1
+        (request,) = requests
+        tokens: list[int] = []
+        for _ in range(count):
+            self.passes += 1
+            tokens.append(self.right[request.num_tokens + len(tokens)])
+            if not go_on(0, self.sure[len(tokens) - 1]):
+                break
+        return [(tokens, list(self.sure[: len(tokens)]))]
+
+
+def asked_model(model: FakeModel, steps: int = 300) -> list[int]:
+    speculator = Speculator(VOCAB, Stats(), models=model)  # type: ignore[arg-type]
+    for size in SIZES:
+        speculator.times.took(size, 1.0 + 0.05 * size)
+    request, counts = fake_request("self", model.right[:5]), []
+    for _ in range(steps):
+        (draft,) = speculator.choose([request], 1, SIZES, 31, no_pages)
+        counts.append(len(draft))
+        assert draft == model.right[request.num_tokens : request.num_tokens + len(draft)]
+        request.history.tokens = model.right[: request.num_tokens + len(draft) + 1]
+    return counts
+
+
+def test_a_model_is_asked_for_as_many_tokens_as_pay() -> None:
+    right = list(np.random.default_rng(0).integers(0, VOCAB, 4000))
+    cheap = asked_model(FakeModel(right, 0.1, [0.99] * 8))
+    assert min(cheap[5:]) >= 6
+    unsure = asked_model(FakeModel(right, 0.3, [0.99, 0.99, 0.2, *[0.99] * 5]))
+    assert set(unsure[20:]) == {3} or set(unsure[20:]) == {2}, "it stops where it is not sure"
+    model = FakeModel(right, 1.0, [0.99] * 8)
+    costly = asked_model(model, 1000)
+    assert model.asked <= 8, "once, after pauses of 32, 64, 128 … steps"
+    assert model.passes <= 16
+    assert sum(costly) <= 16
 
 
 def test_a_drafter_that_cannot_be_made_loses_its_turn() -> None:
