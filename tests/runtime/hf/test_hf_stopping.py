@@ -21,7 +21,7 @@ from transformers.generation import logits_process as processors
 
 from llm42c.errors import RequestError
 from llm42c.runtime.hf import arguments as args
-from llm42c.runtime.step_times import StepTimes
+from llm42c.runtime.step_times import Ledger, StepTimes
 
 PROMPTS = [prompt(9, 1), prompt(3, 2), prompt(14, 3)]
 
@@ -176,6 +176,11 @@ def test_refused_by_name(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def drafts_always_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimes, "of", lambda self, num_tokens: 1.0)
+    monkeypatch.setattr(Ledger, "rests", lambda self, requests: False)
+
+
 @pytest.mark.parametrize("in_config", [False, True])
 def test_prompt_lookup_changes_no_bit(in_config: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[3, 4, 5, 6] * 4, [7, 8] * 5]
@@ -183,7 +188,7 @@ def test_prompt_lookup_changes_no_bit(in_config: bool, monkeypatch: pytest.Monke
     plain = wrapped().generate(**padded(prompts), **rules)
     stats = wrapped().llm42._pump.engine.stats()
     before = stats.drafted_tokens
-    monkeypatch.setattr(StepTimes, "of", lambda self, num_tokens: 1.0)  # so that drafts always pay
+    drafts_always_pay(monkeypatch)
     lookup = {"prompt_lookup_num_tokens": 3}
     if in_config:
         config = GenerationConfig(**rules, **lookup)
@@ -202,7 +207,7 @@ def test_an_assistant_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = wrapped().generate(**padded(prompts), **rules)
     stats = wrapped().llm42._pump.engine.stats()
     before = stats.accepted_drafts
-    monkeypatch.setattr(StepTimes, "of", lambda self, num_tokens: 1.0)  # so that drafts always pay
+    drafts_always_pay(monkeypatch)
     assistant = plain()
     weights = {name: value.clone() for name, value in assistant.state_dict().items()}
     assert torch.equal(wrapped().generate(**padded(prompts), **rules, assistant_model=assistant), expected)
