@@ -79,7 +79,7 @@ def serve(
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'llm42c[serve]'")
     if announced():
         raise ConfigError("llm42 serve runs in one process, not under torchrun")
-    from llm42c.runtime.server.listen import check_certificate, listen
+    from llm42c.runtime.server.listen import bind, check_certificate
     from llm42c.runtime.server.listen import serve as run
     from llm42c.runtime.server.service import Service
     from llm42c.runtime.server.settings import Settings
@@ -97,7 +97,7 @@ def serve(
         api_keys=() if api_keys is None else _keys(api_keys),
     )
     check_certificate(certificate, key)
-    listener = listen(host, port)
+    listener = bind(host, port)
     with progress_bars() as report:
         built = open_engine(
             model,

@@ -329,7 +329,9 @@ class Flights:
                 flight.error = ApiError(500, f"the output cannot be decoded: {type(error).__name__}: {error}")
                 self.thread.abort(flight.request_id)
             if output.error is not None:
-                flight.error = ApiError(500, output.error, code="generation_failed")
+                asked_too_much = "the grammar allows" in output.error  # and so do the other parameters
+                status = 400 if asked_too_much else 500
+                flight.error = ApiError(status, output.error, code="generation_failed")
             if flight.done:
                 self._forget(flight)
                 self._mean_s += 0.1 * (now - flight.began - self._mean_s)

@@ -20,9 +20,9 @@ _AFTER_DRAIN_S = 5.0  # for error events of what was not finished
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections, so that a port in use shows before a model is loaded. Port 0 is any
-    free one. Raises ConfigError."""
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use shows before a model is loaded; connections are taken when it is.
+    Port 0 is any free one. Raises ConfigError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -33,7 +33,6 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None

@@ -26,7 +26,7 @@ import uvicorn
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.loader import BuiltEngine, build_engine, text_decoder
 from llm42c.runtime.server.app import make_app
-from llm42c.runtime.server.listen import Server, listen
+from llm42c.runtime.server.listen import Server, bind
 from llm42c.runtime.server.service import Service
 from llm42c.runtime.server.settings import Settings
 
@@ -101,7 +101,7 @@ def running(
 ) -> Iterator[Running]:
     """Its engine is closed with it. `send_buffer`: bytes that the system takes for each connection."""
     service = Service(engine, tokenizer, Settings(**({"model": "tiny", "drain_s": 5.0} | settings)))
-    listener: socket.socket = listen("127.0.0.1", 0)
+    listener: socket.socket = bind("127.0.0.1", 0)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     started = threading.Event()
