@@ -52,6 +52,9 @@ class _Offer:
     chances: list[float]  # that a token and all before it are right
     asked: Guesses | None = None
 
+    def first(self, count: int) -> _Offer:
+        return _Offer(self.guess[:count], self.chances[:count], self.asked)
+
 
 class Speculator:
     """The drafters of one engine's requests. Of several ranks the first decides."""
@@ -113,9 +116,8 @@ class Speculator:
             room -= len(drafts[i])
         alone = [i for i, r in enumerate(requests) if _model_only(r)]
         count = min(FEW_PASSES, room // max(1, len(alone)))
-        for i, offer in self._run_models(
-            requests, alone, count, hold, lambda _, chance: chance > 0.5
-        ).items():
+        sure = self._run_models(requests, alone, count, hold, lambda _, chance: chance > 0.5)
+        for i, offer in sure.items():
             drafts[i] = offer.guess
         return drafts
 
@@ -180,14 +182,16 @@ class Speculator:
         if not asked:
             return {}
         seconds = drafter.times.of(len(asked)) or plan.base * UNMEASURED
-        others = {i: offer for i, offer in offers.items() if i not in asked}
         rate, count = best[0], 0
+        others = {i: offers[i].first(n) for i, n in best[1].items() if i not in asked}
         for k in range(1, MOST_PASSES + 1):
             tried = {i: _Offer([0] * k, [chances[i] ** (j + 1) for j in range(k)]) for i in asked}
             reached = plan.rate_of(others | tried, k * seconds)
             if reached > rate:
                 rate, count = reached, k
-        if not count and not self._is_trial(drafter, len(asked)):
+        if count:
+            self._pause = 0
+        elif not self._is_trial(drafter, len(asked)):
             return {}
         row = plan.row(len(asked) * max(1, count))
         going = dict.fromkeys(asked, 1.0)
@@ -202,10 +206,9 @@ class Speculator:
 
     def _with_one_model(self, requests: Sequence[Request]) -> list[int]:
         """Those for which the same model drafts as for the first one that has any."""
-        sources = [
-            (i, r.drafter_source.model) for i, r in enumerate(requests) if r.drafter_source is not None
-        ]
-        return [i for i, model in sources if model is not None and model == next(m for _, m in sources if m)]
+        models = [r.drafter_source.model if r.drafter_source is not None else None for r in requests]
+        first = next((model for model in models if model is not None), None)
+        return [i for i, model in enumerate(models) if model is not None and model == first]
 
     def _is_trial(self, drafter: ModelDrafter, requests: int) -> bool:
         """Whether a model that does not promise to pay is asked all the same: times and chances change."""
@@ -250,7 +253,8 @@ class Speculator:
                 for p in probabilities:
                     chance *= drafter.chance(requests[i], p)
                     chances.append(chance)
-                offers[i] = _Offer(guess, chances)
+                if guess:
+                    offers[i] = _Offer(guess, chances)
         self._stats.seconds_draft += time.perf_counter() - start
         return offers
 
