@@ -54,7 +54,6 @@ class DraftModel:
 
 
 ModelSpec: TypeAlias = SelfDraft | DraftModel
-Speculate = str | ModelSpec | Drafter | Callable[[], Drafter] | None
 
 
 class DrafterSource:
@@ -158,12 +157,17 @@ class NgramDrafter:
         return 0, 0
 
 
+Speculate = str | ModelSpec | Corpus | Drafter | Callable[[], Drafter] | None
+
+
 def drafter_source(speculate: Speculate) -> DrafterSource | None:
     """None: nobody drafts. Raises ConfigError."""
     if speculate is None:
         return None
     if isinstance(speculate, str):
         return _named_source(speculate)
+    if isinstance(speculate, Corpus):
+        return DrafterSource(partial(NgramDrafter, corpus=speculate))
     if isinstance(speculate, ModelSpec):
         return DrafterSource(None, speculate)
     if isinstance(speculate, Drafter) and not isinstance(speculate, type):

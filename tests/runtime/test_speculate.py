@@ -110,6 +110,18 @@ def test_a_corpus_finds_what_a_search_finds() -> None:
     assert 20 < found < 200
 
 
+def test_requests_share_a_corpus() -> None:
+    plain = solo(PROMPT, PARAMS)
+    steps = {}
+    for corpus in (Corpus([[*PROMPT, *plain[0]]]), Corpus([[1, 2, 3]])):
+        engine = make_engine(config=small_config(certify="startup", speculate=corpus))
+        engine._speculator.times = Flat()
+        outputs = engine.generate([PROMPT, PROMPT], PARAMS)
+        assert [(o.token_ids, o.logprobs) for o in outputs] == [plain] * 2
+        steps[corpus] = engine.stats().steps
+    assert 2 * min(steps.values()) < max(steps.values())
+
+
 class Oracle:
     """Proposes right tokens, of which it gets `wrong` in every ten wrong."""
 
