@@ -42,6 +42,8 @@ def used_by(every: Mapping[str, Operator]) -> dict[Order, dict[str, list[str]]]:
     found: dict[Order, dict[str, list[str]]] = {}
     for target in targets.targets():
         for name, op in sorted(every.items()):
+            if target.name not in op.orders:
+                continue
             found.setdefault(target.order(op), {}).setdefault(target.name, []).append(name)
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
 

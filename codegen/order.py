@@ -46,6 +46,14 @@ CHAIN = Order(
     "numbers, every step takes zero for denormals and gives zero for what rounds to less than the least "
     "normal number, the sign kept, and an odd k is padded with zeros.",
 )
+TWO_CHAINS = Order(
+    "two-chains32",
+    1,
+    "Blocks of 32 values of k, ascending. In a block, one fp32 chain of fused multiply-adds over the even "
+    "places and one over the odd places, both from zero; their sum is added to the sum of the blocks "
+    "before it, which begins as zero. Of bf16 numbers only, with zero for denormals and an odd k padded as "
+    "in fma-chain.",
+)
 GROUPS = Order(
     "int8-groups",
     1,

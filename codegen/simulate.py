@@ -116,9 +116,29 @@ def _chains(steps: list[Tensor], fused: Callable[[Tensor, Tensor, Tensor], Tenso
     return acc.float()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x: [..., K], weight: [N, K], bias: [N] → [..., N] in x.dtype: chains, the bias, one rounding."""
-    y = chain(x.unsqueeze(-2), weight)
+def blocks(a: Tensor, b: Tensor) -> Tensor:
+    """bf16 a, b: [..., K], broadcast → [...]: 32 places at a time, a chain over the even ones plus a chain
+    over the odd ones, added to what came before."""
+    acc = torch.zeros(torch.broadcast_shapes(a.shape, b.shape)[:-1])
+    for x, y in zip(a.split(32, -1), b.split(32, -1), strict=True):
+        even, odd = (_chain_of_places(x, y, first) for first in (0, 1))
+        acc = without_denormals(acc + without_denormals(even + odd))
+    return acc
+
+
+def _chain_of_places(a: Tensor, b: Tensor, first: int) -> Tensor:
+    """The chain over every second place, with a zero where an odd K leaves a place empty."""
+    a, b = (torch.nn.functional.pad(x, (0, x.shape[-1] % 2))[..., first::2] for x in (a, b))
+    a, b = (without_denormals(x.float()).double() for x in (a, b))
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return _chains([a.expand(shape), b.expand(shape)], _fma_of_bf16)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sums: Callable[[Tensor, Tensor], Tensor] = chain
+) -> Tensor:
+    """x: [..., K], weight: [N, K], bias: [N] → [..., N] in x.dtype: ``sums``, the bias, one rounding."""
+    y = sums(x.unsqueeze(-2), weight)
     return (y if bias is None else y + fp32(bias)).to(x.dtype)
 
 

@@ -83,7 +83,7 @@ struct LinearCall {
   Tensor bias, out;
 
   LinearCall(const char* op, const Tensor& x_, const Tensor& weight, const std::optional<Tensor>& bias_,
-             int64_t n)
+             int64_t n, gemm::Order order = gemm::Order::chain)
       : x(as_rows(x_, op)) {
     check_not_negative(n, op, "n");
     check_dtype(weight, x_, op, "weight");
@@ -97,6 +97,9 @@ struct LinearCall {
     sizes.back() = n;
     out = empty(sizes, x_.scalar_type());
     problem.dtype = dtype_of(x_, op);
+    problem.order = order;
+    CHECK_TYPE(order == gemm::Order::chain || problem.dtype == Dtype::bf16, op, ": expected bfloat16, got ",
+               x_.scalar_type());
     problem.x = x.keep.const_data_ptr();
     problem.x_stride = x.stride;
     problem.packed = weight.const_data_ptr();
@@ -108,9 +111,10 @@ struct LinearCall {
   }
 };
 
-inline Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                         int64_t n) {
-  LinearCall call("linear", x, packed, bias, n);
+// Each of the packed operators, and with `blocks` in its name in the order of blocks.
+template <gemm::Order kOrder>
+inline Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
+  LinearCall call("linear", x, packed, bias, n, kOrder);
   check_packed(packed, n, call.x.cols, "linear");
   gemm::linear(call.problem, num_threads());
   return call.out;
@@ -128,16 +132,18 @@ inline Tensor linear_dense(const Tensor& x, const Tensor& weight, const std::opt
   return call.out;
 }
 
+template <gemm::Order kOrder>
 inline Tensor linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t n) {
-  LinearCall call("linear_silu_mul", x, packed, std::nullopt, n);
+  LinearCall call("linear_silu_mul", x, packed, std::nullopt, n, kOrder);
   check_packed(packed, 2 * n, call.x.cols, "linear_silu_mul");
   gemm::linear_silu_mul(call.problem, num_threads());
   return call.out;
 }
 
+template <gemm::Order kOrder>
 inline Tensor linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                              const Tensor& residual, int64_t n) {
-  LinearCall call("linear_add", x, packed, bias, n);
+  LinearCall call("linear_add", x, packed, bias, n, kOrder);
   check_packed(packed, n, call.x.cols, "linear_add");
   check_dtype(residual, x, "linear_add", "residual");
   CHECK_VALUE(same(residual.sizes(), call.out.sizes()), "linear_add: expected residual ", call.out.sizes(), ", got ",
@@ -152,10 +158,13 @@ inline Tensor linear_add(const Tensor& x, const Tensor& packed, const std::optio
 inline void register_linear(Library& m) {
   m.impl("linear_pack", TORCH_BOX(&linear_pack));
   m.impl("linear_unpack", TORCH_BOX(&linear_unpack));
-  m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_dense", TORCH_BOX(&linear_dense));
-  m.impl("linear_silu_mul", TORCH_BOX(&linear_silu_mul));
-  m.impl("linear_add", TORCH_BOX(&linear_add));
+  m.impl("linear", TORCH_BOX(&linear<gemm::Order::chain>));
+  m.impl("linear_silu_mul", TORCH_BOX(&linear_silu_mul<gemm::Order::chain>));
+  m.impl("linear_add", TORCH_BOX(&linear_add<gemm::Order::chain>));
+  m.impl("linear_blocks", TORCH_BOX(&linear<gemm::Order::blocks>));
+  m.impl("linear_silu_mul_blocks", TORCH_BOX(&linear_silu_mul<gemm::Order::blocks>));
+  m.impl("linear_add_blocks", TORCH_BOX(&linear_add<gemm::Order::blocks>));
 }
 
 }  // namespace llm42::bind

@@ -10,7 +10,9 @@
 //
 //   acc = fma(pair_factor(x[step]), pair_factor<step>(pairs), acc)    for each step, ascending
 //
-// is the chain, in the Vec acc; pair_factor<step>(row, row) is for a V16 and pairs that stand in two rows. Where kPairsByMode, the thread has to be in FlushMode (kernels/parallel.h).
+// is the chain, in the Vec acc; pair_factor<step>(row, row) is for a V16 and pairs that stand in two rows.
+// link_factor() takes a pair's elements one at a time, for a chain over every second k, and sum_of_chains() adds
+// two of these. Where kPairsByMode, or kLinksByMode, the thread has to be in FlushMode (kernels/parallel.h).
 //
 // Every kernel is written in terms of these, so the bits of a result do not depend on whether it runs on
 // AVX-512, AVX2 or anything else: each lane operation is one correctly rounded IEEE operation, and

@@ -23,6 +23,7 @@ from llm42c.cli.common import (
     FastOption,
     KvOption,
     ModelArgument,
+    PassOption,
     Report,
     TokenWeaveOption,
     VerifyOption,
@@ -87,6 +88,7 @@ def throughput(
     device: DeviceOption = "cpu",
     kv_mb: KvOption = 256,
     token_weave: TokenWeaveOption = "off",
+    passes: PassOption = None,
     csv: CsvOption = None,
 ) -> None:
     """Output tokens per second on fixed workloads; the engines take turns.
@@ -107,7 +109,7 @@ def throughput(
         progress_bars() as report,
         _peers(report, model, dtype, peer_python, llamacpp_python, gguf or []) as peers,
         _contenders(
-            report, model, dtype, device, fast, modes, percents, hf, peers, kv_mb, token_weave
+            report, model, dtype, device, fast, modes, percents, hf, peers, kv_mb, token_weave, passes
         ) as contenders,
     ):
         for case in todo:
@@ -205,6 +207,7 @@ def _contenders(
     peers: list[Contender],
     kv_mb: int,
     token_weave: str,
+    passes: Sequence[str] | None,
 ) -> Iterator[list[Contender]]:
     """llm42 at every fraction and mode, then the others; their processes end with the block."""
     from llm42c.cli.common import parse_dtype
@@ -220,12 +223,14 @@ def _contenders(
         fast=fast,
         kv_mb=kv_mb,
         token_weave=token_weave,
+        passes=passes,
         **LIMITS,
     )
     ours: list[Contender] = []
+    name = " ".join(["llm42", fast, *(passes or ())])
     for mode in modes:
         engine = built.variant(verify=mode)
-        ours += [Llm42(f"llm42 {fast} {mode} {percent}%", engine, percent) for percent in percents]
+        ours += [Llm42(f"{name} {mode} {percent}%", engine, percent) for percent in percents]
     if hf and not parallel.announced():  # every rank would run the whole model beside the others
         report("loading for generate", 0, 0)
         others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0].to(check_device(device))))

@@ -79,6 +79,10 @@ SpeculateOption = Annotated[
         "model:PATH: by a smaller one. Changes no bit.",
     ),
 ]
+PassOption = Annotated[
+    list[str] | None,
+    typer.Option("--pass", metavar="NAME", help="A pass that is not in the list runs too; repeatable."),
+]
 KvOption = Annotated[int, typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB.")]
 JsonFileOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
@@ -127,6 +131,7 @@ def open_engine(
     kv_mb: int = 256,
     speculate: str = "off",
     token_weave: str = "off",
+    passes: Sequence[str] | None = None,
     **config: Any,
 ) -> BuiltEngine:
     """Load MODEL and build an engine, under `torchrun` divided among the ranks.
@@ -153,9 +158,8 @@ def open_engine(
     place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
     config.setdefault("speculate", drafts)
-    built = build_engine(
-        loaded, tokenizer, device=device, fast=form, ranks=place, token_weave=weave, **config
-    )
+    shared = {"ranks": place, "token_weave": weave, "passes": passes or ()}
+    built = build_engine(loaded, tokenizer, device=device, fast=form, **shared, **config)
     if place.size > 1 and not silent():
         err.print(f"{place.size} ranks; {built.compiler.division.text()}", soft_wrap=True)
         if (weaving := built.compiler.compile("pinned").weaving) is not None:

@@ -16,6 +16,7 @@ from llm42c.cli.common import (
     FastOption,
     KvOption,
     ModelArgument,
+    PassOption,
     SpeculateOption,
     TokenWeaveOption,
     VerifyOption,
@@ -97,6 +98,7 @@ def generate(
     kv_mb: KvOption = 256,
     speculate: SpeculateOption = "off",
     token_weave: TokenWeaveOption = "off",
+    passes: PassOption = None,
 ) -> None:
     """Generate text. One prompt is printed as it comes; several are run together and printed in order."""
     signer = _signer(sign, receipt)
@@ -136,6 +138,7 @@ def generate(
             kv_mb=kv_mb,
             speculate=speculate,
             token_weave=token_weave,
+            passes=passes,
         )
         ids = [Prompt(str(i), text, chat).token_ids(built.tokenizer) for i, text in enumerate(texts)]
         names = [

@@ -17,6 +17,7 @@ from llm42c.cli.common import (
     FastOption,
     JsonFileOption,
     ModelArgument,
+    PassOption,
     TokenWeaveOption,
     choice,
     open_engine,
@@ -50,12 +51,7 @@ def explain(
             "Default: engine, and compile with the options below.",
         ),
     ] = None,
-    passes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pass", metavar="NAME", help="A pass of another package that runs too; may be repeated."
-        ),
-    ] = None,
+    passes: PassOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of compile's example prompt.")] = 8,
     ranks: Annotated[
         int | None,

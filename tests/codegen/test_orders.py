@@ -24,9 +24,13 @@ HERE = Path(__file__).parent
 GOLDEN = HERE / "golden" / "orders_cpu.json"
 
 
+OF_CPUS = {"linear_blocks", "linear_silu_mul_blocks", "linear_add_blocks"}
+
+
 def test_every_operator_has_an_order_on_every_target() -> None:
     for name, op in operators().items():
-        assert set(op.orders) == {target.name for target in targets()}, name
+        wanted = {"cpu"} if name in OF_CPUS else {target.name for target in targets()}
+        assert set(op.orders) == wanted, name
         assert all(o.version >= 1 and o.text for o in op.orders.values())
 
 

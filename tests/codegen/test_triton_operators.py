@@ -42,6 +42,7 @@ def test_every_operator_has_an_implementation_for_gpus():
         name
         for name, op in registry.operators().items()
         if name not in registry.implemented("cuda") and "cuda" not in op.implementations
+        if "cuda" in op.orders  # some are of CPUs: passes refuse to put them elsewhere
     }
     assert without == set()
     assert registry.implemented("cuda").keys() <= registry.operators().keys()

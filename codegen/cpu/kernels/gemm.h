@@ -1,4 +1,4 @@
-// y = x · wᵀ with one chain of fused multiply-adds over k ascending for every output element.
+// y = x · wᵀ, every output element in one of the orders of products.
 #pragma once
 #include "element.h"
 
@@ -13,8 +13,11 @@ void pack(Dtype dtype, const void* weight, int64_t stride_n, int64_t stride_k, i
           int threads);
 void unpack(Dtype dtype, const void* packed, int64_t n, int64_t k, void* weight, int threads);
 
+enum class Order { chain, blocks };  // fma-chain, two-chains32 (of bf16)
+
 struct Problem {
   Dtype dtype;
+  Order order;
   const void* x;  // [m, k], rows x_stride elements apart
   int64_t x_stride;
   const void* packed;  // or null: `dense` [n, k] at these strides

@@ -17,8 +17,8 @@ struct Dense {
 // `count` Weights of each column of a panel; what the weight does not have is zero. `ahead` elements further on
 // is what is packed next.
 template <class T>
-inline void pack_panel(const Dense<T>& w, int64_t count, int64_t ahead, typename Product<T>::Weight* out) {
-  constexpr int kDepth = Product<T>::kDepth;
+inline void pack_panel(const Dense<T>& w, int64_t count, int64_t ahead, typename Chain<T>::Weight* out) {
+  constexpr int kDepth = Chain<T>::kDepth;
   const bool fast = w.stride_k == 1 && w.columns >= kPanel;
   int64_t i = 0;
   for (; fast && (i + 8) * kDepth <= w.depth && i + 8 <= count; i += 8)
@@ -35,10 +35,10 @@ inline void pack_panel(const Dense<T>& w, int64_t count, int64_t ahead, typename
 
 // One column of a panel back: out[k] for k < depth.
 template <class T>
-inline void unpack_column(const typename Product<T>::Weight* packed, int column, int64_t depth, T* out) {
+inline void unpack_column(const typename Chain<T>::Weight* packed, int column, int64_t depth, T* out) {
   for (int64_t k = 0; k < depth; k++) {
-    const auto w = packed[k / Product<T>::kDepth * kPanel + column];
-    if constexpr (Product<T>::kDepth == 2)
+    const auto w = packed[k / Chain<T>::kDepth * kPanel + column];
+    if constexpr (Chain<T>::kDepth == 2)
       out[k] = {uint16_t(k % 2 ? w.bits : w.bits >> 16)};
     else
       out[k] = w;

@@ -6,36 +6,10 @@
 
 namespace llm42::gemm {
 
-// Passes over the panel that a tile of `rows` rows takes: as many columns at once as there are registers for
-// accumulators and factors, less one, without which compilers spill.
-inline constexpr int passes(int rows) {
-  const auto registers = [&](int vecs) { return rows * vecs + std::min(rows, vecs) + 1; };
-  int n = 1;
-  while (kVecs % n || registers(kVecs / n) >= kRegisters) n++;
-  return n;
-}
-
-// Weights to fetch while a tile is computed: from `next` on, `step` bytes for every k, into L1 (near) or
-// L2. L1 is better when every weight is used by several tiles: then there is time to fill it. When memory
-// is the bottleneck, requests of L1 only get into each other's way.
-struct Prefetch {
-  const char* next;
-  int64_t step;
-};
-
-// A row of x, as Product<T>::keep() leaves it, and those below it.
-template <class T>
-struct Rows {
-  const typename Product<T>::X* x;
-  int64_t stride;
-};
-
 // kR rows of x times registers kV0..kV0+kN-1 of a panel. w: [count, kPanel]; c: [kR, kPanel] partial sums,
 // continued from if `resume`.
-template <class T, int kR, int kV0, int kN, bool kNear>
-inline void tile(Rows<T> x, const typename Product<T>::Weight* w, int64_t count, float* c, bool resume,
-                 Prefetch fetch) {
-  using P = Product<T>;
+template <class P, int kR, int kV0, int kN, bool kNear>
+inline void tile(Rows<P> x, const typename P::Weight* w, int64_t count, float* c, bool resume, Prefetch fetch) {
   constexpr int kLine = 64, kBytes = kN * kLanes * int(sizeof *w) / (kNear ? 2 : 1);
   constexpr int kLines = (kBytes + kLine - 1) / kLine;
   Vec acc[kR][kN];
@@ -83,15 +57,15 @@ inline void tile(Rows<T> x, const typename Product<T>::Weight* w, int64_t count,
 }
 
 // `rows` <= kRows rows times the whole panel.
-template <class T, bool kNear, int kR = kRows>
-inline void tile_rows(int64_t rows, Rows<T> x, const typename Product<T>::Weight* w, int64_t count, float* c,
-                      bool resume, Prefetch fetch) {
+template <bool kNear, class T, int kR = kRows>
+inline void tile_rows(const Chain<T>& product, int64_t rows, Rows<Chain<T>> x, const typename Chain<T>::Weight* w,
+                      int64_t count, float* c, bool resume, Prefetch fetch) {
   if constexpr (kR > 1) {
-    if (rows < kR) return tile_rows<T, kNear, kR - 1>(rows, x, w, count, c, resume, fetch);
+    if (rows < kR) return tile_rows<kNear, T, kR - 1>(product, rows, x, w, count, c, resume, fetch);
   }
-  constexpr int kN = kVecs / passes(kR);
-  unrolled<passes(kR)>([&](auto pass) {
-    tile<T, kR, pass * kN, kN, kNear>(x, w, count, c, resume, {fetch.next + pass * count * fetch.step, fetch.step});
+  constexpr int kN = kVecs / passes_of_chains(kR);
+  unrolled<passes_of_chains(kR)>([&](auto pass) {
+    tile<Chain<T>, kR, pass * kN, kN, kNear>(x, w, count, c, resume, {fetch.next + pass * count * fetch.step, fetch.step});
   });
 }
 

@@ -46,7 +46,8 @@ struct V8 {
 using Vec = V8;
 
 inline V8 fma(V8 a, V8 b, V8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-#include "vec/pairs_by_mode.h"
+#include "vec/links_by_mode.h"
+#include "vec/pairs_by_links.h"
 inline V8 max(V8 a, V8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline V8 min(V8 a, V8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline V8 round_even(V8 a) { return {_mm256_round_ps(a.v, 0x08)}; }

@@ -50,6 +50,7 @@ using Vec = V16;
 
 inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+#include "vec/links_by_mode.h"
 #if defined(__AVX512BF16__)
 using PairX = bf16x2;
 inline constexpr int kPairSteps = 1;
@@ -77,7 +78,7 @@ inline Pairs pair_factor(const bf16* first, const bf16* second) {
 // vdpbf16ps: first the high halves, then the low ones.
 inline V16 fma(Pairs a, Pairs b, V16 c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 #else
-#include "vec/pairs_by_mode.h"
+#include "vec/pairs_by_links.h"
 template <int Step>
 inline V16 pair_factor(const bf16* first, const bf16* second) {
   return V16::load(Step ? second : first);

@@ -89,17 +89,20 @@ struct Flushed {
 };
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
-using PairX = float;
-inline constexpr int kPairSteps = 2;
-inline constexpr bool kPairsByMode = false;
-inline Flushed pair_factor(PairX x) { return {V8::set1(flushed(x))}; }
-inline Flushed pair_factor(V8 x) {
+using LinkX = float;
+inline constexpr bool kLinksByMode = false;
+inline Flushed link_factor(LinkX x) { return {V8::set1(flushed(x))}; }
+inline Flushed link_factor(V8 x) {
   return {V8::map([&](int i) { return flushed(x.v[i]); })};
 }
 template <int Step>
-inline Flushed pair_factor(const bf16x2* p) {
+inline Flushed link_factor(const bf16x2* p) {
   return {V8::map([&](int i) { return flushed(float_of_bits(Step ? p[i].bits << 16 : p[i].bits & 0xffff0000u)); })};
 }
+inline V8 sum_of_chains(V8 a, V8 b) {
+  return V8::map([&](int i) { return flushed(a.v[i] + b.v[i]); });
+}
+#include "vec/pairs_by_links.h"
 
 // What rounds to less than the least normal number, had exponents no end, becomes zero. Only where fmaf gives
 // just that number is there a doubt, and the sum is exact in fp64 then.
