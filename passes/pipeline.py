@@ -42,6 +42,7 @@ from llm42c.passes.rotary import merge_rotary, rotary
 from llm42c.passes.sizes import NO_SYMBOLS, SYMBOLS, baked, concretise
 from llm42c.passes.solve_triangular import solve_triangular
 from llm42c.passes.topk import topk
+from llm42c.passes.two_chains import TWO_CHAINS
 from llm42c.passes.varlen_attention import varlen_attention
 from llm42c.passes.wanted_rows import wanted_rows
 
@@ -93,6 +94,8 @@ PASSES: tuple[Pass, ...] = (
     # What has no known order is named.
     Pass("check", check),
 )
+
+ON_REQUEST: tuple[Pass, ...] = (TWO_CHAINS,)  # run for those who name them
 
 Observer = Callable[[str, fx.Graph], None]
 

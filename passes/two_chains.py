@@ -1,7 +1,7 @@
 """Products in the order in which AMX adds: ``two-chains32`` instead of ``fma-chain`` (packed, on request).
 
 A choice of other bits, the same on every CPU, for machines that have AMX; not in the list, so it runs for
-those who name it: ``passes=["two-chains32"]``. Products of bf16 with packed weights become those of
+those who name it: ``passes=["two_chains"]``. Products of bf16 with packed weights become those of
 ``codegen/ops/linear_blocks.py``. Others keep their order: they are no work of AMX's, or not packed.
 
 Before and after (x: [1, T, K], all bf16)::

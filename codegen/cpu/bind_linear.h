@@ -114,8 +114,9 @@ struct LinearCall {
 // Each of the packed operators, and with `blocks` in its name in the order of blocks.
 template <gemm::Order kOrder>
 inline Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
-  LinearCall call("linear", x, packed, bias, n, kOrder);
-  check_packed(packed, n, call.x.cols, "linear");
+  const char* op = kOrder == gemm::Order::chain ? "linear" : "linear_blocks";
+  LinearCall call(op, x, packed, bias, n, kOrder);
+  check_packed(packed, n, call.x.cols, op);
   gemm::linear(call.problem, num_threads());
   return call.out;
 }
@@ -134,8 +135,9 @@ inline Tensor linear_dense(const Tensor& x, const Tensor& weight, const std::opt
 
 template <gemm::Order kOrder>
 inline Tensor linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t n) {
-  LinearCall call("linear_silu_mul", x, packed, std::nullopt, n, kOrder);
-  check_packed(packed, 2 * n, call.x.cols, "linear_silu_mul");
+  const char* op = kOrder == gemm::Order::chain ? "linear_silu_mul" : "linear_silu_mul_blocks";
+  LinearCall call(op, x, packed, std::nullopt, n, kOrder);
+  check_packed(packed, 2 * n, call.x.cols, op);
   gemm::linear_silu_mul(call.problem, num_threads());
   return call.out;
 }
@@ -143,12 +145,13 @@ inline Tensor linear_silu_mul(const Tensor& x, const Tensor& packed, int64_t n) 
 template <gemm::Order kOrder>
 inline Tensor linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                              const Tensor& residual, int64_t n) {
-  LinearCall call("linear_add", x, packed, bias, n, kOrder);
-  check_packed(packed, n, call.x.cols, "linear_add");
-  check_dtype(residual, x, "linear_add", "residual");
-  CHECK_VALUE(same(residual.sizes(), call.out.sizes()), "linear_add: expected residual ", call.out.sizes(), ", got ",
+  const char* op = kOrder == gemm::Order::chain ? "linear_add" : "linear_add_blocks";
+  LinearCall call(op, x, packed, bias, n, kOrder);
+  check_packed(packed, n, call.x.cols, op);
+  check_dtype(residual, x, op, "residual");
+  CHECK_VALUE(same(residual.sizes(), call.out.sizes()), op, ": expected residual ", call.out.sizes(), ", got ",
                     residual.sizes());
-  const MatrixView r = as_rows(residual, "linear_add");
+  const MatrixView r = as_rows(residual, op);
   call.problem.residual = r.keep.const_data_ptr();
   call.problem.residual_stride = r.stride;
   gemm::linear(call.problem, num_threads());

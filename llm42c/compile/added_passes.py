@@ -1,7 +1,8 @@
 """Passes of other packages, for ``Options.passes``: found by name, looked at before anything runs.
 
-A pass is named by where it stands, ``"package.module:name"``, or by the name of an entry point of the group
-``llm42c.passes``. Nothing is loaded or run that was not named.
+A pass is named by where it stands, ``"package.module:name"``, by the name of an entry point of the group
+``llm42c.passes``, or by its own name if it is one of ``pipeline.ON_REQUEST``. Nothing is loaded or run that
+was not named.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def find_passes(wanted: Any) -> tuple[Pass, ...]:
 
 
 def _named(name: str) -> Any:
+    own = {step.name: step for step in pipeline.ON_REQUEST}
+    if name in own:
+        return own[name]
     module, colon, attribute = name.partition(":")
     try:
         if not colon:
