@@ -26,8 +26,8 @@ PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=5)
 def tiny() -> Any:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        hidden_size=96, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=101, max_position_embeddings=128,
+        hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=101, max_position_embeddings=128, initializer_range=0.2,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config).bfloat16().eval()
 
