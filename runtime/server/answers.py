@@ -15,6 +15,7 @@ from llm42c.runtime.server.codec import Codec
 from llm42c.runtime.server.flights import Flight
 from llm42c.runtime.server.tools import ToolUse
 
+BEGINNING = 256  # characters that tell whether an output may be a call
 Choice = dict[str, Any]
 
 
@@ -81,8 +82,8 @@ class Answer:
 
     def token(self, index: int, flight: Flight, position: int) -> str | None:
         """The chunk of one token; None where it shows nothing."""
-        before = self._visible(flight, position)
-        text = flight.text[before : max(before, self._visible(flight, position + 1))]
+        before, behind = self._visible(flight, position), self._visible(flight, position + 1)
+        text = flight.text[before : max(before, behind)]
         if not text and self.form.logprobs is None and not self.form.token_ids:
             return None
         choice = self._piece(index, text, self._logprobs(flight, position, position + 1))
@@ -241,7 +242,9 @@ class ChatAnswer(Answer):
 
     def _visible(self, flight: Flight, position: int) -> int:
         end = flight.characters(position)
-        return 0 if self._tools is not None and self._tools.holds(flight.text[:end]) else end
+        if self._tools is not None and self._tools.holds(flight.text[: min(end, BEGINNING)]):
+            return 0
+        return end
 
     def _logprobs(self, flight: Flight, start: int, end: int) -> Any:
         if self.form.logprobs is None:

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from llm42c.runtime.server import checks
 from llm42c.runtime.server.errors import ApiError, invalid
 from llm42c.runtime.server.guard import Guard, answer
 from llm42c.runtime.server.schema import (
@@ -67,19 +68,19 @@ def _generation(app: FastAPI, service: Service) -> None:
 def _checks(app: FastAPI, service: Service) -> None:
     @app.post("/v1/score", response_model=None)
     async def score(body: ScoreRequest, request: Request) -> Response:
-        return await service.score(body, request)
+        return await checks.score(service, body, request)
 
     @app.post("/v1/receipts/verify", response_model=None)
     async def verify(body: VerifyRequest, request: Request) -> Response:
-        return await service.verify(body, request)
+        return await checks.verify(service, body, request)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        return await service.tokenize(body)
+        return await checks.tokenize(service, body)
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return await service.detokenize(body)
+        return await checks.detokenize(service, body)
 
 
 def _state(app: FastAPI, service: Service) -> None:

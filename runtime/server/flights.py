@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from llm42c.errors import RequestError
@@ -28,8 +28,8 @@ from llm42c.runtime.server.thread import EngineThread
 
 
 class Flight:
-    """`ends[i]`: how many characters of `text` are certain behind token i; what is left then belongs to the
-    end."""
+    """What the engine has committed for one job. Text is made as far as a reader looks: token by token for a
+    stream, at once for those who wait for the end."""
 
     def __init__(self, request_id: str, job: Job, decode: Decode) -> None:
         self.request_id, self.job = request_id, job
@@ -37,14 +37,15 @@ class Flight:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.tops: list[TopLogprobs] = []
-        self.ends: list[int] = []
         self.output: RequestOutput | None = None  # the last one
         self.error: ApiError | None = None
         self.entered = False  # the engine has it, or never will
         self.refusal: RequestError | None = None  # why it has not
         self.readers = 0
         self.listeners: set[asyncio.Event] = set()
-        self._state = TextState(decode, job.params.stop)
+        self._decode, self._state = decode, TextState(decode, job.params.stop)
+        self._ends: list[int] = []  # how many characters are certain behind each token
+        self._whole: str | None = None  # the text, once it has ended
 
     @staticmethod
     def ended(job: Job, decode: Decode, output: RequestOutput | None = None) -> Flight:
@@ -53,10 +54,6 @@ class Flight:
         flight.entered = True
         flight.take(output or RequestOutput("", [], [], finished=True, finish_reason="length"))
         return flight
-
-    @property
-    def text(self) -> str:
-        return self._state.text
 
     @property
     def done(self) -> bool:
@@ -68,24 +65,42 @@ class Flight:
         ended = self.output is not None and isinstance(self.output.stop_reason, int)
         return len(self.tokens) - ended
 
+    @property
+    def text(self) -> str:
+        """All of it when no more will come, else as far as it was looked at. Raises ApiError."""
+        if self._whole is None and self.output is not None:
+            if self._ends or self.job.params.stop:
+                self._look(self.shown)
+            else:
+                with _decoding():
+                    self._whole = self._decode(self.tokens[: self.shown])
+        return self._state.text if self._whole is None else self._whole
+
     def characters(self, position: int) -> int:
-        """How many characters are certain behind the first `position` tokens."""
-        return self.ends[position - 1] if position else 0
+        """How many characters are certain behind the first `position` tokens. Raises ApiError."""
+        if position > len(self._ends):
+            self._look(position)
+        return self._ends[position - 1] if position else 0
 
     def take(self, output: RequestOutput) -> None:
-        """Append what the engine has committed since. Raises what the detokenizer raises."""
-        state, new = self._state, output.new_token_ids
-        self.tokens += new
+        """Append what the engine has committed since."""
+        self.tokens += output.new_token_ids
         self.logprobs += output.new_logprobs
         self.tops += output.new_top_logprobs or []
-        for token in new[: len(new) - isinstance(output.stop_reason, int)]:
-            state.push(token)
-            self.ends.append(state.safe_length())
         if output.finished:
-            if output.error is None:
-                state.finish(isinstance(output.stop_reason, str), self.job.params.include_stop)
-                self.ends = [min(end, len(state.text)) for end in self.ends]
             self.output = output
+
+    def _look(self, position: int) -> None:
+        """Make the text of so many tokens; of all, and its end, if no more will come."""
+        state, output = self._state, self.output
+        with _decoding():
+            for token in self.tokens[len(self._ends) : position if output is None else self.shown]:
+                state.push(token)
+                self._ends.append(state.safe_length())
+            if output is not None:
+                state.finish(isinstance(output.stop_reason, str), self.job.params.include_stop)
+                self._whole = state.text
+                self._ends = [min(end, len(state.text)) for end in self._ends]
 
     def tell(self) -> None:
         for event in self.listeners:
@@ -193,14 +208,18 @@ class Flights:
         return len(self._flying)
 
     async def find(self, job: Job) -> Flight | None:
-        """A flight from the cache."""
-        if self._cache is None or not job.key or job.key in self._by_key:
+        """A flight that needs no engine: an empty one, or one from the cache."""
+        if job.empty:
+            return Flight.ended(job, self._decode)
+        if self._cache is None or not job.key or job.fresh or job.key in self._by_key:
             return None
         output = await self._cache.get(job)
         if output is None:
             return None
         self.metrics.cached.inc()
-        return Flight.ended(job, self._decode, output)
+        flight = Flight.ended(job, self._decode, output)
+        await asyncio.to_thread(flight.characters, flight.shown)
+        return flight
 
     def join(self, job: Job) -> Flight:
         """The flight of an equal job, or a new one. Raises ApiError where none more is taken."""
@@ -323,11 +342,7 @@ class Flights:
                 continue
             self.metrics.tokens(flight.job.deterministic, len(flight.tokens), output, now - flight.last)
             flight.last = now
-            try:
-                flight.take(output)
-            except Exception as error:  # of a tokenizer
-                flight.error = ApiError(500, f"the output cannot be decoded: {type(error).__name__}: {error}")
-                self.thread.abort(flight.request_id)
+            flight.take(output)
             if output.error is not None:
                 asked_too_much = "the grammar allows" in output.error  # and so do the other parameters
                 status = 400 if asked_too_much else 500
@@ -338,3 +353,12 @@ class Flights:
                 if self._cache is not None and flight.job.key and flight.error is None:
                     self._cache.put(flight.job, output)
             flight.tell()
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of a tokenizer
+        message = f"the output cannot be decoded: {type(error).__name__}: {error}"
+        raise ApiError(500, message, code="generation_failed") from None

@@ -35,6 +35,8 @@ class Job:
     speculate: Speculate = AS_ENGINE
     draft: list[int] | None = None
     forced: bool = False
+    fresh: bool = False  # computed, whatever is kept of earlier ones
+    empty: bool = False  # nothing is computed: no token was asked for
 
 
 class Jobs:

@@ -221,6 +221,15 @@ def test_a_kept_answer_is_the_computed_one(tmp_path: Path) -> None:
         assert finished(unlike) == 1, "an answer of another contract was given"
 
 
+def test_a_receipt_is_not_verified_by_what_is_kept(tmp_path: Path) -> None:
+    with running(toy_engine(), toy_tokenizer(), cache_path=tmp_path / "answers") as up:
+        receipt = post(up, URL, BODY | {"receipt": True})["choices"][0]["receipt"]
+        post(up, URL, BODY)
+        for done in (3, 4):
+            assert post(up, "/v1/receipts/verify", {"receipt": receipt})["verdict"] == "exact"
+            assert finished(up) == done
+
+
 def test_a_damaged_answer_is_computed_again(tmp_path: Path) -> None:
     path = tmp_path / "answers"
     with running(toy_engine(), toy_tokenizer(), cache_path=path) as up:
