@@ -158,8 +158,16 @@ def open_engine(
     place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
     config.setdefault("speculate", drafts)
-    shared = {"ranks": place, "token_weave": weave, "passes": passes or ()}
-    built = build_engine(loaded, tokenizer, device=device, fast=form, **shared, **config)
+    built = build_engine(
+        loaded,
+        tokenizer,
+        device=device,
+        fast=form,
+        ranks=place,
+        token_weave=weave,
+        passes=passes or (),
+        **config,
+    )
     if place.size > 1 and not silent():
         err.print(f"{place.size} ranks; {built.compiler.division.text()}", soft_wrap=True)
         if (weaving := built.compiler.compile("pinned").weaving) is not None:
