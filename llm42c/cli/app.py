@@ -10,6 +10,7 @@ from llm42c.cli import (
     bench,
     cache,
     demo,
+    doctor,
     generate,
     inspect,
     kernels,
@@ -25,7 +26,7 @@ from llm42c.cli import (
 app = typer.Typer(
     help="Reproducible batched LLM decoding.",
     no_args_is_help=False,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
@@ -34,8 +35,12 @@ app = typer.Typer(
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="As the command.")] = False,
 ) -> None:
     """Reproducible batched LLM decoding: per request, bit for bit."""
+    if show_version:
+        version.version()
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -54,4 +59,5 @@ app.command("inspect")(kernels.inspect)
 app.command("quantize")(quantize.quantize)
 app.command("survey")(survey.survey)
 app.command("cache")(cache.cache)
+app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)
