@@ -2,7 +2,9 @@
 
 python benchmarks/serve.py --csv benchmarks/results/serve.csv
 
-The client is a process of its own on the same cores, and its work counts. The engine alone makes no text.
+The client is a process of its own on the same cores, and its work counts in the rates. The engine alone
+makes no text. `cpu` is CPU time of the server's process over that of the engine alone, which other work on
+the machine touches less than the rates.
 """
 
 from __future__ import annotations
@@ -51,8 +53,10 @@ def serve(model: str, requests: list[int], tokens: int, rounds: int) -> list[dic
             for ids in prompts[:count]
         ]
         rates: dict[str, list[float]] = {"engine": [], "stream": [], "whole": []}
+        spent: dict[str, list[float]] = {way: [] for way in rates}
         for i in range(rounds + 1):
             for way in list(rates)[:: -1 if i % 2 else 1]:
+                before = time.process_time()
                 rate = (
                     _alone(service, prompts[:count], tokens)
                     if way == "engine"
@@ -60,12 +64,15 @@ def serve(model: str, requests: list[int], tokens: int, rounds: int) -> list[dic
                 )
                 if i:
                     rates[way].append(rate)
+                    spent[way].append(time.process_time() - before)
         row: dict[str, Any] = {"requests": count, "new_tokens": tokens, "rounds": rounds}
         for way, found in rates.items():
             row[f"{way}_tok_s"] = round(statistics.median(found), 1)
         for way in ("stream", "whole"):
             pairs = zip(rates[way], rates["engine"], strict=True)
             row[f"{way}_over_engine"] = round(statistics.median(a / b for a, b in pairs), 3)
+            pairs = zip(spent[way], spent["engine"], strict=True)
+            row[f"{way}_cpu_over_engine"] = round(statistics.median(a / b for a, b in pairs), 3)
         print(row, flush=True)
         rows.append(row)
     server.should_exit = True

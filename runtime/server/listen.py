@@ -97,6 +97,7 @@ def serve(
     """Serve until a signal. To be called in the main thread."""
     config = uvicorn.Config(
         make_app(service),
+        log_config=None,  # how a process logs is its application's
         log_level="warning",
         access_log=False,
         ssl_certfile=certificate,

@@ -16,6 +16,7 @@ import pytest
 from serving import Gated, Running, finished, post, raw_post, running, toy_engine, toy_tokenizer, until
 from toy import ToyModel
 
+from llm42c.errors import IntegrityError
 from llm42c.runtime.server.guard import is_known
 from llm42c.runtime.server.stream import MOST_BYTES
 
@@ -32,6 +33,15 @@ def gated(**settings: Any) -> Iterator[tuple[Running, Gated]]:
             yield up, model
         finally:
             model.gate.set()
+
+
+def get(up: Running, path: str, status: int) -> str:
+    connection = http.client.HTTPConnection(up.url.removeprefix("http://"), timeout=5)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert answer.status == status
+        return answer.read().decode()
 
 
 def seeded(count: int) -> list[dict[str, Any]]:
@@ -88,10 +98,7 @@ def test_keys() -> None:
         post(up, URL, BODY, 401, Authorization="Basic alpha")
         post(up, URL, BODY, 401, Authorization="Bearer \xff")
         for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 200), ("/v1/models", 401)):
-            connection = http.client.HTTPConnection(up.url.removeprefix("http://"))
-            with contextlib.closing(connection):
-                connection.request("GET", path)
-                assert connection.getresponse().status == status
+            get(up, path, status)
     assert is_known([b"a", b"b"], b"b")
     assert not is_known([], b"")
 
@@ -190,21 +197,32 @@ def test_what_cannot_be_finished_says_where_it_goes_on() -> None:
 
 
 class Failing(ToyModel):
-    fail = False
+    error: Exception | None = None
 
     def forward(self, inputs: Any, cache: Any) -> Any:
-        if self.fail:
-            raise MemoryError("no memory is left")
+        if self.error is not None:
+            raise self.error
         return super().forward(inputs, cache)
 
 
 def test_a_step_that_breaks_is_an_error_of_its_requests_and_the_server_goes_on() -> None:
     model = Failing()
     with running(toy_engine(model), toy_tokenizer()) as up:
-        model.fail = True
+        model.error = MemoryError("no memory is left")
         assert "no memory is left" in post(up, URL, BODY, 500)["error"]["message"]
-        model.fail = False
+        model.error = None
         post(up, URL, BODY)
+        get(up, "/health", 200)
+
+
+def test_an_engine_that_breaks_the_promise_takes_no_more() -> None:
+    model = Failing()
+    with running(toy_engine(model), toy_tokenizer()) as up:
+        model.error = IntegrityError("rows depend on their surroundings")
+        assert "surroundings" in post(up, URL, BODY, 500)["error"]["message"]
+        for path in ("/health", "/ready"):
+            assert "surroundings" in get(up, path, 503)
+        assert post(up, URL, BODY, 503)["error"]["code"] == "engine_broken"
 
 
 def test_the_event_loop_is_free_while_the_engine_works() -> None:
@@ -214,17 +232,11 @@ def test_the_event_loop_is_free_while_the_engine_works() -> None:
         hanging.start()
         until(lambda: len(up.service.flights) == 1)
         for _ in range(3):
-            connection = http.client.HTTPConnection(up.url.removeprefix("http://"), timeout=5)
-            with contextlib.closing(connection):
-                connection.request("GET", "/metrics")
-                page = connection.getresponse().read().decode()
+            page = get(up, "/metrics", 200)
         assert "llm42_kv_pages 64.0" in page
         model.gate.set()
         hanging.join()
-        connection = http.client.HTTPConnection(up.url.removeprefix("http://"), timeout=5)
-        with contextlib.closing(connection):
-            connection.request("GET", "/metrics")
-            page = connection.getresponse().read().decode()
+        page = get(up, "/metrics", 200)
         assert 'llm42_ttft_seconds_count{class="deterministic"} 1.0' in page
         assert 'llm42_tbt_seconds_count{class="deterministic"} 29.0' in page
         assert 'llm42_ttft_seconds_count{class="ordinary"} 0.0' in page
