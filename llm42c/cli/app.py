@@ -9,6 +9,7 @@ import typer
 from llm42c.cli import (
     bench,
     cache,
+    chat,
     demo,
     doctor,
     generate,
@@ -47,6 +48,7 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("resume")(resume.resume)
 app.command("replay")(replay.replay)
 app.command("score")(score.score)
