@@ -1,7 +1,8 @@
 """Exact answers of earlier requests, in a file of SQLite. What is found is what would be computed.
 
 A key holds the contract, the prompt and the resolved parameters (`jobs.py`), so an entry never goes stale: a
-server of another contract finds none. Entries are sealed, and a damaged one counts as absent.
+server of another contract finds none. Entries are sealed, and a damaged one counts as absent. A revoked
+certificate empties it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class AnswerCache:
         """Keep a finished output, sometime soon."""
         self._worker.submit(self._put, job, output)
 
+    def clear(self) -> None:
+        """Forget every answer: a certificate was revoked."""
+        self._worker.submit(self._clear)
+
     def close(self) -> None:
         self._worker.shutdown()
         self._db.close()
@@ -80,6 +85,16 @@ class AnswerCache:
             self._db.execute("UPDATE total SET bytes = bytes + ?", (len(value),))
             while self._db.execute("SELECT bytes FROM total").fetchone()[0] > self._max_bytes:
                 self._drop("used = (SELECT min(used) FROM answers)")
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._give_up(error)
+
+    def _clear(self) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._drop("true")
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:

@@ -193,6 +193,8 @@ class Flights:
         self._num_remembered = 0
         path = settings.cache_path
         self._cache = None if path is None else AnswerCache(path, settings.cache_bytes)
+        self._stats = engine.stats()
+        self._revocations = self._stats.revocations
         self._mean_s = 1.0  # of the last requests, from arrival to end
 
     def start(self) -> None:
@@ -336,6 +338,9 @@ class Flights:
 
     def _take(self, outputs: list[RequestOutput]) -> None:
         now = time.perf_counter()
+        if self._cache is not None and self._revocations != self._stats.revocations:
+            self._revocations = self._stats.revocations
+            self._cache.clear()  # which of them rested on it is not known any more
         for output in outputs:
             flight = self._flying.get(output.request_id)
             if flight is None:

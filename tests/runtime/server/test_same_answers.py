@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from serving import Gated, Running, finished, post, raw_post, running, toy_engine, toy_tokenizer, until
 
+from llm42c.runtime.engine import Engine
+
 BODY: dict[str, Any] = {
     "model": "tiny",
     "prompt": "ABCDEF",
@@ -228,6 +230,20 @@ def test_a_receipt_is_not_verified_by_what_is_kept(tmp_path: Path) -> None:
         for done in (3, 4):
             assert post(up, "/v1/receipts/verify", {"receipt": receipt})["verdict"] == "exact"
             assert finished(up) == done
+
+
+def test_a_revoked_certificate_empties_the_cache(tmp_path: Path) -> None:
+    def revoke(engine: Engine) -> None:
+        engine.certificates.revoke({(1, 1)})
+
+    with running(toy_engine(), toy_tokenizer(), cache_path=tmp_path / "answers") as up:
+        post(up, URL, BODY)
+        post(up, URL, BODY)
+        assert finished(up) == 1
+        up.service.flights.thread.call(revoke).result()
+        post(up, URL, BODY | {"seed": 3})
+        post(up, URL, BODY)
+        assert finished(up) == 3
 
 
 def test_a_damaged_answer_is_computed_again(tmp_path: Path) -> None:
