@@ -232,7 +232,7 @@ def random_weights(tokens: int, rounds: int) -> Row:
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    built = build_engine(arguments.model)
+    built = build_engine(arguments.model, speculate=None)
     engine, tokens, rounds = built.engine, arguments.tokens, arguments.rounds
     repetitive = [built.tokenizer(text).input_ids for text in REPETITIVE.values()]
     prose = [p.token_ids(built.tokenizer) for p in load_prompts()[: arguments.prose]]

@@ -54,7 +54,10 @@ def main() -> None:
     for format in filter(None, args.formats.split(",")):
         models.write(folder / format, quantise(base, tokenizer, format)[0])
         sources[format] = folder / format
-    engines = {n: build_engine(s, **LIMITS, kv_cache_bytes=96 << 20).engine for n, s in sources.items()}
+    engines = {
+        n: build_engine(s, speculate=None, **LIMITS, kv_cache_bytes=96 << 20).engine
+        for n, s in sources.items()
+    }
     rows = []
     for count in map(int, args.requests.split(",")):
         prompts = WORKLOADS["decode"].prompts(count)

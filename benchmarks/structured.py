@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--requests", default="1,8")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
-    built = build_engine(arguments.model)
+    built = build_engine(arguments.model, speculate=None)
     prompts = [p.token_ids(built.tokenizer)[:64] for p in load_prompts()]
     machine = {"command": shlex.join(["python", *sys.argv]), **describe()}
     rows: list[dict[str, Any]] = []

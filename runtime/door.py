@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from llm42c.errors import Llm42Error, RequestError
+from llm42c.errors import ConfigError, Llm42Error, RequestError
 from llm42c.parallel.ranks import Ranks
 from llm42c.runtime.asked import require_portable
 from llm42c.runtime.config import EngineConfig
 from llm42c.runtime.draft_models import DraftModels
-from llm42c.runtime.drafters import AS_ENGINE, DrafterSource, Speculate, drafter_source, requested_source
+from llm42c.runtime.drafters import AS_ENGINE, DrafterSource, Speculate, drafter_source
 from llm42c.runtime.intake import Limits, check_flag, check_limits, check_prompt, check_tokens
 from llm42c.runtime.processors import Decode, TextState
 from llm42c.runtime.request import Request
@@ -33,7 +33,7 @@ class Door:
         """Raises ConfigError if the engine's own drafter cannot draft."""
         self._limits, self._decode, self._grammars, self._ranks = limits, decode, grammars, ranks
         self._draft_models = draft_models
-        self._drafters = drafter_source(config.speculate)
+        self._drafters = self._source(config.speculate)
         if self._drafters is not None and self._drafters.model is not None:
             draft_models.of(self._drafters.model)
         self._eos_ids = frozenset(config.eos_token_ids)
@@ -95,9 +95,17 @@ class Door:
             grammar=grammar,
         )
 
+    def _source(self, speculate: Speculate) -> DrafterSource | None:
+        """Raises ConfigError. Of itself nobody drafts on several ranks: to agree on drafts costs them a
+        message a step."""
+        return None if speculate == "auto" and self._ranks.size > 1 else drafter_source(speculate)
+
     def _requested(self, speculate: Speculate) -> DrafterSource | None:
         """The first request that names a draft model waits until it is built. Raises RequestError."""
-        source = requested_source(speculate)
+        try:
+            source = self._source(speculate)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
         if source is not None and source.model is not None:
             try:
                 self._draft_models.of(source.model)

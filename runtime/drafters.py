@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from llm42c.errors import ConfigError, RequestError
+from llm42c.errors import ConfigError
 
 AS_ENGINE = "engine"  # for a request: who drafts for the engine
 SELF_FORMATS = ("q4_0", "q8_0", "q4_1", "q5_0", "q5_1")  # the first one unless another is named
@@ -199,11 +199,3 @@ def _self_draft(name: str) -> SelfDraft:
     if colon and format not in SELF_FORMATS:
         raise ConfigError(f"the format of {name!r} must be one of {', '.join(SELF_FORMATS)}")
     return SelfDraft(format or SELF_FORMATS[0])
-
-
-def requested_source(speculate: Speculate) -> DrafterSource | None:
-    """As `drafter_source`, for one request. Raises RequestError."""
-    try:
-        return drafter_source(speculate)
-    except ConfigError as error:
-        raise RequestError(str(error)) from None

@@ -104,13 +104,13 @@ def engines(results: Results, case: str, model: Any, load_: Workload) -> None:
     from llm42c.runtime.loader import build_engine
 
     start = time.perf_counter()
-    pinned = build_engine(model, **load_.limits)
+    pinned = build_engine(model, speculate=None, **load_.limits)
     results.add(case, "capture and compile", time.perf_counter() - start, "s")
     prompts = load_.prompts(model.config.vocab_size)
     solo = alone(pinned.engine, prompts[:4], load_.new)
     for percent in SHARES:
         serve(results, case, "llm42", pinned.variant(), percent, prompts, load_.new, solo)
-    stock = build_engine(model, compiler=pinned.compiler, fast="stock", **load_.limits)
+    stock = build_engine(model, compiler=pinned.compiler, fast="stock", speculate=None, **load_.limits)
     for percent in (0, 10, 100):
         serve(results, case, "llm42, stock", stock.variant(), percent, prompts, load_.new, solo)
     pinned.close()

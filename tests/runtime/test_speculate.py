@@ -16,6 +16,7 @@ from toy import VOCAB, Flat, ToyModel, make_engine, small_config, solo
 from llm42c.errors import ConfigError, RequestError
 from llm42c.parallel.ranks import Ranks
 from llm42c.runtime import guesses, step_times
+from llm42c.runtime.door import Door
 from llm42c.runtime.drafters import Corpus, NgramDrafter, drafter_source
 from llm42c.runtime.sampling import SamplingParams
 from llm42c.runtime.speculate import Speculator
@@ -426,6 +427,14 @@ def test_what_cannot_draft_is_refused() -> None:
         small_config(speculate=3)
     with pytest.raises(RequestError, match="propose"):
         make_engine().submit(PROMPT, speculate=3)  # type: ignore[arg-type]
+
+
+def test_of_itself_nobody_drafts_on_several_ranks() -> None:
+    limits = make_engine().limits
+    for ranks, drafts in ((Ranks(0, 1), True), (Ranks(0, 2), False)):
+        door = Door(limits, small_config(), None, None, ranks, None)  # type: ignore[arg-type]
+        assert (door._source("auto") is not None) == drafts
+        assert door._source("ngram") is not None
 
 
 def test_ranks_take_the_first_one_s_drafts() -> None:
