@@ -21,6 +21,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512FP16__)
+#include <immintrin.h>
+#endif
 
 namespace llm42 {
 
@@ -54,10 +57,14 @@ inline float f16_to_float(uint16_t h) {
 }
 
 inline uint16_t float_to_f16(float f) {
+#if defined(__AVX512FP16__)  // GCC takes loops of float(_Float16(f)) for loops of f there
+  return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#else
   _Float16 x = _Float16(f);
   uint16_t h;
   std::memcpy(&h, &x, 2);
   return h;
+#endif
 }
 
 // Storage types of tensors, so that kernels can be templates over them.
