@@ -129,14 +129,18 @@ def _torch_flags(added: bool) -> tuple[list[str], list[str]]:
     return [abi, *include, f"-I{root / 'include/torch/csrc/api/include'}"], [*link, "-lc10"]
 
 
-def build_key(isa: str = "native", added: tuple[Path, ...] = ()) -> str:
-    """Hash of everything that the compiled library, or one of ``added`` sources, depends on."""
+def build_key(isa: str = "native", added: tuple[Path, ...] = (), *, carried: bool = False) -> str:
+    """Hash of everything that the compiled library, or one of ``added`` sources, depends on.
+
+    ``carried``: of the library that a wheel carries.
+    """
     digest = hashlib.sha256()
     for path in (*all_sources(), *added):
         name = path.name if path in added else path.relative_to(SOURCE_DIR).as_posix()
         digest.update(name.encode())
         digest.update(path.read_bytes())
-    for item in (Toolchain.find().version, *FLAGS, *_ISA_FLAGS[isa], torch.__version__, cpu_features()):
+    flags = [*FLAGS, *_isa_flags(isa, carried)]
+    for item in (Toolchain.find().version, *flags, torch.__version__, cpu_features()):
         digest.update(item.encode() + b"\0")
     return digest.hexdigest()[:20]
 
@@ -148,9 +152,13 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"compiling the CPU kernels failed: {' '.join(command)}\n{tail}")
 
 
-def _compile(out: Path, isa: str, added: tuple[Path, ...]) -> None:
+def _isa_flags(isa: str, carried: bool) -> list[str]:
+    return (_CARRIED_FLAGS if carried else _ISA_FLAGS)[isa]
+
+
+def _compile(out: Path, isa_flags: list[str], added: tuple[Path, ...]) -> None:
     """Write the library into the cache: its name appears when it is whole."""
-    if not cache.write(out, compiled(_ISA_FLAGS[isa], added), seal=True):
+    if not cache.write(out, compiled(isa_flags, added), seal=True):
         raise OSError(f"{out} cannot be written")
 
 
@@ -175,11 +183,17 @@ def compiled(isa_flags: list[str], added: tuple[Path, ...] = ()) -> bytes:
 
 
 def carry(folder: Path) -> None:
-    """Compile what a wheel carries into the package of which ``folder`` is the copy of this one."""
+    """Put what a wheel carries into the package of which ``folder`` is the copy of this one.
+
+    It is taken from the cache where the same was compiled before.
+    """
     for isa in CARRIED:
         path = folder / CARRIED_DIR.name / carried_name(isa)
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(compiled(_CARRIED_FLAGS[isa]))
+        library = cache.sealed(_kept(isa, (), carried=True))
+        if library is None:
+            raise BuildError(f"the {isa} library in the cache was removed meanwhile: try again")
+        path.write_bytes(library)
 
 
 def carried_name(isa: str) -> str:
@@ -240,31 +254,36 @@ def build(isa: str | None = None, added: tuple[Path, ...] = ()) -> Path:
         raise BuildError(f"there is no C++ source {', '.join(missing)}")
     if not added and (ready := carried(isa)) is not None:
         return ready
-    name = f"llm42_{'added' if added else 'cpu'}_{isa}_{build_key(isa, added)}.so"
-    out = cache.folder() / "kernels" / name
+    return _kept(isa, added)
+
+
+def _kept(isa: str, added: tuple[Path, ...], *, carried: bool = False) -> Path:
+    """Path of the library in the cache, compiled if it is not there; aside of a cache that cannot be used."""
+    name = f"llm42_{'added' if added else 'cpu'}_{isa}_{build_key(isa, added, carried=carried)}.so"
+    out, flags = cache.folder() / "kernels" / name, _isa_flags(isa, carried)
     if cache.sealed(out) is not None:
         return out
     if cache.place("kernels") is not None:
         try:
             with filelock.FileLock(str(out) + ".lock"):
                 if cache.sealed(out) is None:
-                    _compile(out, isa, added)
+                    _compile(out, flags, added)
             return out
         except OSError as error:
             cache.trouble(error)
-    return _build_aside(name, isa, added)
+    return _build_aside(name, flags, added)
 
 
 _aside_lock = threading.Lock()
 
 
-def _build_aside(name: str, isa: str, added: tuple[Path, ...]) -> Path:
+def _build_aside(name: str, isa_flags: list[str], added: tuple[Path, ...]) -> Path:
     """The library in this process's temporary folder."""
     with _aside_lock:
         try:
             out = cache.temporary() / name
             if cache.sealed(out) is None:
-                _compile(out, isa, added)
+                _compile(out, isa_flags, added)
         except OSError as error:
             raise BuildError(
                 f"the CPU kernels can be compiled nowhere: {error}; set XDG_CACHE_HOME or TMPDIR to a folder "

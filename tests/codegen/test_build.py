@@ -42,8 +42,35 @@ def test_a_second_build_takes_the_cache(tiny: Path, monkeypatch: pytest.MonkeyPa
     assert build.build() == path
 
 
+def test_a_wheel_takes_what_was_compiled_before(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    build.carry(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
+        build.carry(second)
+        for isa in build.CARRIED:
+            same = build._CARRIED_FLAGS[isa] == build._ISA_FLAGS[isa]
+            assert same == (isa != "portable")
+            if same and build.NEEDS[isa] <= set(build.cpu_features().split()):
+                assert build.build(isa).is_relative_to(cache.folder())
+    assert _contents(first) == _contents(second)
+    assert _contents(first).keys() == set(map(build.carried_name, build.CARRIED))
+    tiny.write_text(SOURCE.replace("42", "43"))  # what was compiled before is of another source
+    build.carry(second)
+    assert _contents(first).keys().isdisjoint(map(build.carried_name, build.CARRIED))
+    assert all(_contents(second)[build.carried_name(isa)] for isa in build.CARRIED)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.so")}
+
+
 def test_the_key_covers_sources_headers_flags_and_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [build.build_key(), build.build_key("portable")]
+    keys = [build.build_key(), build.build_key("portable"), build.build_key("portable", carried=True)]
     tiny.write_text(SOURCE.replace("42", "43"))
     keys.append(build.build_key())
     (tiny.parent / "answer.h").write_text("#pragma once\n")
