@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_folder
 import torch
 
 from llm42c.codegen.cpu import build
@@ -82,12 +83,12 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused_in_one_line(
         build.build("avx2")
 
 
-@pytest.mark.model
-def test_a_model_needs_no_compiler_and_has_the_same_bits(python: Path) -> None:
+def test_a_model_needs_no_compiler_and_has_the_same_bits(python: Path, tmp_path: Path) -> None:
+    model = str(tiny_folder.save_letters(tmp_path / "model"))
     here = subprocess.run(
-        [sys.executable, str(ROOT / "tests/runtime/isa_demo.py"), "2"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "tests/runtime/isa_demo.py"), model, "2"], capture_output=True, text=True
     )
-    done = _run(python, "runtime/isa_demo.py", "2")
+    done = _run(python, "runtime/isa_demo.py", model, "2")
     assert done.returncode == 0, done.stderr
     (carried,), (compiled,) = (json.loads(run.stdout.splitlines()[-1]) for run in (done, here))
     assert carried["tokens"] == compiled["tokens"]

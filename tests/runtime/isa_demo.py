@@ -1,4 +1,4 @@
-"""A short demo of SmolLM2 in a process of its own, with LLM42_ISA as it should be: `isa_demo.py 1 2`.
+"""A short demo of a model in a process of its own, with LLM42_ISA as it should be: `isa_demo.py smollm2 1 2`.
 
 Prints, for each number of threads: the contract, and the digests of tokens and log-probabilities of requests
 alone and together.
@@ -22,10 +22,10 @@ TOKENS = 6
 
 
 def main() -> None:
-    model, tokenizer = models.load_model("smollm2")
+    model, tokenizer = models.load_model(sys.argv[1])
     jobs = make_jobs([(text, tokenizer.encode(text)) for text in PROMPTS], TOKENS)
     compiler, found = ModelCompiler(model), []
-    for threads in map(int, sys.argv[1:]):
+    for threads in map(int, sys.argv[2:]):
         torch.set_num_threads(threads)
         built = build_engine(model, tokenizer, compiler=compiler, persist_certificates=False, num_pages=64)
         runs = [

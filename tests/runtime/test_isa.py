@@ -18,7 +18,7 @@ TORCH = {"avx512_bf16": "avx512", "avx512": "avx512", "avx2": "avx2", "portable"
 
 def _runs(isa: str, threads: tuple[int, ...]) -> list[dict[str, object]]:
     env = os.environ | {"LLM42_ISA": isa, "ATEN_CPU_CAPABILITY": TORCH[isa]}
-    command = [sys.executable, str(Path(__file__).parent / "isa_demo.py"), *map(str, threads)]
+    command = [sys.executable, str(Path(__file__).parent / "isa_demo.py"), "smollm2", *map(str, threads)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, object]] = json.loads(done.stdout.splitlines()[-1])
