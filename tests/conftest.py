@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported by now stays: without this the garbage collector goes through it again and again."""
+    gc.freeze()
+
+
 def _links(folder: Path, kept: tuple[str, ...] = KEPT) -> Path:
     """Make `folder` a cache folder whose parts in `kept` are the present one's."""
     now = cache.folder()
@@ -30,10 +37,23 @@ def _links(folder: Path, kept: tuple[str, ...] = KEPT) -> Path:
     return folder
 
 
+def _of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run share, and no other run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
 def run_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Certificates and stored graphs of this run: none of an earlier one is read, none is left behind."""
+    """Certificates and stored graphs of this run: none of an earlier one is read, none is left behind.
+
+    Workers share graphs, which are functions of their key; each has certificates of its own.
+    """
     own = tmp_path_factory.getbasetemp() / "cache"
+    graphs = _of_the_run(tmp_path_factory) / "graphs"
+    graphs.mkdir(exist_ok=True)
+    (own / "llm42").mkdir(parents=True)
+    (own / "llm42" / "programs").symlink_to(graphs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(_links(own)))
         yield own

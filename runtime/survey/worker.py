@@ -40,6 +40,7 @@ def _survey(job: dict[str, Any], out: TextIO) -> None:
 
     try:
         model_class, config_class = Decoder(job["name"], job["model_type"]).load()
+        gc.freeze()  # what is imported stays: it need not be gone through again and again
         eager = tiny_model(model_class, config_class, torch.float32)
         require_sane(eager)
         say(built=True, mixing=mixing(eager), layers=_layers(eager))
