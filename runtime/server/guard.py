@@ -54,7 +54,7 @@ class Guard:
         length = headers.get("content-length", "0")
         try:
             async with asyncio.timeout(self._settings.write_timeout_s):
-                while len(body) <= most and not (length.isdigit() and int(length[:20]) > most):
+                while len(body) <= most and not (length.isdecimal() and int(length[:20]) > most):
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,7 @@ from llm42c.runtime.server.flights import Flight, Reading
 
 DONE = b"data: [DONE]\n\n"
 MOST_BYTES = 2**15  # of one write: a slow reader's buffer holds no more than it must
+_ID = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{16})\.([0-9]{1,12})\.([0-9fu,-]+)", re.ASCII)
 _UNSENT, _ENDED, _OVER = "-", "f", "u"
 
 
@@ -73,13 +75,15 @@ class EventId:
                 400, "Last-Event-ID: only streams of deterministic requests can go on", "Last-Event-ID"
             )
         try:
-            theirs, nonce, created, positions = text.split(".")
-            cursors = tuple(positions.split(","))
+            parts = _ID.fullmatch(text)
+            if parts is None:
+                raise ValueError
+            cursors = tuple(parts[4].split(","))
             for cursor in cursors:
                 Cursor.parse(cursor)
-            if len(bytes.fromhex(nonce)) != 8 or len(created) > 12 or len(cursors) != choices:
+            if len(cursors) != choices:
                 raise ValueError
-            found = EventId(theirs, nonce, int(created), cursors)
+            found = EventId(parts[1], parts[2], int(parts[3]), cursors)
         except ValueError:
             raise ApiError(
                 400, "Last-Event-ID is not one of this request's events", "Last-Event-ID"
