@@ -120,7 +120,16 @@ def throughput(
 
 
 @app.command("startup")
-def startup(model: ModelArgument = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: CsvOption = None) -> None:
+def startup(
+    model: ModelArgument = DEFAULT_MODEL,
+    kv_mb: KvOption = 256,
+    wheel: Annotated[
+        Path | None,
+        typer.Option("--wheel", exists=True, help="Of make wheel: start from it too, without a compiler."),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Time llm42 demo with warm caches too.")] = False,
+    csv: CsvOption = None,
+) -> None:
     """Seconds from process start to the first token with empty and with warm caches, and peak memory."""
     from llm42c import prompts
     from llm42c.runtime.bench.startup import measure_starts
@@ -128,7 +137,8 @@ def startup(model: ModelArgument = DEFAULT_MODEL, kv_mb: KvOption = 256, csv: Cs
     if parallel.announced():
         raise ConfigError("bench startup starts processes of its own: run it without torchrun")
     files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
-    rows = [start.as_row() for start in measure_starts(model, busy_prompts=files, kv_mb=kv_mb)]
+    starts = measure_starts(model, busy_prompts=files, kv_mb=kv_mb, wheel=wheel, demo=demo)
+    rows = [start.as_row() for start in starts]
     _save(rows, csv)
     _show(rows, tuple(rows[0]))
 

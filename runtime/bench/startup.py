@@ -1,7 +1,7 @@
 """From the start of a process to its first token, and the most memory it ever holds.
 
-Every measurement is a fresh `llm42 generate`. Cold means an empty cache folder: kernels are compiled, the
-packaged model is unpacked, everything is certified anew.
+Every measurement is a fresh process: `llm42 generate`, but for the demo. Cold means an empty cache folder:
+kernels are compiled, the packaged model is unpacked, everything is certified anew.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,37 +38,69 @@ class Start:
         }
 
 
-def measure_starts(model: str, *, busy_prompts: Sequence[Path] = (), kv_mb: int = 256) -> list[Start]:
-    """A cold start, a warm start and, given `busy_prompts`, a warm run of all of them together.
+def measure_starts(
+    model: str,
+    *,
+    busy_prompts: Sequence[Path] = (),
+    kv_mb: int = 256,
+    wheel: Path | None = None,
+    demo: bool = False,
+) -> list[Start]:
+    """A cold start and a warm one and, given `busy_prompts`, a warm run of all of them together.
 
-    Raises ConfigError if the process fails.
+    `wheel`: two more starts, from this wheel and without a compiler. `demo`: then `llm42 demo`, warm.
+    Raises ConfigError if a process fails, or for a wheel that cannot be read.
     """
+    if os.path.exists(model):
+        model = os.path.abspath(model)  # processes run elsewhere
+    one = ["generate", model, "--kv-mb", str(kv_mb), "--max-tokens", "1", "The first token"]
     with tempfile.TemporaryDirectory() as cache:
-        # Inductor keeps its own cache elsewhere.
-        environment = {**os.environ, "XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
-        one = ["--max-tokens", "1", "The first token"]
-        starts = [_start(name, model, one, kv_mb, environment) for name in ("cold", "warm")]
+        environment = _with_cache(cache)
+        starts = [_start(name, one, environment) for name in ("cold", "warm")]
         if busy_prompts:
             many = [word for path in busy_prompts for word in ("--file", str(path))]
-            starts.append(_start("busy", model, ["--max-tokens", "64", *many], kv_mb, environment))
+            busy = ["generate", model, "--kv-mb", str(kv_mb), "--max-tokens", "64", *many]
+            starts.append(_start("busy", busy, environment))
+        if demo:
+            starts.append(_start("demo", ["demo", model], environment))
+    if wheel is not None:
+        starts += _from_wheel(wheel, one)
     return starts
 
 
-def _start(name: str, model: str, arguments: list[str], kv_mb: int, environment: dict[str, str]) -> Start:
-    command = [
-        sys.executable,
-        "-m",
-        "llm42c",
-        "generate",
-        model,
-        "--kv-mb",
-        str(kv_mb),
-        *arguments,
-    ]
+def _from_wheel(wheel: Path, arguments: list[str]) -> list[Start]:
+    """As it is where the wheel is installed and there is no compiler: no program is on the path."""
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as package:
+        try:
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extractall(package)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"cannot read the wheel {wheel}: {error}") from None
+        without = {name: value for name, value in _with_cache(cache).items() if name != "CXX"}
+        environment = {**without, "PYTHONPATH": package, "PATH": str(Path(package) / "nothing")}
+        return [
+            _start(name, arguments, environment, package)
+            for name in ("cold, wheel without compiler", "warm, wheel without compiler")
+        ]
+
+
+def _with_cache(folder: str) -> dict[str, str]:
+    # Inductor keeps its own cache elsewhere.
+    return {**os.environ, "XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+
+
+def _start(name: str, arguments: list[str], environment: dict[str, str], folder: str | None = None) -> Start:
+    """``folder``: where the process runs; Python looks for packages there first."""
+    command = [sys.executable, "-m", "llm42c", *arguments]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            cwd=folder,
         )
         with cast(IO[bytes], process.stdout) as out:
             out.read(1)
@@ -77,5 +110,5 @@ def _start(name: str, model: str, arguments: list[str], kv_mb: int, environment:
         process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait again
         if process.returncode != 0:
             log.seek(0)
-            raise ConfigError(f"llm42 generate failed: {log.read().strip()[-400:]}")
+            raise ConfigError(f"llm42 {arguments[0]} failed: {log.read().strip()[-400:]}")
     return Start(name, first, time.perf_counter() - start, usage.ru_maxrss / 1024)
