@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,6 +47,16 @@ def load_operators(device: torch.device) -> Target:
     target = target_of(device)
     registry.load(device)
     return target
+
+
+def prepare_ahead(device: torch.device) -> None:
+    """Begin, on a thread, what :func:`load_operators` would wait for; what goes wrong is said there."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            targets.of(device).prepare()
+
+    threading.Thread(target=work, name="llm42-kernels", daemon=True).start()
 
 
 def device_of_inputs(inputs: Iterable[object]) -> torch.device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,7 +16,15 @@ from llm42c.memory import forget
 from llm42c.passes import graph as g
 from llm42c.passes.recipes import RECIPE, PackedWeight, Part, PositionTable, StackedBias
 
-_PIECE = 1 << 20  # elements that are tested at once, so that a large weight is never held twice
+_READERS = 2  # weights that are read at once
+_PIECE = 1 << 18  # elements that are tested at once: they stay in the cache
+# Integers of the same size, and the bits of an exponent in them.
+_EXPONENTS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -27,39 +37,82 @@ def weights_digest(model: nn.Module) -> str:
 
     Tied tensors count under each of their names, so untying them changes the digest.
     """
-    digest = hashlib.sha256()
-    seen: dict[int, bytes] = {}
+    return _digest_of_state(model, _content)
+
+
+def checked_digest(model: nn.Module) -> str:
+    """The :func:`weights_digest` of weights that are sound; each is read once.
+
+    Raises WeightsError naming the first parameter that holds NaN or infinity, or lies packed elsewhere.
+    """
+    parameters = {id(p) for p in model.parameters()}
+
+    def content(tensor: Tensor) -> bytes | None:
+        return _content(tensor) if id(tensor) not in parameters or _is_finite(tensor.detach()) else None
+
+    try:
+        return _digest_of_state(model, content)
+    except _NotFiniteError:
+        for name, parameter in model.named_parameters():
+            _require_finite(name, parameter)
+        raise
+
+
+class _NotFiniteError(Exception):
+    """Of some parameter."""
+
+
+def _digest_of_state(model: nn.Module, content: Callable[[Tensor], bytes | None]) -> str:
+    """``content`` gives the digest of a tensor's bytes; _NotFiniteError where it gives none."""
     state = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    distinct = {id(tensor): tensor for tensor in state.values()}
+
+    def read(tensor: Tensor) -> bytes:
+        found = content(tensor)
+        forget(tensor)
+        if found is None:
+            raise _NotFiniteError
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        contents = dict(zip(distinct, pool.map(read, distinct.values()), strict=True))
+    digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
-        if id(tensor) not in seen:
-            seen[id(tensor)] = hashlib.sha256(_bytes_of(tensor)).digest()
-            forget(tensor)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + seen[id(tensor)])
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode() + contents[id(tensor)])
     return digest.hexdigest()
 
 
-def require_finite(model: nn.Module) -> None:
-    """Raise WeightsError naming the first parameter that holds NaN or infinity, or lies packed elsewhere."""
-    for name, parameter in model.named_parameters():
-        finite = _is_finite(parameter.detach())
-        forget(parameter)
-        if not finite:
-            if parameter.untyped_storage().nbytes() < parameter.nbytes:  # as WeightStore.release leaves it
-                raise WeightsError(
-                    f"weights of {name!r} are packed in another engine of this model: close that one, or "
-                    "build this one with its compiler"
-                )
-            raise WeightsError(f"weights of {name!r} hold NaN or infinity: the checkpoint is damaged")
+def _content(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_bytes_of(tensor)).digest()
+
+
+def _require_finite(name: str, parameter: Tensor) -> None:
+    finite = _is_finite(parameter.detach())
+    forget(parameter)
+    if finite:
+        return
+    if parameter.untyped_storage().nbytes() < parameter.nbytes:  # as WeightStore.release leaves it
+        raise WeightsError(
+            f"weights of {name!r} are packed in another engine of this model: close that one, or "
+            "build this one with its compiler"
+        )
+    raise WeightsError(f"weights of {name!r} hold NaN or infinity: the checkpoint is damaged")
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: none has all bits of its exponent set."""
     if not tensor.is_floating_point():  # of quantised weights, which were looked at when they were packed
         return True
-    rows = max(1, _PIECE // max(1, tensor[:1].numel())) if tensor.dim() else 1
-    for piece in tensor.split(rows) if tensor.dim() else (tensor,):
-        # A sum is NaN or infinite when an element is; the exact test runs only then.
-        if not torch.isfinite(piece.float().sum()) and not torch.isfinite(piece).all():
+    known = _EXPONENTS.get(tensor.dtype)
+    if known is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return bool(torch.isfinite(tensor).all())
+    bits = tensor.reshape(-1).view(known[0]).numpy()
+    mask = bits.dtype.type(known[1])
+    found = np.empty(min(_PIECE, bits.size), bits.dtype)
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE]
+        if np.bitwise_and(piece, mask, out=found[: piece.size]).max() == mask:
             return False
     return True
 

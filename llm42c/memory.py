@@ -11,6 +11,7 @@ import ctypes
 import functools
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU) 
     """A tensor of zeros; on the CPU in large pages, if it fills some and the system grants them.
 
     Pages of a KV cache lie far apart, so with small pages of memory nearly every one of them costs a walk
-    through the page tables. The memory is touched here, not when the first request needs it.
+    through the page tables. They are the system's, and untouched: :func:`populate` has them ready.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -37,8 +38,28 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU) 
     memory = mmap.mmap(-1, -(-nbytes // LARGE) * LARGE, flags=private)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(advice)
-    flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape))
-    return flat.zero_().view(*shape)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
+
+
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: pages as a write would make them, and no byte is written
+
+
+def populate(tensors: Sequence[Tensor]) -> None:
+    """Let a thread make the pages of tensors from :func:`zeros`, so that no request waits for them.
+
+    Whoever comes before it makes its own. On a system that cannot, that is everybody.
+    """
+    large = [t for t in tensors if t.device.type == "cpu" and t.nbytes >= LARGE]
+    if large:
+        threading.Thread(target=_populate, args=(large,), name="llm42-pages", daemon=True).start()
+
+
+def _populate(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _POPULATE_WRITE) != 0:
+            return
 
 
 # Of an entry of /proc/self/pagemap. A page that a write has made this process's own has no _FILE.

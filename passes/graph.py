@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from llm42c.codegen.operator import Operator
 from llm42c.codegen.ops.registry import our_operator
@@ -174,7 +173,12 @@ def where(node: fx.Node) -> str:
 
 def same(a: Any, b: Any) -> bool:
     """Provably equal sizes (ints or symbols); never installs a guard."""
-    return bool(statically_known_true(a == b))
+    same = a == b
+    if isinstance(same, bool):
+        return same
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # half a second of sympy
+
+    return bool(statically_known_true(same))
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,6 +84,8 @@ def _unreadable(
     nodes: list[fx.Node], primes: dict[str, tuple[int, torch.SymInt]], fixed: Mapping[str, int]
 ) -> str | None:
     """A size of the graph that its value at the primes does not tell."""
+    import sympy  # type: ignore[import-untyped]  # half a second, which graphs without symbols need not spend
+
     symbols: dict[int, Any] = {prime: s.node.expr for name, (prime, s) in primes.items() if name not in fixed}
     numbers = {s.node.expr: sympy.Integer(prime) for prime, s in primes.values()}
     constants = {s.node.expr: numbers[s.node.expr] for name, (_, s) in primes.items() if name in fixed}
@@ -99,6 +100,8 @@ def _unreadable(
 
 def _reads_back(expr: Any, numbers: Mapping[Any, Any], symbols: dict[int, Any]) -> bool:
     """``expr``, as a number at the primes, says that it is ``expr``."""
+    import sympy
+
     value = expr.xreplace(numbers)
     if not value.is_Integer:
         return False
@@ -166,7 +169,7 @@ def _concrete(v: Any, primes: dict[str, tuple[int, torch.SymInt]], mode: FakeTen
         return torch.empty_strided(sizes, strides, dtype=v.dtype, device=v.device)
 
 
-def symbolic(v: Any, symbols: dict[int, torch.SymInt], mode: FakeTensorMode) -> Any:
+def symbolic(v: Any, symbols: Mapping[int, torch.SymInt], mode: FakeTensorMode) -> Any:
     """The value with symbolic sizes that ``v`` stands for; the inverse of what ``concretise`` did.
 
     Raises ValueError for a size that mixes symbols, which no known model has.
@@ -181,7 +184,7 @@ def symbolic(v: Any, symbols: dict[int, torch.SymInt], mode: FakeTensorMode) -> 
         return torch.empty_strided(sizes, strides, dtype=v.dtype, device=v.device)
 
 
-def rebased(values: list[Any], symbols: dict[int, torch.SymInt]) -> dict[int, torch.SymInt]:
+def rebased(values: list[Any], symbols: Mapping[int, torch.SymInt]) -> dict[int, torch.SymInt]:
     """``symbols`` for a part of a graph that sees a size in multiples only: the multiple is its size.
 
     Inductor must find each symbol itself among the sizes of its inputs.
@@ -204,7 +207,7 @@ def _reading(n: int, prime: int) -> tuple[int, int] | None:
     return (factor, rest) if factor > 0 and abs(rest) < _OFFSET else None
 
 
-def _symbolic_size(n: int, symbols: dict[int, Any]) -> Any:
+def _symbolic_size(n: int, symbols: Mapping[int, Any]) -> Any:
     """``a * symbol + b`` for the number that it became; numbers below all primes are themselves."""
     if n < min(symbols) - _OFFSET:
         return n

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llm42c.compile.compiler import ModelCompiler
+from llm42c.compile.standin import StandIn
 from llm42c.errors import ConfigError
 from llm42c.hub import models
 from llm42c.hub.quantise import quantised_copy
@@ -41,8 +43,12 @@ class DraftBuilds:
         return self._made[spec]
 
     def _quantised(self, spec: SelfDraft) -> nn.Module:
+        model = self._compiler.model
+        read: Callable[[nn.Parameter], Tensor] = self._compiler.weights.value
+        if isinstance(model, StandIn):
+            model, read = model.loaded(), nn.Parameter.detach
         try:
-            return quantised_copy(self._compiler.model, spec.format, self._compiler.weights.value)
+            return quantised_copy(model, spec.format, read)
         except ImportError:
             raise ConfigError(f"{spec} needs the gguf package: pip install 'llm42c[gguf]'") from None
 

@@ -25,7 +25,7 @@ from llm42c.codegen.ops import registry
 from llm42c.device import CPU, device_of_model, dtype_of_model
 from llm42c.digest import graph_digest
 from llm42c.errors import ConfigError, UnsupportedModelError
-from llm42c.memory import zeros
+from llm42c.memory import populate, zeros
 from llm42c.passes.graph import where
 
 _CONSTANT = "constant_"  # begins the names of tensors that are neither parameters nor buffers
@@ -93,10 +93,12 @@ def new_kv_cache(
     """
     if page_size % 16:
         raise ConfigError(f"page_size must be a multiple of 16, not {page_size}")
-    return KVCache(
+    cache = KVCache(
         k=[zeros((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype, device) for s in spec],
         v=[zeros((num_pages, s.num_kv_heads, page_size, s.head_dim), dtype, device) for s in spec],
     )
+    populate([*cache.k, *cache.v])
+    return cache
 
 
 def _example_batch(tokens: int = 48, rows: int = 24) -> PackedInputs:

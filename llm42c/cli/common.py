@@ -142,26 +142,21 @@ def open_engine(
     choice("--verify", verify, ("auto", "always"))
     drafts = None if speculate == "off" else speculate
     weave: TokenWeave = choice("--token-weave", token_weave, get_args(TokenWeave))
-    wanted = parse_dtype(dtype)
-    check_device(device)
+    wanted, where = parse_dtype(dtype), check_device(device)
     from llm42c.runtime.drafters import drafter_source
 
     drafter_source(drafts)
-    report("loading", 0, 0)
-    from llm42c.hub import models
-
-    loaded, tokenizer = models.load_model(model, wanted)
-    report("compiling", 0, 0)
     from llm42c.parallel import ranks
-    from llm42c.runtime.loader import build_engine
+    from llm42c.runtime.opening import open_model
 
     place = ranks.world()
     config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
     config.setdefault("speculate", drafts)
-    built = build_engine(
-        loaded,
-        tokenizer,
-        device=device,
+    built = open_model(
+        model,
+        wanted,
+        device=where,
+        report=report,
         fast=form,
         ranks=place,
         token_weave=weave,

@@ -24,13 +24,15 @@ from llm42c.compile import inductor
 from llm42c.compile.added_passes import find_passes
 from llm42c.compile.computation import Computation, computation_of
 from llm42c.compile.dump import Dump
+from llm42c.compile.identity import Identity
 from llm42c.compile.piecewise import PiecewiseProgram, compile_piecewise
 from llm42c.compile.rewriter import Rewriter
 from llm42c.compile.row_independence import dependence
+from llm42c.compile.standin import StandIn
 from llm42c.compile.stored import Rewritten
 from llm42c.compile.weights import WeightStore
 from llm42c.device import CPU, device_of_model, dtype_of_model, load_operators, target_of
-from llm42c.digest import graph_digest, require_finite, weights_digest
+from llm42c.digest import checked_digest, graph_digest
 from llm42c.errors import ConfigError
 from llm42c.options import Options, TokenWeave
 from llm42c.parallel.ranks import ALONE, Ranks
@@ -115,7 +117,8 @@ class ModelCompiler:
     each names; what they do is in the graph's digest. With ``ranks`` the model is divided in place;
     ``digest`` is that of the whole weights, and ranks whose weights or graphs are not the same are named in a
     RanksDifferError. It computes where the model lies. Raises OptionsError (``passes``),
-    UnsupportedModelError, DeviceError, WeightsError (NaN or infinity) or BuildError (no C++ compiler).
+    UnsupportedModelError, DeviceError, WeightsError (NaN or infinity), BuildError (no C++ compiler), or
+    StaleError for a stand-in that is not of the model as it is.
     """
 
     def __init__(
@@ -137,8 +140,9 @@ class ModelCompiler:
         self.ranks = ranks
         self.device = device_of_model(model)
         target = target_of(self.device)
-        require_finite(model)
-        self.digest = weights_digest(model)
+        self.digest = checked_digest(model)
+        if isinstance(model, StandIn):
+            model.require(self.digest)
         ranks.require_same("the weights", self.digest)
         self.division = divide(model, ranks)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # g++ works while Dynamo traces
@@ -185,6 +189,11 @@ class ModelCompiler:
     def restore(self) -> None:
         """Give the model its parameters back exactly."""
         self.weights.restore()
+
+    @property
+    def identity(self) -> Identity | None:
+        """What its stored graphs are kept under; None where nothing is stored."""
+        return self._rewriter.identity
 
     @property
     def kv_spec(self) -> list[KVSpec]:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -54,7 +55,7 @@ def computation_of(
     if compiled:
         machine |= {
             "torch": torch.__version__,
-            "inductor": "none" if inductor.without_compiler(device) else _settings(),
+            "inductor": "none" if inductor.without_compiler(device) else _digest(inductor.fixed_config()),
         }
     return Computation(
         graph=graph_digest(gm, weights),
@@ -66,8 +67,8 @@ def computation_of(
     )
 
 
-def _settings() -> str:
-    text = json.dumps(inductor.fixed_config(), sort_keys=True)
+def _digest(settings: dict[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -80,6 +81,7 @@ def machine_state() -> str:
         build.cpu_features(),
         str(torch.get_num_threads()),
         "" if library is None else library.name,
-        _settings() if inductor.has_compiler() else "none",
+        # All that are asked for: torch's version decides which of them count. Inductor is not imported.
+        _digest(inductor.asked_config()) if inductor.has_compiler() else "none",
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

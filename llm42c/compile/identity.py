@@ -26,7 +26,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -50,8 +50,20 @@ class UnknownIdentityError(Exception):
     """Nothing tells this model from another; the message says what stands in the way."""
 
 
+class Identity(NamedTuple):
+    """``files``: the sources that the model and its graph come from, but for those of torch and llm42."""
+
+    digest: str
+    files: tuple[str, ...]
+
+
 def identity(model: nn.Module, *options: Any) -> str:
     """The digest for ``model`` as it is, with ``options`` (plain values). Raises UnknownIdentityError."""
+    return identify(model, *options).digest
+
+
+def identify(model: nn.Module, *options: Any) -> Identity:
+    """As :func:`identity`, with the files."""
     described = _Described()
     device = device_of_model(model)
     parts = [
@@ -62,9 +74,9 @@ def identity(model: nn.Module, *options: Any) -> str:
         _tensors(model),
         *(f"{name}\0{described.module(module)}" for name, module in model.named_modules()),
         *described.code(dynamo, pipeline),
-        *_sources(),
+        *sources(),
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Identity(hashlib.sha256(json.dumps(parts).encode()).hexdigest(), described.paths)
 
 
 def digest_of_values(*values: Any) -> str:
@@ -193,7 +205,11 @@ class _Described:
         yield from self.files()
 
     def files(self) -> Iterator[str]:
-        return (f"{file} {_content(Path(file))}" for file in sorted(self._files))
+        return (f"{file} {digest_of_file(Path(file))}" for file in self.paths)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(sorted(self._files))
 
 
 def _taken_from(module: ModuleType) -> Iterator[ModuleType]:
@@ -217,7 +233,8 @@ def _is_installed(file: str) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _content(file: Path) -> str:
+def digest_of_file(file: Path) -> str:
+    """The digest of a file. Raises UnknownIdentityError where there is none."""
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
@@ -271,9 +288,10 @@ def _is_empty(cell: Any) -> bool:
 
 
 @functools.cache
-def _sources() -> tuple[str, ...]:
+def sources() -> tuple[str, ...]:
+    """The files of llm42 that a graph depends on, and their digests."""
     files = [f for part in sorted(_ROOT.iterdir()) if part.name not in _RUNNING for f in _python(part)]
-    return tuple(f"{file.relative_to(_ROOT)} {_content(file)}" for file in files)
+    return tuple(f"{file.relative_to(_ROOT)} {digest_of_file(file)}" for file in files)
 
 
 def _python(path: Path) -> list[Path]:

@@ -53,6 +53,11 @@ REQUIRED = frozenset(
 )
 
 
+def asked_config() -> dict[str, Any]:
+    """The settings for fixed reductions, those included that this version of torch may not have."""
+    return dict(_FIXED)
+
+
 def fixed_config() -> dict[str, Any]:
     """The settings for fixed reductions, restricted to those that this version of torch has."""
     from torch._inductor import config

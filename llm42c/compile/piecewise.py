@@ -7,7 +7,7 @@ into operators needs no Inductor at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,7 @@ def compile_piecewise(gm: fx.GraphModule, reductions: Reductions = "fixed") -> P
 
 def compile_cluster(
     module: fx.GraphModule,
-    symbols: dict[int, torch.SymInt] | None,
+    symbols: Mapping[int, torch.SymInt] | None,
     compile_module: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
 ) -> Callable[..., Any]:
     """The cluster as a callable on its inputs, returning a tuple. ``symbols``: see ``passes.sizes``."""

@@ -13,7 +13,8 @@ import logging
 from torch import nn
 
 from llm42c.codegen import cache
-from llm42c.compile.identity import UnknownIdentityError, identity
+from llm42c.compile.identity import Identity, UnknownIdentityError, identify
+from llm42c.compile.standin import StandIn
 from llm42c.compile.stored import FAULTS, Rewritten, UnstorableError, decode, encode
 from llm42c.digest import graph_digest
 
@@ -28,8 +29,12 @@ class Programs:
     def __init__(self, model: nn.Module, *options: object) -> None:
         self._model = model
         self.obstacle: str | None = None  # why nothing is stored
+        self.identity: Identity | None = None
         try:
-            self._identity = identity(model, *options)
+            if isinstance(model, StandIn):
+                self.identity = Identity(model.identity, ())
+            else:
+                self.identity = identify(model, *options)
         except UnknownIdentityError as error:
             self.obstacle = str(error)
 
@@ -65,8 +70,12 @@ class Programs:
         cache.keep_newest(FOLDER, path.suffix, KEPT)
         return again
 
+    @property
+    def _digest(self) -> str:
+        return "" if self.identity is None else self.identity.digest
+
     def _key(self, kind: str) -> str:
-        return hashlib.sha256(f"{self._identity}\0{kind}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._digest}\0{kind}".encode()).hexdigest()
 
     def _decoded(self, text: str, digest: str) -> Rewritten:
         found = decode(text, self._model)

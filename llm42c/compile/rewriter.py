@@ -13,8 +13,9 @@ from llm42c.capture.support import context_limit, unsupported
 from llm42c.codegen.ops import registry
 from llm42c.compile import inductor
 from llm42c.compile.dump import Dump
-from llm42c.compile.identity import digest_of_values
+from llm42c.compile.identity import Identity, digest_of_values
 from llm42c.compile.programs import Programs
+from llm42c.compile.standin import StaleError, StandIn
 from llm42c.compile.stored import Rewritten
 from llm42c.passes import pipeline
 from llm42c.passes.base import PACKED, Context, Pass, PositionInput, Report
@@ -42,9 +43,19 @@ class Rewriter:
         # A model that cannot be captured is refused at once.
         self.kv_spec: list[KVSpec] = (first or self.captured).kv_spec
 
+    @property
+    def identity(self) -> Identity | None:
+        """What stored graphs are kept under; None where nothing is stored."""
+        return None if self._programs is None else self._programs.identity
+
     @functools.cached_property
     def captured(self) -> CapturedGraph:
-        """The graph before the passes; the model's parameters must be its own."""
+        """The graph before the passes; the model's parameters must be its own.
+
+        Raises StaleError for a stand-in, which has no code.
+        """
+        if isinstance(self._model, StandIn):
+            raise StaleError("no graph of it is stored")
         return capture_packed(self._model)
 
     def rewritten(self, target: str, dump: Dump) -> Rewritten:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm42c.capture.dynamo import KVSpec, model_attributes
+from llm42c.compile.clusters import find_clusters
 from llm42c.passes import graph as g
 from llm42c.passes.base import Event, PassReport, Report
 from llm42c.passes.recipes import RECIPE, PackedWeight, Part, PositionTable, Recipe, StackedBias, recipes
@@ -77,8 +79,9 @@ def encode(rewritten: Rewritten) -> str:
 def decode(text: str, model: nn.Module) -> Rewritten:
     """The graph that ``text`` is of, on the parameters and buffers of ``model``. Raises one of FAULTS."""
     data = json.loads(text)
-    mode = FakeTensorMode()
-    graph = _graph(data["nodes"], mode)
+    graph = _graph(data["nodes"], None)
+    if find_clusters(graph):  # Inductor computes with their values
+        graph = _graph(data["nodes"], FakeTensorMode())
     names = dict(data["names"])
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     root = nn.Module()
@@ -100,7 +103,7 @@ def decode(text: str, model: nn.Module) -> Rewritten:
         report=_report(data["report"]),
     )
     if data["symbols"]:
-        gm.meta[SYMBOLS] = _new_symbols(data["symbols"])
+        gm.meta[SYMBOLS] = _LateSymbols(data["symbols"])
     return rewritten
 
 
@@ -119,7 +122,31 @@ def _node(node: fx.Node, values: bool = True) -> dict[str, Any]:
     return found
 
 
-def _graph(nodes: list[Mapping[str, Any]], mode: FakeTensorMode) -> fx.Graph:
+class Described(Tensor):
+    """The value of a node, which has the sizes, strides, type and device of a tensor, and no elements.
+
+    A FakeTensor is more, and making the first one imports Dynamo.
+    """
+
+    @staticmethod
+    def __new__(
+        cls, shape: list[int], stride: list[int], dtype: torch.dtype, device: torch.device
+    ) -> Described:
+        made: Any = Tensor._make_wrapper_subclass(cls, shape, strides=stride, dtype=dtype, device=device)
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Described({list(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError(f"{func} of a value that has no elements")
+
+
+def _graph(nodes: list[Mapping[str, Any]], mode: FakeTensorMode | None) -> fx.Graph:
+    """``mode``: of the values; without one they are :class:`Described`."""
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     for data in nodes:
@@ -133,7 +160,7 @@ def _graph(nodes: list[Mapping[str, Any]], mode: FakeTensorMode) -> fx.Graph:
         if data.get("where"):
             node.meta["nn_module_stack"] = {"": (data["where"], None)}
         if "recipe" in data:
-            node.meta[RECIPE] = _recipe_of(data["recipe"], mode)
+            node.meta[RECIPE] = _recipe_of(data["recipe"])
     return graph
 
 
@@ -172,7 +199,7 @@ def _numbers(sizes: Iterable[Any]) -> list[int]:
     return numbers
 
 
-def _argument(x: Any, made: Mapping[str, fx.Node], mode: FakeTensorMode) -> Any:
+def _argument(x: Any, made: Mapping[str, fx.Node], mode: FakeTensorMode | None) -> Any:
     if not isinstance(x, dict):
         if not isinstance(x, _PLAIN):
             raise ValueError(f"{x!r} is no argument")
@@ -192,9 +219,12 @@ def _argument(x: Any, made: Mapping[str, fx.Node], mode: FakeTensorMode) -> Any:
     if kind == "device":
         return torch.device(content)
     if kind == "tensor":
-        dtype, shape, stride, device = content
+        name, shape, stride, device = content
+        dtype = _torch(name, torch.dtype)
+        if mode is None:
+            return Described(shape, stride, dtype, torch.device(device))
         with mode:
-            return torch.empty_strided(shape, stride, dtype=_torch(dtype, torch.dtype), device=device)
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     return _torch(content, _OF_TORCH[kind])
 
 
@@ -278,9 +308,9 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     return {"kind": kind, "parts": [dataclasses.astuple(p) for p in recipe.parts]}
 
 
-def _recipe_of(data: Mapping[str, Any], mode: FakeTensorMode) -> Recipe:
+def _recipe_of(data: Mapping[str, Any]) -> Recipe:
     if data["kind"] == "table":
-        return PositionTable(_graph(data["nodes"], mode), data["name"], data["limit"])
+        return PositionTable(_graph(data["nodes"], None), data["name"], data["limit"])
     parts = tuple(Part(*p) for p in data["parts"])
     return PackedWeight(parts) if data["kind"] == "packed" else StackedBias(parts)
 
@@ -301,17 +331,34 @@ def _hashable(x: Any) -> bool:
     return x.__hash__ is not None
 
 
-def _new_symbols(numbers: list[list[int]]) -> dict[int, torch.SymInt]:
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+class _LateSymbols(Mapping[int, torch.SymInt]):
+    """Prime → the symbolic size that it stands for. The sizes are made when one is asked for, which only a
+    graph of which Inductor compiles something does: making them imports Dynamo."""
 
-    env = ShapeEnv()
-    found: dict[int, Any] = {}
-    for prime, hint in numbers:
-        source = ConstantSource(f"size_{prime}")
-        symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None)
-        found[prime] = env.create_symintnode(symbol, hint=hint, source=source)
-    return found
+    def __init__(self, numbers: list[tuple[int, int]]) -> None:
+        self._numbers = dict(numbers)
+
+    def __getitem__(self, prime: int) -> torch.SymInt:
+        return self._made[prime]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @functools.cached_property
+    def _made(self) -> dict[int, torch.SymInt]:
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+        env = ShapeEnv()
+        found: dict[int, Any] = {}
+        for prime, hint in self._numbers.items():
+            source = ConstantSource(f"size_{prime}")
+            symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None)
+            found[prime] = env.create_symintnode(symbol, hint=hint, source=source)
+        return found
 
 
 def _report(data: Mapping[str, Any]) -> Report:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import io
 import os
@@ -86,6 +87,13 @@ def _from_hub(name: str) -> Path | str:
     )
 
 
+def folder_of(name: str | Path) -> Path | None:
+    """Where the files of MODEL lie already; None where it must be unpacked, or a hub asked, first."""
+    gguf = _gguf(name)
+    path = Path(name).expanduser() if gguf is None else _place(os.fspath(name), gguf)
+    return path if (path / "config.json").is_file() else None
+
+
 def require(name: str | Path) -> None:
     """Raise ModelNotFoundError, before anything heavy is imported, if MODEL names nothing that is there."""
     if _gguf(name) is None:
@@ -99,6 +107,28 @@ def load_tokenizer(name: str | Path) -> Any:
     source = resolve(name)
     with _quiet(), _not_found(name):
         return AutoTokenizer.from_pretrained(source)
+
+
+def class_of_tokenizer(tokenizer: Any, folder: Path) -> str | None:
+    """The class of which :func:`tokenizer_of_class` makes the same tokenizer from ``folder``, if one does."""
+    kind = type(tokenizer)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not kind.__module__.startswith("transformers."):
+        return None
+    again = tokenizer_of_class(name, folder)
+    state, same = ({k: repr(v) for k, v in vars(t).items() if k != "_tokenizer"} for t in (tokenizer, again))
+    return name if state == same and again.backend_tokenizer.to_str() == backend.to_str() else None
+
+
+def tokenizer_of_class(name: str, folder: Path) -> Any:
+    """The tokenizer in ``folder``, of the class of that name; which class it is, the model's need not tell.
+
+    Raises ModelNotFoundError.
+    """
+    module, kind = name.split(":")
+    with _quiet(), _not_found(folder):
+        return getattr(importlib.import_module(module), kind).from_pretrained(folder)
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -155,15 +185,20 @@ def packaged(name: str) -> Path | None:
     """
     gguf = _gguf(name)
     assert gguf is not None
-    label = name if name in ALIASES else re.sub(r"[^\w.-]", "_", gguf.stem)
     as_is = _stays_quantised(name)
-    return _unpacked(
-        f"{label}-{_digest(gguf)}", lambda: [_quantised(gguf)] if as_is else [*_dequantised(gguf)]
-    )
+    return _unpacked(_place(name, gguf), lambda: [_quantised(gguf)] if as_is else [*_dequantised(gguf)])
 
 
-def _unpacked(name: str, parts: Callable[[], list[Any]]) -> Path | None:
-    target = cache.folder() / "models" / name
+def _place(name: str, gguf: Path) -> Path:
+    label = name if name in ALIASES else re.sub(r"[^\w.-]", "_", gguf.stem)
+    return _models() / f"{label}-{_digest(gguf)}"
+
+
+def _models() -> Path:
+    return cache.folder() / "models"
+
+
+def _unpacked(target: Path, parts: Callable[[], list[Any]]) -> Path | None:
     if target.is_dir():
         return target
     if cache.place("models") is None:
@@ -203,7 +238,7 @@ def _four_bits(name: str | Path, source: str | Path) -> str | Path:
         def made() -> QuantisedFolder:
             return four_bits.read(folder, config, AutoTokenizer.from_pretrained(folder))
 
-        return _unpacked(f"{folder.name}-{digest}", lambda: [made()]) or _aside(made())
+        return _unpacked(_models() / f"{folder.name}-{digest}", lambda: [made()]) or _aside(made())
 
 
 def _stays_quantised(name: str) -> bool:

@@ -70,8 +70,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     real = targets.of
     monkeypatch.setattr(targets, "of", lambda place: PRETENDED if place == PLACE else real(place))
     monkeypatch.setattr(dynamo, "require_supported", lambda model: None)
-    monkeypatch.setattr(compiler, "require_finite", lambda model: None)
-    monkeypatch.setattr(compiler, "weights_digest", lambda model: "w")
+    monkeypatch.setattr(compiler, "checked_digest", lambda model: "w")
     monkeypatch.setattr(build, "build", lambda: pytest.fail("compiled for the CPU"))
 
 

@@ -221,7 +221,7 @@ def test_an_edited_pass_and_another_list_of_passes(
 
     model = small()
     before = identity.identity(model)
-    monkeypatch.setattr(identity, "_sources", lambda: ("passes/rotary.py edited",))
+    monkeypatch.setattr(identity, "sources", lambda: ("passes/rotary.py edited",))
     assert identity.identity(model) != before
 
 
@@ -234,10 +234,10 @@ def test_the_digest_of_sources_follows_every_file(tmp_path: Path, monkeypatch: p
         (tmp_path / part).mkdir()
         (tmp_path / part / "a.py").write_text("x = 1\n")
     monkeypatch.setattr(identity, "_ROOT", tmp_path)
-    before = identity._sources.__wrapped__()
+    before = identity.sources.__wrapped__()
     for part, counts in (("passes", True), ("capture", True), ("runtime", False)):
         (tmp_path / part / "a.py").write_text("x = 2\n")
-        after = identity._sources.__wrapped__()
+        after = identity.sources.__wrapped__()
         assert (after != before) == counts
         before = after
 
