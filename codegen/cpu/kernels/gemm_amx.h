@@ -27,6 +27,7 @@ LLM42_AMX_CODE inline void amx_tile(Rows<AmxBlocks> x, const bf16x2* w, int64_t 
   constexpr int kStride = kPanel * 4, kStep = kPairsPerBlock * kPanel;
   const int64_t stride = x.stride * 4;
   float* below = c + amx::kRows * kPanel;
+  amx::written(c);
   if (resume) {
     _tile_loadd(0, c, kStride);
     _tile_loadd(1, c + 16, kStride);

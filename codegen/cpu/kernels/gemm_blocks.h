@@ -2,7 +2,7 @@
 // and one over the odd ones, both from zero; their sum is added to the sum of the blocks before it. That is how
 // AMX computes them. Where there is none, vectors do the same steps.
 #pragma once
-#include "amx.h"
+#include "vec/amx.h"
 #include "gemm_lanes.h"
 
 namespace llm42::gemm {

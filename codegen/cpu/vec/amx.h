@@ -33,6 +33,10 @@ inline bool available() {
   return found;
 }
 
+// Compilers do not know what the instructions of tiles read: what stands at `p`, and everywhere else, is in memory
+// from here on.
+inline void written(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
+
 // All tiles whole, but the factors, 6 and 7: `words` words of a row of x, so many rows of weights.
 LLM42_AMX_CODE inline void configure(int words = kWords) {
   struct alignas(64) {
@@ -43,6 +47,7 @@ LLM42_AMX_CODE inline void configure(int words = kWords) {
   for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = kRows;
   config.bytes[6] = uint16_t(4 * words);
   config.rows[7] = uint8_t(words);
+  written(&config);
   _tile_loadconfig(&config);
 }
 
