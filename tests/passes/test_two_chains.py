@@ -10,6 +10,7 @@ import transformers as hf
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llm42c.codegen.ops import registry
 from llm42c.passes.base import PACKED, Context, PassReport
 from llm42c.passes.two_chains import two_chains
 from llm42c.runtime.engine import Engine
@@ -34,8 +35,8 @@ def tiny() -> Any:
 
 @pytest.fixture(scope="module")
 def built() -> BuiltEngine:
-    """By the name that the package itself offers passes under."""
-    return build_engine(tiny(), passes=["two-chains32"], **LIMITS)
+    """By its own name."""
+    return build_engine(tiny(), passes=["two_chains"], **LIMITS)
 
 
 def say(engine: Engine, prompts: Any) -> list[tuple[list[int], list[float]]]:
@@ -63,6 +64,7 @@ def test_requests_do_not_see_each_other_and_the_bits_are_others(built: BuiltEngi
 
 
 def test_products_of_other_dtypes_keep_their_order() -> None:
+    registry.define()
     graph = fx.Graph()
     x, w = graph.placeholder("x"), graph.placeholder("w")
     with FakeTensorMode():
