@@ -43,6 +43,7 @@ def work(built: BuiltEngine, journal: Path) -> list[Any]:
     """Begin a journal or finish it; what each request says in the end."""
     engine = built.variant()
     states, end = Journal.read(journal) if journal.exists() else ([], 0)
+    assert len(states) in (0, len(PROMPTS))
     record = Journal(journal, end)
     if states:
         names = [engine.resume(state) for state in states]

@@ -50,7 +50,7 @@ def test_another_instruction_set_finishes_what_was_killed(tmp_path: Path) -> Non
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert 40 <= journal.read_bytes().count(b"\n") < 2 + 160, "vacuous: not killed in the middle"
+    assert 40 <= journal.read_bytes().count(b"\n") < 3 + 160, "vacuous: not killed in the middle"
     for isa in isas[1:]:
         shutil.copy(journal, copy)
         assert llm42(isa, "resume", str(copy), "--model", model, "--json") == wanted

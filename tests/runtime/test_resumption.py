@@ -207,8 +207,7 @@ def test_a_journal_that_is_cut_anywhere_is_finished(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     wanted = by_prompt(journal(whole))
     data, cut = whole.read_bytes(), tmp_path / "cut"
-    first = data.index(b"\n") + 1
-    begun = data.index(b"\n", first) + 1  # both requests have begun
+    begun = len(b"".join(data.splitlines(keepends=True)[:3]))  # both requests have begun
     assert len(data) - begun > 1000
     for end in range(begun, len(data) + 1, 29):
         cut.write_bytes(data[:end])
@@ -219,6 +218,24 @@ def test_a_journal_that_is_cut_anywhere_is_finished(tmp_path: Path) -> None:
         assert by_prompt(resumed(cut)) == wanted
         found, _ = Journal.read(cut)
         assert sorted(len(s.tokens) for s in found) == sorted(len(row[1]) for row in wanted)
+
+
+def test_a_journal_holds_all_of_its_requests_or_has_not_begun(tmp_path: Path) -> None:
+    """A kill can fall between the pages of the write that begins the requests."""
+    path = tmp_path / "journal"
+    wanted = by_prompt(journal(path))
+    lines = path.read_bytes().splitlines(keepends=True)
+    starts = [len(b"".join(lines[:n])) for n in range(4)]
+    begun = starts[3]
+    for end in sorted({starts[n] + more for n in range(3) for more in (0, 40, len(lines[n]) - 1)} | {begun}):
+        path.write_bytes(b"".join(lines)[:end])
+        found, at = Journal.read(path)
+        assert (len(found), at) == ((2, begun) if end == begun else (0, 0))
+        if end < begun:  # begun again on the same file
+            assert by_prompt(journal(path)) == wanted
+    path.write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    with pytest.raises(StateError, match="line 3: damaged"):  # of these some tokens had been written
+        Journal.read(path)
 
 
 def test_an_edited_journal_is_named(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def test_resume_prints_what_generate_would_have(
     wanted = run(capsys, *way)
     assert run(capsys, *way, "--journal", str(path)) == wanted
     lines = path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 31 * len(prompts)
-    for whole, rest in ((len(lines), b""), (len(lines) // 2, b"[0,5"), (len(prompts), b"")):
+    assert len(lines) == 1 + 31 * len(prompts)
+    for whole, rest in ((len(lines), b""), (len(lines) // 2, b"[0,5"), (1 + len(prompts), b"")):
         path.write_bytes(b"".join(lines[:whole]) + rest)
         assert run(capsys, "resume", str(path), "--model", model, *form) == wanted
         assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
@@ -55,8 +55,13 @@ def test_what_cannot_be_resumed_is_one_line(
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], lines[3].replace(",", ", ", 1), *lines[4:]]))
     assert "line 4: damaged" in run(capsys, *resume, status=exits.BAD_INPUT)
-    path.write_text("")
-    assert "holds no request" in run(capsys, *resume, status=exits.BAD_INPUT)
+    for left in ("", lines[0], lines[0] + lines[1][:100]):
+        path.write_text(left)
+        assert "holds no request" in run(capsys, *resume, status=exits.BAD_INPUT)
+    run(capsys, *way)  # as the line above says
+    assert path.read_text().splitlines(keepends=True) == lines
+    path.write_text(lines[1])
+    assert "finish it with llm42 resume" in run(capsys, *way, status=exits.BAD_INPUT)
     path.unlink()
     assert "cannot read" in run(capsys, *resume, status=exits.BAD_INPUT)
 
@@ -69,10 +74,11 @@ def test_another_model_is_refused_by_its_fields(
     from llm42c.runtime import sealed
     from llm42c.runtime.contract import Contract
 
-    state = json.loads(path.read_text().splitlines()[0])
+    head, line = path.read_text().splitlines()[:2]
+    state = json.loads(line)
     state["contract"]["weights"] = "0" * 64
     state["contract_hash"] = Contract(**state["contract"]).hash
     del state["sha256"]
-    path.write_text(sealed.seal("llm42_state", 1, state) + "\n")
+    path.write_text(f"{head}\n{sealed.seal('llm42_state', 1, state)}\n")
     said = run(capsys, "resume", str(path), "--model", model, status=exits.BAD_INPUT)
     assert "pins another contract: weights: 00000" in said
