@@ -8,6 +8,7 @@ import typer
 
 from llm42c.cli import (
     bench,
+    bench_serve,
     cache,
     chat,
     demo,
@@ -53,6 +54,7 @@ app.command("resume")(resume.resume)
 app.command("replay")(replay.replay)
 app.command("score")(score.score)
 app.command("serve")(serve.serve)
+bench.app.command("serve")(bench_serve.serve)
 app.add_typer(bench.app, name="bench")
 app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)

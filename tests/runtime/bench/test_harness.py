@@ -100,7 +100,7 @@ def test_the_peer_answers_through_its_pipe(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         peer.close()
     with pytest.raises(ProcessLookupError):
-        os.kill(peer._process.pid, 0)
+        os.kill(peer._held.process.pid, 0)
 
 
 def test_a_peer_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
