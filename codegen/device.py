@@ -40,6 +40,9 @@ UNITS = {
     "memory_bandwidth": "B/s",
     "bandwidth_per_core": "B/s",
     "bf16_flops": "FLOP/s",  # dense, fp32 accumulation
+    "fp16_flops": "FLOP/s",
+    "fp8_flops": "FLOP/s",
+    "int8_flops": "FLOP/s",
     "fp32_flops": "FLOP/s",
     "tile_m": "rows",  # of a matrix product's result that one unit computes at a time
     "tile_n": "columns",
@@ -48,6 +51,7 @@ UNITS = {
     "link_latency": "s",  # of a collective
     "link_processor_share": "1",  # of the processor, that a collective under way takes from computing
     "cores": "1",
+    "tdp_watts": "W",  # what it may draw
 }
 
 

@@ -31,6 +31,10 @@ class ConfigError(Llm42Error, ValueError):
     """An engine configuration that cannot work, such as a KV budget too small for one request."""
 
 
+class DeviceTextError(ConfigError):
+    """A text from which no device can be read: empty, binary, of two devices, without what a plan needs."""
+
+
 class ContractMismatchError(RequestError):
     """A request pinned a contract hash that is not this engine's."""
 

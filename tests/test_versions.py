@@ -12,7 +12,7 @@ from llm42c import versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-APART = {"lm-eval"}  # extras that the suite does without: they bring many packages along
+APART = {"lm-eval", "plan-cost"}  # extras that the suite does without: they bring many packages along
 LINTERS = {"ruff", "mypy"}  # they run with the fixed versions only
 
 

@@ -56,8 +56,7 @@ def attention_function(batch: Mapping[str, Any]) -> Callable[..., tuple[Tensor, 
         """
         place = len(batch["calls"]) % len(batch["k_cache"])
         batch["calls"].append(place)
-        widest = max(query.shape[-1], value.shape[-1])
-        head_dim = -(-widest // _MULTIPLE) * _MULTIPLE
+        head_dim = widened_head_dim(query, value)
         out = torch.ops.llm42.paged_attention(
             _widened(query[0].transpose(0, 1), head_dim),  # [T, Hq, D]
             _widened(key[0].transpose(0, 1), head_dim),
@@ -78,6 +77,12 @@ def attention_function(batch: Mapping[str, Any]) -> Callable[..., tuple[Tensor, 
         return out.unsqueeze(0), None
 
     return attention_forward
+
+
+def widened_head_dim(query: Tensor, value: Tensor) -> int:
+    """The size of heads in the cache: one that the operator takes, for keys and values alike."""
+    widest = max(query.shape[-1], value.shape[-1])
+    return -(-widest // _MULTIPLE) * _MULTIPLE
 
 
 def _widened(x: Tensor, head_dim: int) -> Tensor:
@@ -131,16 +136,22 @@ def _grouped(module: Any, rows: Tensor, name: str, group: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def installed(model: nn.Module, batch: Mapping[str, Any], attention: str = ATTENTION_NAME) -> Iterator[None]:
+def installed(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    attention: str = ATTENTION_NAME,
+    function: Callable[..., Any] | None = None,
+) -> Iterator[None]:
     """The model calls our functions, without dropout, inside this block; its own settings return after it.
 
-    With ``attention=WRITTEN_OUT`` it computes scores and masks itself.
+    With ``attention=WRITTEN_OUT`` it computes scores and masks itself. ``function`` stands in for
+    :func:`attention_function`.
     """
     from transformers import AttentionInterface
     from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, attention_function(batch))
+    AttentionInterface.register(ATTENTION_NAME, function or attention_function(batch))
     AttentionMaskInterface.register(ATTENTION_NAME, mask_marker)
     ExpertsInterface.register(ATTENTION_NAME, experts_forward)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

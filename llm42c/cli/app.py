@@ -16,6 +16,7 @@ from llm42c.cli import (
     generate,
     inspect,
     kernels,
+    plan,
     quantize,
     replay,
     resume,
@@ -60,6 +61,7 @@ app.command("explain")(inspect.explain)
 app.command("certify")(inspect.certify)
 app.command("contract")(inspect.contract)
 app.command("inspect")(kernels.inspect)
+app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("survey")(survey.survey)
 app.command("cache")(cache.cache)

@@ -1,0 +1,264 @@
+"""Where a quantity stands: its cell, its label, the head of its column, the headings above, its sentence.
+
+A line is *structured* (a row of a table, a key and its value, a bullet) or part of a paragraph; lines of a
+paragraph are read together, since sentences run over them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, field
+
+from llm42c.runtime.plan.text import Quantity, Text
+
+_CELL = re.compile(r"\||\t+| {2,}|\.{4,}|;(?=\s|$)")
+_KEY = re.compile(
+    r"^\s*(?:[-*•+]\s+|\d+[.)]\s+)?(?P<key>[^:=.!?]{1,70}?)\s*(?::(?!\d)|=)\s*(?P<value>\S.*)?$"
+)
+_BULLET = re.compile(r"^\s*(?:[-*•+–]\s+|\d+[.)]\s+)")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ\"'(*])|(?<=\))\s{2,}")
+_CLAUSE = re.compile(
+    r",(?!\d)|;|\(|\)|:(?!\d)|\s[-–—]\s|\b(?:and|und|with|while|whereas|plus|but|sowie|mit|"
+    r"während|aber|including|alongside|"
+    r"delivering|offering|providing|which|where)\b"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """``left`` and ``right``: what of the quantity's own clause is before and behind it. ``before`` and
+    ``after``: the other clauses of its sentence, the nearest first. ``headings``: the nearest first."""
+
+    quantity: Quantity
+    left: str
+    right: str
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    label: str = ""
+    column: str = ""
+    headings: list[str] = field(default_factory=list)
+    sentence: str = ""
+    at: int = 0  # of the quantity in its sentence
+    structured: bool = False
+
+    @property
+    def own(self) -> str:
+        return f"{self.left} {self.quantity.shown} {self.right}"
+
+    @property
+    def parts(self) -> list[str]:
+        """Every text that may say what the quantity is, the nearest first."""
+        return [self.left, self.right, *self.before, self.label, self.column, *self.headings, *self.after]
+
+
+def places(text: Text) -> list[Place]:
+    """The place of every quantity, in order."""
+    found: list[Place] = []
+    number = 1
+    while number <= len(text.lines):
+        last = number
+        if not structured(text, number):
+            while last < len(text.lines) and text.lines[last].strip() and not structured(text, last + 1):
+                last += 1
+            found.extend(_of_paragraph(text, number, last))
+        else:
+            found.extend(_of_row(text, number))
+        number = last + 1
+    return found
+
+
+def structured(text: Text, number: int) -> bool:
+    """Whether a line stands for itself."""
+    line = text.lines[number - 1]
+    stripped = line.strip()
+    if not stripped or _BULLET.match(line) or stripped.startswith("#"):
+        return True
+    if "|" in line or "\t" in stripped or re.search(r"\S {2,}\S", line) or re.search(r"\.{4,}", line):
+        return True
+    key = _KEY.match(line)
+    if key is not None and len(key["key"].split()) <= 8:
+        return True
+    if (
+        stripped.count(",") >= 1
+        and re.match(r"^[\w\s()/-]{2,40},\s?\S+$", stripped)
+        and len(stripped.split()) <= 8
+    ):
+        return True
+    return not re.search(r"[a-zäöüß]{2,}\W+(?:\w+\W+){3,}", stripped)  # short: a title, a label, a value
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+def cells(line: str) -> list[tuple[int, int]]:
+    """Where the cells of a row begin and end."""
+    found, start = [], 0
+    for separator in [*_CELL.finditer(line), None]:
+        end = len(line) if separator is None else separator.start()
+        if line[start:end].strip():
+            found.append((start, end))
+        start = end if separator is None else separator.end()
+    return found
+
+
+def _of_row(text: Text, number: int) -> list[Place]:
+    line, quantities = text.lines[number - 1], text.on(number)
+    if not quantities:
+        return []
+    row = cells(line)
+    headings = _headings(text, number)
+    found = []
+    for quantity in quantities:
+        index = next((i for i, (_, end) in enumerate(row) if quantity.start < end), 0)
+        start, end = row[index]
+        key = _KEY.match(line[start:end])
+        label, inside = "", start
+        if key is not None and key["value"] is not None and start + key.start("value") <= quantity.start:
+            label, inside = key["key"].strip(), start + key.start("value")
+        if index > 0:
+            first = line[row[0][0] : row[0][1]].strip().rstrip(":")
+            label = (
+                f"{first} {label}".strip() if not _quantity_in(text, number, row[0]) or index == 1 else label
+            )
+        left, right, before, after = _clauses(line[inside:end], quantity, inside, quantities)
+        if index > 1:  # other cells of the row that are no values
+            before += [line[s:e].strip() for s, e in row[1:index] if not _quantity_in(text, number, (s, e))]
+        found.append(
+            Place(
+                quantity,
+                left,
+                right,
+                before,
+                after,
+                _BULLET.sub("", label),
+                _column(text, number, row, index),
+                headings,
+                line.strip(),
+                quantity.start - (len(line) - len(line.lstrip())),
+                True,
+            )
+        )
+    return found
+
+
+def _quantity_in(text: Text, number: int, cell: tuple[int, int]) -> bool:
+    return any(cell[0] <= q.start < cell[1] for q in text.on(number))
+
+
+def _column(text: Text, number: int, row: list[tuple[int, int]], index: int) -> str:
+    """The cell in the same place of the table's first row, if that one has no quantities."""
+    if len(row) < 2:
+        return ""
+    head = None
+    for above in range(number - 1, 0, -1):
+        line = text.lines[above - 1]
+        if not line.strip():
+            break
+        there = cells(line)
+        if re.fullmatch(r"[\s|:+=-]+", line):
+            continue
+        if len(there) < 2:
+            break
+        if not text.on(above):
+            head = above
+        elif len(there) != len(row):
+            break
+    if head is None:
+        return ""
+    line, there = text.lines[head - 1], cells(text.lines[head - 1])
+    shift = len(row) - len(there)  # a table whose corner is empty
+    place = index - shift if shift in (0, 1) else -1
+    if 0 <= place < len(there) and (place > 0 or shift):
+        return line[there[place][0] : there[place][1]].strip()
+    return ""
+
+
+def _headings(text: Text, number: int) -> list[str]:
+    """The lines above that hold it: by their indentation, else the one right above, and a title of a section.
+
+    None of them has quantities.
+    """
+    line = text.lines[number - 1]
+    indent = len(line) - len(line.lstrip())
+    found: list[str] = []
+    near = True
+    for above in range(number - 1, 0, -1):
+        other = text.lines[above - 1]
+        if not other.strip():
+            near = False
+            continue
+        depth = len(other) - len(other.lstrip())
+        key = _KEY.match(other)
+        plain = not text.on(above) and (key is None or key["value"] is None) and "|" not in other
+        if depth < indent and plain:
+            found.append(other.strip().rstrip(":"))
+            indent = depth
+        elif near and plain and above == number - 1 and len(other.split()) <= 8 and len(cells(other)) == 1:
+            found.append(other.strip().rstrip(":"))
+        elif plain and depth <= indent and re.match(r"^\s*(?:#+\s|==+|\[)|^[^.:]{3,50}:\s*$", other):
+            found.append(other.strip(" #=[]:"))
+            break
+        near = near and plain is False
+        if indent == 0 and number - above > 12:
+            break
+    return found
+
+
+# -- prose ---------------------------------------------------------------------------------------------------
+
+
+def _of_paragraph(text: Text, first: int, last: int) -> list[Place]:
+    whole, offsets = "", {}
+    for number in range(first, last + 1):
+        offsets[number] = len(whole)
+        whole += text.lines[number - 1] + " "
+    found = []
+    begin = 0
+    headings = _headings(text, first)
+    for stop in [*(m.start() for m in _SENTENCE.finditer(whole)), len(whole)]:
+        sentence = whole[begin:stop]
+        inside = [
+            (q, offsets[q.line] + q.start - begin)
+            for number in range(first, last + 1)
+            for q in text.on(number)
+            if begin <= offsets[q.line] + q.start < stop
+        ]
+        for quantity, at in inside:
+            left, right, before, after = _clauses_at(sentence, at, at + quantity.end - quantity.start, inside)
+            found.append(
+                Place(quantity, left, right, before, after, "", "", headings, sentence.strip(), at, False)
+            )
+        begin = stop
+    return found
+
+
+def _clauses(
+    cell: str, quantity: Quantity, offset: int, quantities: list[Quantity]
+) -> tuple[str, str, list[str], list[str]]:
+    inside = [(q, q.start - offset) for q in quantities if 0 <= q.start - offset < len(cell)]
+    at = quantity.start - offset
+    return _clauses_at(cell, at, at + quantity.end - quantity.start, inside)
+
+
+def _clauses_at(
+    sentence: str, start: int, end: int, inside: list[tuple[Quantity, int]]
+) -> tuple[str, str, list[str], list[str]]:
+    """(left, right, clauses before, clauses after) of what stands at ``start`` to ``end``."""
+    cuts = [0, len(sentence)]
+    for cut in _CLAUSE.finditer(sentence):
+        within = any(at <= cut.start() < at + q.end - q.start for q, at in inside)
+        if not within:
+            cuts += [cut.start(), cut.end()]
+    cuts.sort()
+    low = max(c for c in cuts if c <= start)
+    high = min(c for c in cuts if c >= end)
+    for q, at in inside:  # another quantity of the same clause
+        if low < at + q.end - q.start <= start:
+            low = at + q.end - q.start
+        if end <= at < high:
+            high = at
+    pieces = [(a, b) for a, b in itertools.pairwise(cuts) if sentence[a:b].strip(" ,;:().")]
+    before = [sentence[a:b] for a, b in reversed(pieces) if b <= low]
+    after = [sentence[a:b] for a, b in pieces if a >= high]
+    return sentence[low:start], sentence[end:high], before, after
