@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from llm42c.runtime.server import checks
+from llm42c.runtime.server import checks, page
 from llm42c.runtime.server.errors import ApiError, invalid
 from llm42c.runtime.server.guard import Guard, answer
 from llm42c.runtime.server.schema import (
@@ -52,6 +52,7 @@ def make_app(service: Service) -> FastAPI:
     _generation(app, service)
     _checks(app, service)
     _state(app, service)
+    page.add(app)
     return app
 
 
@@ -111,6 +112,11 @@ def _state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/stats.json")
+    async def stats() -> dict[str, Any]:
+        """What the page shows, as numbers."""
+        return service.metrics.snapshot() | {"draining": service.flights.draining}
 
 
 def _errors(app: FastAPI) -> None:

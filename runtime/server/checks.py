@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -76,8 +76,8 @@ async def verify(service: Service, body: VerifyRequest, request: Request) -> Res
     if isinstance(result, Receipt):
         receipt = result
         try:
-            job = service.jobs.job(receipt.prompt, receipt.params, draft=receipt.tokens)
-            outputs = await service.outputs([replace(job, fresh=True)], request, body.timeout)
+            job = service.jobs.job(receipt.prompt, receipt.params, draft=receipt.tokens, fresh=True)
+            outputs = await service.outputs([job], request, body.timeout)
         except ContractMismatchError as error:  # of who computes masks
             outputs = []
             result = ReplayResult("another contract", f"another contract: {error}", fields=(str(error),))

@@ -225,7 +225,7 @@ class Flights:
 
     def join(self, job: Job) -> Flight:
         """The flight of an equal job, or a new one. Raises ApiError where none more is taken."""
-        flight = self._by_key.get(job.key)
+        flight = None if job.fresh else self._by_key.get(job.key)
         if flight is not None:
             self.metrics.shared.inc()
             return flight
@@ -233,7 +233,7 @@ class Flights:
         flight = Flight(f"serve-{next(self._ids)}", job, self._decode)
         self._flying[flight.request_id] = flight
         if job.key:
-            self._by_key[job.key] = flight
+            self._by_key.setdefault(job.key, flight)
         self._submit(flight)
         return flight
 

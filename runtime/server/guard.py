@@ -11,9 +11,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm42c.runtime.server.errors import ApiError
+from llm42c.runtime.server.page import PATHS
 from llm42c.runtime.server.settings import Settings
 
-OPEN = ("/health", "/ready", "/metrics")  # for probes and scrapers, which show no text
+# For probes and scrapers, and the page itself: they show no text of anybody.
+OPEN = frozenset(("/health", "/ready", "/metrics", "/stats.json", *PATHS))
 
 
 class Guard:

@@ -35,7 +35,7 @@ class Job:
     speculate: Speculate = AS_ENGINE
     draft: list[int] | None = None
     forced: bool = False
-    fresh: bool = False  # computed, whatever is kept of earlier ones
+    fresh: bool = False  # computed by itself: no equal one, under way or kept, answers for it
     empty: bool = False  # nothing is computed: no token was asked for
 
 
@@ -57,6 +57,7 @@ class Jobs:
         speculate: Speculate = AS_ENGINE,
         draft: list[int] | None = None,
         forced: bool = False,
+        fresh: bool = False,
     ) -> Job:
         """Raises RequestError, as the engine would for what its limits refuse."""
         ids = check_prompt(prompt, self.limits)
@@ -69,7 +70,7 @@ class Jobs:
             by = self._grammars.name
         params = dataclasses.replace(params, max_tokens=max_tokens, seed=seed, structured_by=by)
         key = self._key(ids, params, receipt, draft if forced else None)
-        return Job(ids, params, key, True, receipt, speculate, draft, forced)
+        return Job(ids, params, key, True, receipt, speculate, draft, forced, fresh)
 
     def copies(
         self, prompt: list[int], params: SamplingParams, count: int, body: Generation, deterministic: bool
@@ -87,6 +88,7 @@ class Jobs:
                 receipt=body.receipt,
                 speculate=None if body.speculate == "off" else body.speculate,
                 draft=body.draft,
+                fresh=body.fresh,
             )
             for seed in seeds
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,7 @@ class Metrics:
         self.aborted = Counter("llm42_requests_aborted", "Nobody waited for them any more", **common)
         self.cached = Counter("llm42_requests_cached", "Answered from the cache", **common)
         self._registry.register(_EngineMetrics(engine))
+        self._engine, self._started = engine, time.monotonic()
 
     def tokens(self, deterministic: bool, before: int, output: RequestOutput, gap_s: float) -> None:
         """`output` came `gap_s` after what came before it: `before` tokens, or the arrival."""
@@ -44,6 +46,30 @@ class Metrics:
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The engine's counters and load at a moment. `uptime_s` is for rates, from two of them."""
+        stats, load = self._engine.stats(), self._engine.load()
+        return {
+            "uptime_s": time.monotonic() - self._started,
+            "requests": {
+                "running": load.running,
+                "waiting": load.waiting,
+                "finished": stats.finished,
+                "failed": stats.failed,
+                "aborted": stats.aborted,
+            },
+            "tokens": {
+                "certified": stats.certified_tokens,
+                "verified": stats.verified_tokens,
+                "ordinary": stats.ordinary_tokens,
+            },
+            "drafts": {"drafted": stats.drafted_tokens, "accepted": stats.accepted_drafts},
+            "rollbacks": {"count": stats.rollbacks, "recomputed_tokens": stats.recomputed_tokens},
+            "kv": {"pages": load.pages, "pages_in_use": load.pages_in_use},
+            "steps": stats.steps,
+            "preemptions": stats.preemptions,
+        }
 
 
 class _EngineMetrics:

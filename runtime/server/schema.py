@@ -62,6 +62,7 @@ class Generation(Body):
     deterministic: bool | None = None
     contract: str | dict[str, Any] | None = None
     receipt: bool = False
+    fresh: bool = False
     speculate: Literal["engine", "auto", "ngram", "off"] = "engine"
     draft: Tokens | None = None
     return_token_ids: bool = False

@@ -64,6 +64,20 @@ def test_one_wheel_for_every_python_holds_a_library_for_each_instruction_set(whe
     assert sorted(names) == sorted(map(build.carried_name, build.CARRIED))
 
 
+def test_the_wheel_carries_every_file_that_is_no_code(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("runtime/server/page", "llm42c/prompts"):
+        files = [
+            path
+            for path in (ROOT / folder).iterdir()
+            if path.suffix not in (".py", ".pyc") and path.is_file()
+        ]
+        assert files
+        for path in files:
+            name = path.relative_to(ROOT).as_posix()
+            assert (name if name.startswith("llm42c/") else f"llm42c/{name}") in inside
+
+
 def test_each_library_gives_the_bits_of_the_compiled_kernels(python: Path) -> None:
     compiled = subprocess.run(
         [sys.executable, str(ROOT / "tests/codegen/order_bits.py"), "native"], capture_output=True, text=True
