@@ -28,19 +28,15 @@ from llm42c.runtime.bench.machine import describe
 
 
 def serve(model: str, requests: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    import uvicorn
-
     from llm42c.runtime.loader import build_engine
-    from llm42c.runtime.server.app import make_app
-    from llm42c.runtime.server.listen import Server, bind
+    from llm42c.runtime.server.listen import Server, bind, configured
     from llm42c.runtime.server.service import Service
     from llm42c.runtime.server.settings import Settings
 
     built = build_engine(model, prefix_cache=False)
     service = Service(built.engine, built.tokenizer, Settings(model=model))
     listener, up = bind("127.0.0.1", 0), threading.Event()
-    config = uvicorn.Config(make_app(service), log_level="warning", access_log=False)
-    server = Server(config, service, up.set)
+    server = Server(configured(service), service, up.set)
     thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])))
     thread.start()
     up.wait()

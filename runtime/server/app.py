@@ -130,6 +130,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # of who reads bodies
+            return answer(ApiError(400, "the body cannot be read as JSON"))
         return answer(
             ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"[:300])
         )

@@ -59,12 +59,13 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     message = " ".join(str(first["msg"]).removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{place} is not a parameter here", place, "unknown_parameter")
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is no JSON object")
-    if first["type"] == "missing" and place:
+    if first["type"] == "json_invalid" or not place:
+        message = "the body must be a JSON object, sent as Content-Type: application/json"
+        return ApiError(400, message)
+    if first["type"] == "missing":
         return ApiError(400, f"{place} is missing", place, "missing_required_parameter")
-    message = message if not place or message.startswith(place) else f"{place}: {message}"
-    return ApiError(400, message[:400], place or None)
+    message = message if message.startswith(place) else f"{place}: {message}"
+    return ApiError(400, message[:400], place)
 
 
 def _place(loc: Sequence[Any]) -> str:

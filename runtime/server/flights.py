@@ -349,7 +349,7 @@ class Flights:
             flight.last = now
             flight.take(output)
             if output.error is not None:
-                asked_too_much = "the grammar allows" in output.error  # and so do the other parameters
+                asked_too_much = "the grammar " in output.error  # and so do the other parameters
                 status = 400 if asked_too_much else 500
                 flight.error = ApiError(status, output.error, code="generation_failed")
             if flight.done:

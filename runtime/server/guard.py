@@ -17,6 +17,8 @@ from llm42c.runtime.server.settings import Settings
 # For probes and scrapers, and the page itself: they show no text of anybody.
 OPEN = frozenset(("/health", "/ready", "/metrics", "/stats.json", *PATHS))
 
+_LAST = {"Connection": "close"}  # what follows cannot be told from another request
+
 
 class Guard:
     """ASGI middleware. Bodies are read whole here, so that nobody parses what is too long or never ends."""
@@ -31,6 +33,9 @@ class Guard:
             return
         try:
             headers = Headers(scope=scope)
+            if "content-length" in headers and "transfer-encoding" in headers:
+                # A proxy may have read the other one: what follows would be another request to it.
+                raise ApiError(400, "give Content-Length or Transfer-Encoding", headers=_LAST)
             if self._keys and scope["path"] not in OPEN:
                 self._check_key(headers)
             body = await self._body(headers, receive)
@@ -64,11 +69,11 @@ class Guard:
                     if not message.get("more_body", False):
                         break
                 else:
-                    raise ApiError(413, f"the body is longer than {most} bytes", code="body_too_large")
+                    raise _too_large(most)
         except TimeoutError:
-            raise ApiError(408, "the body did not come in time", code="body_timeout") from None
+            raise ApiError(408, "the body did not come in time", code="body_timeout", headers=_LAST) from None
         if len(body) > most:
-            raise ApiError(413, f"the body is longer than {most} bytes", code="body_too_large")
+            raise _too_large(most)
         return bytes(body)
 
 
@@ -92,6 +97,10 @@ def is_known(keys: Sequence[bytes], given: bytes) -> bool:
     for key in keys:
         found |= hmac.compare_digest(key, given)
     return found
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {most} bytes", code="body_too_large")
 
 
 def answer(error: ApiError) -> JSONResponse:

@@ -22,6 +22,10 @@ from llm42c.runtime.sampling import MAX_SEED, SamplingParams
 from llm42c.runtime.server.errors import ApiError, refused
 from llm42c.runtime.server.schema import Generation
 
+# A grammar is compiled, and stop strings are looked for, between two steps: everybody waits for it.
+MOST_STOPS, MOST_STOP_CHARACTERS = 64, 1024
+MOST_GRAMMAR_CHARACTERS = 2**15
+
 
 @dataclass(frozen=True)
 class Job:
@@ -127,6 +131,7 @@ class Jobs:
 
 def sampling_params(body: Generation, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """The parameters that completions and chats share. Raises RequestError."""
+    _check_sizes(body)
     greedy = body.temperature == 0
     return SamplingParams(
         max_tokens=max_tokens,
@@ -153,6 +158,18 @@ def sampling_params(body: Generation, *, max_tokens: int | None, logprobs: int |
         choice=None if body.choice is None else tuple(body.choice),
         grammar=body.grammar,
     )
+
+
+def _check_sizes(body: Generation) -> None:
+    """Raises RequestError."""
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop
+    if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):
+        raise RequestError(f"stop may hold {MOST_STOPS} strings of at most {MOST_STOP_CHARACTERS} characters")
+    for name in ("json_schema", "regex", "choice", "grammar"):
+        given = getattr(body, name)
+        size = len(given) if isinstance(given, str) else len(json.dumps(given))
+        if size > MOST_GRAMMAR_CHARACTERS:
+            raise RequestError(f"{name} may have {MOST_GRAMMAR_CHARACTERS} characters, not {size}")
 
 
 def named_refusal(error: RequestError, prompt: str = "prompt") -> ApiError:

@@ -9,11 +9,13 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from llm42c.errors import ConfigError
 from llm42c.runtime.server.app import make_app
+from llm42c.runtime.server.connections import patient
 from llm42c.runtime.server.service import Service
 
 _AFTER_DRAIN_S = 5.0  # for error events of what was not finished
@@ -95,14 +97,20 @@ def serve(
     ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until a signal. To be called in the main thread."""
-    config = uvicorn.Config(
+    config = configured(service, ssl_certfile=certificate, ssl_keyfile=key)
+    Server(config, service, ready).run(sockets=[listener])
+
+
+def configured(service: Service, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves the app of `service`. `options`: more of uvicorn's."""
+    return uvicorn.Config(
         make_app(service),
+        http=patient(service.settings.write_timeout_s, service.settings.max_connections),
+        ws="none",
         log_config=None,  # how a process logs is its application's
-        log_level="warning",
+        log_level="error",  # what a client does wrong is told to the client
         access_log=False,
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
         timeout_graceful_shutdown=int(service.settings.drain_s + _AFTER_DRAIN_S),
         server_header=False,
+        **options,
     )
-    Server(config, service, ready).run(sockets=[listener])

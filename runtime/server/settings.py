@@ -19,6 +19,7 @@ class Settings:
     max_body_bytes: int = 2 * 2**20
     timeout_s: float = 600.0  # from arrival to the last token; a request may ask for less
     write_timeout_s: float = 30.0  # that a client may take none of what is sent to it
+    max_connections: int | None = None  # None: what the limit of open files leaves
     drain_s: float = 30.0  # that accepted requests may take after SIGTERM
     api_keys: tuple[str, ...] = ()  # none: everybody may ask
     remembered_tokens: int = 2**20  # of abandoned deterministic outputs, kept as drafts
@@ -30,6 +31,8 @@ class Settings:
             self._at_least(name, 0)
         for name in ("max_choices", "max_body_bytes", "cache_bytes"):
             self._at_least(name, 1)
+        if self.max_connections is not None:
+            self._at_least("max_connections", 1)
         for name in ("timeout_s", "write_timeout_s", "drain_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a positive number of seconds, not {getattr(self, name)!r}")

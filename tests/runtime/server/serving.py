@@ -21,12 +21,10 @@ pytest.importorskip("fastapi")
 import tokenizers
 import toy
 import transformers as hf
-import uvicorn
 
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.loader import BuiltEngine, build_engine, text_decoder
-from llm42c.runtime.server.app import make_app
-from llm42c.runtime.server.listen import Server, bind
+from llm42c.runtime.server.listen import Server, bind, configured
 from llm42c.runtime.server.service import Service
 from llm42c.runtime.server.settings import Settings
 
@@ -105,10 +103,7 @@ def running(
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     started = threading.Event()
-    config = uvicorn.Config(
-        make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=10
-    )
-    server = Server(config, service, started.set)
+    server = Server(configured(service), service, started.set)
     thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])), daemon=True)
     thread.start()
     assert started.wait(30)
