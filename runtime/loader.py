@@ -27,6 +27,7 @@ from llm42c.runtime.draft_builds import DraftBuilds
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.graphs import CudaGraphs
 from llm42c.runtime.lockstep import LockstepModel
+from llm42c.runtime.plan.settings import settings
 from llm42c.runtime.processors import Decode
 from llm42c.runtime.structured import Grammars
 
@@ -79,6 +80,7 @@ def build_engine(
     token_weave: TokenWeave = "off",
     residual_shards: bool = False,
     passes: Sequence[str | Pass] = (),
+    plan: str | Path | None = None,
     **config: Any,
 ) -> BuiltEngine:
     """Compile ``model`` (a Hugging Face decoder, or MODEL as the command line takes it) into an engine.
@@ -88,8 +90,9 @@ def build_engine(
     model together, and the engine; ``token_weave`` and ``residual_shards`` say what becomes of their
     all-reduces, and change no bit; see docs/tensor_parallel.md. ``passes`` of other packages run too, as
     docs/compile.md says; they are part of the contract's graph. ``device`` is where the model goes before
-    it is compiled ("cpu" or "cuda"); by default it stays where it lies. Further keywords are fields
-    of EngineConfig. Raises ConfigError for an unknown one, naming the nearest, OptionsError for passes, and
+    it is compiled ("cpu" or "cuda"); by default it stays where it lies. ``plan`` is a file that
+    ``llm42 plan --out`` wrote, whose sizes hold where no keyword says others. Further keywords are fields of
+    EngineConfig. Raises ConfigError for an unknown one, naming the nearest, OptionsError for passes, and
     DeviceError.
     """
     place = None if device is None else parse_device(device)
@@ -99,6 +102,8 @@ def build_engine(
     else:
         module = model
     _check_keys(config)
+    if plan is not None:
+        config = {**settings(plan, str(model) if isinstance(model, (str, Path)) else None), **config}
     if place is not None:
         module = module.to(place)
     config.setdefault("eos_token_ids", eos_token_ids(module))

@@ -19,6 +19,8 @@ from llm42c.cli.common import (
     KvOption,
     ModelArgument,
     PassOption,
+    PlannedKvOption,
+    PlanOption,
     Report,
     TokenWeaveOption,
     VerifyOption,
@@ -77,7 +79,8 @@ def throughput(
     ] = 3,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
-    kv_mb: KvOption = 256,
+    kv_mb: PlannedKvOption = None,
+    plan: PlanOption = None,
     token_weave: TokenWeaveOption = "off",
     passes: PassOption = None,
     csv: CsvOption = None,
@@ -100,7 +103,7 @@ def throughput(
         progress_bars() as report,
         _peers(report, model, dtype, peer_python, llamacpp_python, gguf or []) as peers,
         _contenders(
-            report, model, dtype, device, fast, modes, percents, hf, peers, kv_mb, token_weave, passes
+            report, model, dtype, device, fast, modes, percents, hf, peers, kv_mb, plan, token_weave, passes
         ) as contenders,
     ):
         for case in todo:
@@ -206,7 +209,8 @@ def _contenders(
     percents: Sequence[int],
     hf: bool,
     peers: list[Contender],
-    kv_mb: int,
+    kv_mb: int | None,
+    plan: Path | None,
     token_weave: str,
     passes: Sequence[str] | None,
 ) -> Iterator[list[Contender]]:
@@ -223,6 +227,7 @@ def _contenders(
         device=device,
         fast=fast,
         kv_mb=kv_mb,
+        plan=plan,
         token_weave=token_weave,
         passes=passes,
         **LIMITS,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llm42c.runtime.loader import BuiltEngine
 
 DEFAULT_MODEL = "smollm2"
-_DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _is_there(context: typer.Context, name: str) -> str:
@@ -52,7 +52,7 @@ ModelArgument = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help=f"{', '.join(_DTYPES)}; default: the checkpoint's own.")
+    str | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; default: the checkpoint's own.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, or cuda: a GPU that runs Triton.")]
 FastOption = Annotated[
@@ -84,6 +84,22 @@ PassOption = Annotated[
     typer.Option("--pass", metavar="NAME", help="A pass that is not in the list runs too; repeatable."),
 ]
 KvOption = Annotated[int, typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB.")]
+PlannedKvOption = Annotated[
+    int | None,
+    typer.Option("--kv-mb", min=1, help="Memory for keys and values, in MiB; default 256, or the plan's."),
+]
+PlannedSpeculateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        help="off; ngram: guess from the request's own text; self: by the model in 4 bits; auto; auto:self; "
+        "model:PATH: by a smaller one; default off, or the plan's. Changes no bit.",
+    ),
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="Sizes of llm42 plan --out, where no option says others."),
+]
 JsonFileOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
 ]
@@ -107,7 +123,7 @@ def parse_dtype(name: str | None) -> Any:
         return None
     import torch
 
-    return getattr(torch, choice("--dtype", name, _DTYPES))
+    return getattr(torch, choice("--dtype", name, DTYPES))
 
 
 def check_device(name: str) -> Any:
@@ -128,19 +144,22 @@ def open_engine(
     device: str = "cpu",
     fast: str = "pinned",
     verify: str = "auto",
-    kv_mb: int = 256,
-    speculate: str = "off",
+    kv_mb: int | None = None,
+    speculate: str | None = None,
     token_weave: str = "off",
     passes: Sequence[str] | None = None,
+    plan: Path | None = None,
     **config: Any,
 ) -> BuiltEngine:
     """Load MODEL and build an engine, under `torchrun` divided among the ranks.
 
-    Raises the errors of both, ConfigError for a bad choice, and DeviceError for a device that is not there.
+    What is None is the plan's, if there is one, else the engine's default. Raises the errors of both,
+    ConfigError for a bad choice or another model's plan, and DeviceError for a device that is not there.
     """
     form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
     choice("--verify", verify, ("auto", "always"))
-    drafts = None if speculate == "off" else speculate
+    decided = {} if plan is None else _planned(plan, model)
+    drafts = decided.get("speculate") if speculate is None else None if speculate == "off" else speculate
     weave: TokenWeave = choice("--token-weave", token_weave, get_args(TokenWeave))
     wanted, where = parse_dtype(dtype), check_device(device)
     from llm42c.runtime.drafters import drafter_source
@@ -150,8 +169,10 @@ def open_engine(
     from llm42c.runtime.opening import open_model
 
     place = ranks.world()
-    config = {"verify": verify, "kv_cache_bytes": kv_mb * 2**20, **config}
-    config.setdefault("speculate", drafts)
+    given = {name: value for name, value in config.items() if value is not None}
+    if kv_mb is not None:
+        given["kv_cache_bytes"] = kv_mb * 2**20
+    config = {**decided, "verify": verify, "speculate": drafts, **given}
     built = open_model(
         model,
         wanted,
@@ -168,6 +189,12 @@ def open_engine(
         if (weaving := built.compiler.compile("pinned").weaving) is not None:
             err.print(f"token weaving: {weaving.summary()}", soft_wrap=True)
     return built
+
+
+def _planned(plan: Path, model: str) -> dict[str, Any]:
+    from llm42c.runtime.plan.settings import settings
+
+    return settings(plan, model)
 
 
 def open_engine_of(contract: Contract, model: str, report: Report, **options: Any) -> BuiltEngine:

@@ -13,9 +13,10 @@ from llm42c.cli.common import (
     DeviceOption,
     DtypeOption,
     FastOption,
-    KvOption,
     ModelArgument,
-    SpeculateOption,
+    PlannedKvOption,
+    PlannedSpeculateOption,
+    PlanOption,
     VerifyOption,
     err,
     open_engine,
@@ -46,7 +47,10 @@ def serve(
         Path | None, typer.Option("--certificate", metavar="FILE", help="TLS, in PEM.")
     ] = None,
     key: Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Of the certificate.")] = None,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Requests that run at once.")] = 32,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", help="Requests that run at once; default 32, or the plan's."),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", help="Tokens of prompt and output; default: the model's.")
     ] = None,
@@ -70,8 +74,9 @@ def serve(
     device: DeviceOption = "cpu",
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
-    kv_mb: KvOption = 256,
-    speculate: SpeculateOption = "off",
+    kv_mb: PlannedKvOption = None,
+    speculate: PlannedSpeculateOption = None,
+    plan: PlanOption = None,
 ) -> None:
     """Serve MODEL to OpenAI's clients, with answers that can be checked, resumed and repeated."""
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
@@ -108,6 +113,7 @@ def serve(
             verify=verify,
             kv_mb=kv_mb,
             speculate=speculate,
+            plan=plan,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )

@@ -59,7 +59,8 @@ class Meaning:
 def footnote(text: Text, place: Place) -> tuple[int, str] | None:
     """The line of the footnote that the quantity or its label is marked with, and what it says."""
     marks = [place.quantity.mark]
-    for part in (place.label, place.column, *place.headings[:1]):
+    before = text.lines[place.quantity.line - 1][: place.quantity.start]
+    for part in (before, place.label, place.column, *place.headings[:1]):
         found = _LABEL_MARK.search(part)
         marks.append("" if found is None else found["mark"])
     for mark in filter(None, marks):
@@ -100,7 +101,9 @@ def operations(text: Text, place: Place) -> Meaning:
     quantity = place.quantity
     if quantity.partner is not None:
         low, high = sorted((quantity.value, quantity.partner))
-        if abs(high / low - 2.0) < 0.02:
+        if quantity.value == quantity.partner:
+            return Meaning(low)
+        if abs(high / low - 2.0) < 0.03:
             return Meaning(
                 low,
                 ("the smaller of two numbers, of which one is twice the other: dense, and sparse",),

@@ -47,7 +47,7 @@ _CORES = (
         re.I,
     ),
     re.compile(
-        rf"^\W*(?:number of |# ?of |total |CPU )?(?:cores|Kerne)(?:\s*count)?\s*[:=|"
+        rf"^\W*(?:number of |# ?of |total |CPU )*(?:cores|Kerne)(?:\s*count)?\s*[:=|"
         rf"\t ]+\s*{_N}\s*(?:\||$)",
         re.I | re.M,
     ),
@@ -59,8 +59,8 @@ _NOT_CORES = re.compile(
     re.I,
 )
 _LSCPU = {
-    "sockets": r"^Socket\(s\)|^Sockel",
-    "each": r"^Core\(s\) per socket|^Kern\(e\) pro Socket|^Kern\(e\) pro Sockel",
+    "sockets": r"(?:Socket\(s\)|Sockel)",
+    "each": r"(?:Core\(s\) per socket|Kern\(e\) pro Sockel|Kern\(e\) pro Socket)",
 }
 
 
@@ -126,4 +126,4 @@ def _cores(text: Text) -> Iterator[Count]:
                 if _NOT_CORES.search(around):
                     continue
                 value = float(re.sub(r"[.,]", "", hit["n"]))
-                yield Count("cores", value, number, hit.start("n"), hit.end("n"), hit.group().strip())
+                yield Count("cores", value, number, hit.start("n"), hit.end("n"), hit["n"])

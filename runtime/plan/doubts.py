@@ -29,11 +29,15 @@ _OLDER = re.compile(
     r"rival\w*)\b",
     re.I,
 )
+_BEGINS = re.compile(
+    r"\W*(?:unlike|compared|whereas|while|where|anders als|im vergleich|gegenüber|contrary)\b", re.I
+)
 _HYPOTHETICAL = re.compile(
     r"\b(?:would|could|might|may|rumou?red|rumou?rs?|leak\w*|expected|planned|future|upcoming|"
     r"next[- ]gen\w*|projected|target(?:s|ed)?\b(?= )|"
     r"goal|hoped|unconfirmed|not (?:yet )?(?:final|confirmed)|preliminary|estimat\w+|speculat\w+|"
-    r"if (?:it|you|we|the)|"
+    r"if (?:it|you|we|the)|will (?:have|reach|offer|provide|deliver|feature|come|bring|carry|use|double)|"
+    r"wird (?:es )?(?:haben|bieten)|"
     r"successor|roadmap|soll\b|angeblich|geplant|voraussichtlich|prototype|engineering sample)\b",
     re.I,
 )
@@ -45,7 +49,7 @@ _NEGATED = re.compile(
 )
 _MEASURED = re.compile(
     r"\b(?:measured|achiev\w+|observed|sustain\w+|in practice|real[- ]world|STREAM|benchmark\w*|"
-    r"we (?:saw|see|got|measure)|"
+    r"we (?:saw|see|measured?)|"
     r"gemessen\w*|erreicht\w* in|effective (?:bandwidth|throughput|memory bandwidth)|"
     r"utili[sz]ation|realistic\w*|roughly half|attain\w+)\b",
     re.I,
@@ -54,10 +58,11 @@ _PART = re.compile(
     r"\b(?:per|each|every|je|pro|a single|of each|any one)\s+(?:HBM\w*\s+|memory\s+|DDR\w*\s+|"
     r"individual\s+|GCD\s?)?"
     r"(?:stack|channel|link|lane|pin|SM|CU|core|site|die|chiplet|XCD|GCD|tile|direction-?pair|"
-    r"controller|socket|Kanal|"
-    r"Stapel|Stack|Link|Kern|Sockel|Richtungspaar|NUMA\b|node|DIMM|module|partition|instance|"
+    r"controller|Kanal|"
+    r"Stapel|Stack|Link|Kern|Richtungspaar|NUMA\b|node|DIMM|module|partition|instance|"
     r"slice|port|engine|user|month|rack|CCD)\b|"
-    r"\b(?:each|apiece|per-link|per-stack|per-channel|per-core|/lane|/link|/stack|/pin|/core|"
+    r"\b(?:each(?! (?:gpu|card|chip|device|accelerator|board|direction|way)s?\b)|apiece|per-link|"
+    r"per-stack|per-channel|per-core|/lane|/link|/stack|/pin|/core|"
     r"/node)\b|\bMIG\b|\bvGPU\b",
     re.I,
 )
@@ -67,7 +72,8 @@ _WHOLE = re.compile(
     r"chassis|baseboard|(?:per|whole|full|entire) (?:system|server|node|pod|board)|server|pod|"
     r"insgesamt über|acht GPUs|eight (?:GPUs|accelerators|cards)|"
     r"(?:[248]|16|72)[\s-]?(?:[x×]|GPUs?|-GPU|-way|cards|accelerators|chips)(?![a-z])|"
-    r"dual[- ](?:GPU|socket|die)|two-socket|multi-GPU|node)\b",
+    r"dual[- ](?:GPU|socket|die)|two-socket|multi-GPU|together|(?:two|three|four|six|eight|"
+    r"sixteen|zwei|drei|vier|acht) (?:GPUs|cards|accelerators|chips|devices|Karten)|node)\b",
     re.I,
 )
 _ABOUT = re.compile(
@@ -78,12 +84,12 @@ _ABOUT = re.compile(
 _BOUND = re.compile(
     r"(?:[<>≥≤]|\b(?:more than|over|above|at least|exceed\w*|beyond|less than|below|under|"
     r"fewer than|well over|greater than|upwards of|"
-    r"mehr als|über|mindestens|weniger als|unter|north of))\s*(?:a |an )?$",
+    r"mehr als|(?<!verfügt )(?<!besitzt )über|mindestens|weniger als|unter|north of))\s*(?:a |an )?$",
     re.I,
 )
 _NAME = re.compile(
     r"\b(?:product name|model(?: name)?|part (?:number|no)|sku|name|titel|produkt\w*|bezeichnung|"
-    r"variants?|configurations?|available in)\b",
+    r"variants?|available in)\b",
     re.I,
 )
 
@@ -93,9 +99,11 @@ def why_not(place: Place, field: str) -> str:
     quantity = place.quantity
     if quantity.why_not:
         return quantity.why_not
+    if re.search(r"\?[\s\"')]*$", place.sentence):
+        return "it is asked, not said"
     if _INSTRUCTION.search(place.sentence):
         return "it stands in an instruction, not in a description"
-    around = f"{place.left} \u0000 {place.right}"
+    around = f"{_since_comma(place)} \u0000 {place.right}"
     wide = " ".join([place.left, place.right, place.label, place.column, *place.headings[:1]])
     if _ABOUT.search(place.left) and quantity.digits < 3:
         return "it is said to be approximate"
@@ -131,7 +139,14 @@ def _scope(place: Place, reason: str) -> str:
     end = place.at + len(place.quantity.shown) + len(place.right)
     if reason.startswith("it is compared"):
         behind = " ".join([place.right, *(a for a in place.after[:1] if not re.search(r"\d", a))])
-        return re.split(r"[,;(](?!\d)", place.sentence[: place.at])[-1] + (
-            behind if _OLDER.search(behind) else ""
-        )
+        if _BEGINS.match(place.sentence) and "," in place.sentence[place.at :]:
+            return place.sentence[: place.at]
+        return _since_comma(place) + (behind if _OLDER.search(behind) else "")
     return place.sentence[:end] + " ".join(place.after[:1])
+
+
+def _since_comma(place: Place) -> str:
+    """What stands before the quantity in its sentence, up to a comma: "each stack with 24 GB"."""
+    if place.structured:
+        return place.left
+    return re.split(r"[,;:(](?!\d)", place.sentence[: place.at])[-1]

@@ -39,7 +39,7 @@ _NONE = "none"  # a subject that is no feature
 
 _MEMORY = (
     r"HBM\d?\w*|GDDR\d?\w*|LP?DDR\d?\w*|DDR\d\w*|VRAM|DRAM|\bRAM\b|(?:unified |device |video |"
-    r"global |main |gpu |on-package )?memory|"
+    r"global |main |gpu |on-package )?memory|mem|"
     r"frame ?buffer|FB Memory|\w*[Ss]peicher(?:bandbreite|größe|kapazität|ausbau|durchsatz)?\b|MemTotal"
 )
 _NOT_MEMORY = (
@@ -56,7 +56,7 @@ _NOT_MEMORY = (
 _LINK = (
     r"NV-?Link\w*|NVLINK|NVSwitch|Infinity Fabric\w*|xGMI|[Ii]nter-?connect\w*|\bICI\b|"
     r"inter-?chip\w*|GPU[- ]to[- ]GPU|"
-    r"chip[- ]to[- ]chip|peer[- ]to[- ]peer|NeuronLink\w*|scale-up|Xe Link|UALink|P2P|GPU-GPU|"
+    r"chip[- ]to[- ]chip|peer[- ]to[- ]peer|Verbindung\w*|NeuronLink\w*|scale-up|Xe Link|UALink|P2P|GPU-GPU|"
     r"MTLink|HCCS|links?\b"
 )
 _PCIE = (
@@ -67,7 +67,7 @@ _OTHER_RATE = (
     r"Ethernet|InfiniBand|Infiniband|RoCE\w*|RDMA|\bNICs?\b|network\w*|Netzwerk\w*|ConnectX\w*|"
     r"NVLink-C2C|C2C|DMI|UPI|USB|"
     r"Thunderbolt|GbE|DisplayPort|HDMI|decode|decoder|encode|video engine|texture fill|pixel fill|"
-    r"read|write|sequential|"
+    r"(?:read|write) (?:bandwidth|speed|rate|throughput)|sequential|"
     r"tape|camera|bisection|HCA|external|scale-out|DPU|BlueField\w*"
 )
 _PIN = (
@@ -81,10 +81,11 @@ _POWER = (
     r"max(?:imum|\.)? power(?: consumption| draw)?|power envelope|power consumption|power budget|"
     r"thermal envelope|thermal budget|"
     r"Default Power Limit|power rating|rated power|Leistungsaufnahme|Verlustleistung|power cap|power limit|"
-    r"\bdraws?\b|consum\w+|\bPower\b|power|dissipat\w+|Watts?\b"
+    r"\bdraws?\b|rated at|needs|consum\w+|\bPower\b|power|dissipat\w+|Watts?\b"
 )
 _NOT_POWER = (
-    r"power supply|PSU|Netzteil|idle|Leerlauf|average|Average Power Draw|Instantaneous\w*|"
+    r"power supply|PSU|(?:mean|median|average|idle|typical|minimum) power\w*|Netzteil|idle|"
+    r"Leerlauf|average|Average Power Draw|Instantaneous\w*|"
     r"Current Power Limit|Requested Power Limit|"
     r"Min(?:imum)? Power Limit|Max(?:imum)? Power Limit|Power Draw|Power Readings?(?= \S)|"
     r"system power|server|recommended|connector|"

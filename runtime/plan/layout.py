@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 
 from llm42c.runtime.plan.text import Quantity, Text
 
-_CELL = re.compile(r"\||\t+| {2,}|\.{4,}|;(?=\s|$)")
+_CELL = re.compile(r"\||</?t\w[^>]{0,40}>|\s&\s|\t+| {2,}|\.{4,}|;(?=\s|$)")
 _KEY = re.compile(
     r"^\s*(?:[-*•+]\s+|\d+[.)]\s+)?(?P<key>[^:=.!?]{1,70}?)\s*(?::(?!\d)|=)\s*(?P<value>\S.*)?$"
 )
 _BULLET = re.compile(r"^\s*(?:[-*•+–]\s+|\d+[.)]\s+)")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ\"'(*])|(?<=\))\s{2,}")
+_PAIR = re.compile(
+    r"^(?P<key>[A-Za-z][\w\s()/&-]{1,48}),(?!\d{3}\b)\s?(?P<value>\"[^\"]+\"|[^,]{1,40})$"
+)  # of a CSV file
+_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ\"'(*<\[])|(?<=>)\s+|(?<=\))\s{2,}")
 _CLAUSE = re.compile(
     r",(?!\d)|;|\(|\)|:(?!\d)|\s[-–—]\s|\b(?:and|und|with|while|whereas|plus|but|sowie|mit|"
     r"während|aber|including|alongside|"
@@ -59,7 +62,7 @@ def places(text: Text) -> list[Place]:
     while number <= len(text.lines):
         last = number
         if not structured(text, number):
-            while last < len(text.lines) and text.lines[last].strip() and not structured(text, last + 1):
+            while last < len(text.lines) and not certainly(text.lines[last]):
                 last += 1
             found.extend(_of_paragraph(text, number, last))
         else:
@@ -72,20 +75,27 @@ def structured(text: Text, number: int) -> bool:
     """Whether a line stands for itself."""
     line = text.lines[number - 1]
     stripped = line.strip()
-    if not stripped or _BULLET.match(line) or stripped.startswith("#"):
-        return True
-    if "|" in line or "\t" in stripped or re.search(r"\S {2,}\S", line) or re.search(r"\.{4,}", line):
-        return True
-    key = _KEY.match(line)
-    if key is not None and len(key["key"].split()) <= 8:
-        return True
-    if (
-        stripped.count(",") >= 1
-        and re.match(r"^[\w\s()/-]{2,40},\s?\S+$", stripped)
-        and len(stripped.split()) <= 8
-    ):
+    if certainly(line):
         return True
     return not re.search(r"[a-zäöüß]{2,}\W+(?:\w+\W+){3,}", stripped)  # short: a title, a label, a value
+
+
+def certainly(line: str) -> bool:
+    """Whether a line stands for itself wherever it is: a bullet, a row, a key and a value, a heading."""
+    stripped = line.strip()
+    if not stripped or _BULLET.match(line) or stripped.startswith("#"):
+        return True
+    if (
+        re.search(r"\||<t\w|\s&\s.*\\\\", line)
+        or "\t" in stripped
+        or re.search(r"\S {2,}\S", line)
+        or re.search(r"\.{3,}", line)
+    ):
+        return True
+    if _PAIR.match(stripped):
+        return True
+    key = _KEY.match(line)
+    return key is not None and len(key["key"].split()) <= 8 and len((key["value"] or "").split()) <= 12
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def _of_row(text: Text, number: int) -> list[Place]:
     for quantity in quantities:
         index = next((i for i, (_, end) in enumerate(row) if quantity.start < end), 0)
         start, end = row[index]
-        key = _KEY.match(line[start:end])
+        key = _PAIR.match(line) or _KEY.match(line[start:end])
         label, inside = "", start
         if key is not None and key["value"] is not None and start + key.start("value") <= quantity.start:
             label, inside = key["key"].strip(), start + key.start("value")

@@ -54,8 +54,8 @@ _BESIDES = re.compile(
 
 
 def _subject(text: Text, named: list[tuple[int, Known]]) -> Known | None:
-    """What a line like "Product Name" says; else the one that stands in a title or in the first sentence;
-    else the only one. A device that others are compared with is no subject."""
+    """What a line like "Product Name" says, else the one that the first lines name. A device that others are
+    compared with is no subject, nor is one that the text comes to later: it may be about another."""
     for number, known in named:
         if _PRODUCT.match(text.lines[number - 1]):
             return known
@@ -65,13 +65,13 @@ def _subject(text: Text, named: list[tuple[int, Known]]) -> Known | None:
         line = text.lines[number - 1]
         before = text.lines[number - 2] + " " if number > 1 else ""
         for start, _, known in names(line):
-            if not _BESIDES.search(before + line[:start]):
+            ahead = " ".join([*text.lines[first - 1 : number - 1], line[:start]])
+            if not _BESIDES.search(before + line[:start]) and not re.search(r"[a-z][.!?]\s", ahead):
                 plain.append((number, known))
     for number, known in plain:
         if number <= first + 1:
             return known
-    families = {known.family for _, known in named}
-    return plain[0][1] if plain and len(families) == 1 else None
+    return None
 
 
 def _particular(subject: Known, named: list[Known]) -> Known:

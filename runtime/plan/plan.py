@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from llm42c.errors import ConfigError
 from llm42c.runtime.plan import calibration as calibrations
@@ -15,18 +13,12 @@ from llm42c.runtime.plan.calibration import Calibration
 from llm42c.runtime.plan.cost import Cost, Country, cost, country
 from llm42c.runtime.plan.decide import Decision, Fit, decisions, fit
 from llm42c.runtime.plan.needs import Needs, needs
+from llm42c.runtime.plan.settings import ENGINE, VERSION
 from llm42c.runtime.plan.speed import Decode, Interval, Model, decode, first_token
 from llm42c.runtime.plan.target import Target, resolve
 
-VERSION = 1
 BATCHES = (1, 8, 32)
 PROMPT = 1024
-ENGINE = (
-    "kv_cache_bytes",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "speculate",
-)  # what an engine takes of it
 
 
 @dataclass(frozen=True)
@@ -94,22 +86,3 @@ def make(asked: Asked) -> Plan:
     )
     first = first_token(wanted, model, min(PROMPT, wanted.context), chunk)
     return Plan(asked, target, wanted, found, room, speeds, first, paid, decided)
-
-
-def settings(path: str | Path, model: str | None = None) -> dict[str, Any]:
-    """The engine's settings of a plan that :meth:`Plan.to_json` wrote. Raises ConfigError for another
-    file, and for a plan of another model."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        version, found, planned = raw["version"], dict(raw["engine"]), raw["needs"]["model"]
-    except OSError as error:
-        raise ConfigError(f"cannot read the plan {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is no plan: llm42 plan MODEL --out {path} writes one") from None
-    if version != VERSION:
-        raise ConfigError(f"{path} is a plan of another release: make it anew with llm42 plan --out")
-    if unknown := sorted(found.keys() - set(ENGINE)):
-        raise ConfigError(f"{path}: a plan does not decide {unknown[0]}")
-    if model is not None and planned != model:
-        raise ConfigError(f"{path} is a plan for {planned}, not for {model}")
-    return {name: None if value == "off" and name == "speculate" else value for name, value in found.items()}

@@ -173,7 +173,7 @@ def _take(
     if owner == UNCLEAR:
         why = why or "which of two devices it is of is unclear"
     elif isinstance(owner, Known):
-        if (not why and not place.structured) or place.column or _heads(text, owner):
+        if not why:
             others.setdefault(owner.name, {}).setdefault(name, quantity.line)
         why = why or f"it is of another device, {owner.name}"
     unit = quantity.unit
@@ -198,11 +198,6 @@ def _take(
             said=meaning.said,
         )
     )
-
-
-def _heads(text: Text, owner: Known) -> bool:
-    """Whether a line of the text is a heading of that device's own."""
-    return any(owner.pattern.search(line) and len(line.split()) <= 6 for line in text.lines)
 
 
 def _meaning(text: Text, place: Place, label: str) -> tuple[convert.Meaning, str]:

@@ -20,7 +20,7 @@ Style = Literal["point", "comma", "mixed"]  # of decimals
 
 _GROUP = "\u00a0\u202f\u2009'’"
 _NUMBER = re.compile(
-    rf"(?<![\w.,])(?P<sign>[-−–]|(?<=\s)\+)?(?P<digits>\d+(?:[.,{_GROUP}]\d+)*)"
+    rf"(?<![\w.])(?P<sign>[-−–]|(?<=\s)\+)?(?P<digits>\d+(?:[.,{_GROUP}]\d+)*)"
     r"(?P<exponent>(?:[eE]\+?|\s?[×x·]\s?10\^)(?P<power>\d{1,2}))?"
 )
 _GERMAN = re.compile(
@@ -74,7 +74,8 @@ def read(name: str, content: str) -> Text:
     style = _style(content)
     text = Text(name, lines, style)
     for number, line in enumerate(lines, start=1):
-        text.quantities.extend(_quantities(line, number, style))
+        found = list(_quantities(line, number, style))
+        text.quantities.extend(found or _bare(lines, number, style))
     return text
 
 
@@ -132,8 +133,8 @@ def _number(digits: str, style: Style) -> tuple[float, int, float, str]:
 
 def _behind(text: str, at: int) -> int:
     """Where a unit may begin: behind a space, or a footnote's mark."""
-    while at < len(text) and text[at] in " \u00a0\u202f\u2009":
-        at += 1
+    while at < len(text) and (text[at] in " \u00a0\u202f\u2009" or text.startswith("\\,", at)):
+        at += 2 if text[at] == "\\" else 1
     return at
 
 
@@ -161,7 +162,7 @@ def _quantities(line: str, number: int, style: Style) -> Iterator[Quantity]:
         if found["exponent"]:
             power = 10.0 ** int(found["power"])
             value, half = value * power, half * power
-        why = why or _sign(line, found) or _neighbour(line, found)
+        why = why or _sign(line, found) or _neighbour(line, found) or _goes_on(line, end, unit)
         partner = _partner(line, found, style)
         start = found.start() if not found["sign"] else found.start() + 1
         if why.startswith("negative"):
@@ -181,6 +182,96 @@ def _quantities(line: str, number: int, style: Style) -> Iterator[Quantity]:
             None if partner is None else _exact(partner, unit.scale),
             mark,
         )
+
+
+# -- numbers whose unit stands elsewhere ---------------------------------------------------------------------
+
+_CELL = re.compile(r"\||</?t\w[^>]{0,40}>|\s&\s|\t+| {2,}|\.{3,}|;(?=\s|$)|(?<=[\w\)\]]):(?=\s)|=")
+_BARE = re.compile(rf"^\s*(?P<digits>\d+(?:[.,{_GROUP}]\d+)*)\s*(?P<mark>\*{{1,3}}|[†‡§¹²³⁴⁵⁶⁷⁸⁹])?\s*$")
+_UNIT_IN = re.compile(
+    r"[(\[]\s*(?P<in>[^()\[\]]{1,14}?)\s*[)\]]\s*$|[\s,]\s*(?:in\s+)?(?P<last>[^\s(),]{1,14})\s*$"
+)
+
+
+def cells(line: str) -> list[tuple[int, int]]:
+    """Where the cells of a row begin and end."""
+    found, start = [], 0
+    for separator in [*_CELL.finditer(line), None]:
+        end = len(line) if separator is None else separator.start()
+        if line[start:end].strip():
+            found.append((start, end))
+        start = end if separator is None else separator.end()
+    return found
+
+
+def _bare(lines: list[str], number: int, style: Style) -> Iterator[Quantity]:
+    """Cells that are numbers alone: their unit is the next cell, or stands in the label or the column's
+    head."""
+    line = lines[number - 1]
+    row = cells(line)
+    numbers = [(i, m) for i, (a, b) in enumerate(row) if i and (m := _BARE.match(line[a:b])) is not None]
+    if not numbers:
+        return
+    values = [_number(m["digits"], style) for _, m in numbers]
+    label = line[slice(*row[0])]
+    for (i, found), (value, digits, half, why) in zip(numbers, values, strict=True):
+        unit = _alone(line[slice(*row[i + 1])]) if i + 1 < len(row) else None
+        unit = unit or _named_unit(label) or _head_unit(lines, number, len(row), i)
+        if unit is None or unit.kind in ("width", "frequency"):
+            continue
+        others = [v[0] for (j, _), v in zip(numbers, values, strict=True) if j != i and not v[3]]
+        pair = others[0] if len(others) == 1 and _named_unit(label) is not None else None
+        start = row[i][0] + found.start("digits")
+        end = row[i][0] + (found.end("mark") if found["mark"] else found.end("digits"))
+        yield Quantity(
+            _exact(value, unit.scale),
+            unit.kind,
+            unit,
+            line[start:end],
+            number,
+            start,
+            end,
+            half * unit.scale,
+            digits,
+            why,
+            None if pair is None else _exact(pair, unit.scale),
+            found["mark"] or "",
+        )
+
+
+def _alone(text: str) -> Unit | None:
+    """A text that is a unit and nothing else."""
+    stripped = text.strip()
+    if stripped == "B":
+        return Unit("bytes", 1.0, "B")
+    found = units.match(stripped, 0) if stripped else None
+    return found[0] if found is not None and found[1] == len(stripped) else None
+
+
+def _named_unit(label: str) -> Unit | None:
+    """The unit that a label ends with: "memory bandwidth (GB/s)", "TDP, W"."""
+    found = _UNIT_IN.search(label.strip().rstrip(":"))
+    named = None if found is None else _alone(found["in"] or found["last"] or "")
+    if named is not None:
+        return named
+    words = [unit for word in label.split() if (unit := _alone(word.strip("()[],:"))) is not None]
+    return words[0] if len(words) == 1 else None
+
+
+def _head_unit(lines: list[str], number: int, width: int, place: int) -> Unit | None:
+    """The unit in the head of a column: of the nearest row above that has as many cells and no numbers."""
+    for above in range(number - 1, 0, -1):
+        line = lines[above - 1]
+        there = cells(line)
+        if not line.strip():
+            return None
+        if re.fullmatch(r"[\s|:+=-]+", line):
+            continue
+        if len(there) != width:
+            return None
+        if not any(_BARE.match(line[a:b]) for a, b in there):
+            return _named_unit(line[slice(*there[place])]) or _alone(line[slice(*there[place])])
+    return None
 
 
 def _exact(number: float, scale: float) -> float:
@@ -206,9 +297,22 @@ def _neighbour(line: str, found: re.Match[str]) -> str:
         return "the number before it may be part of it"
     if re.search(r"\d\s?(?:[A-Za-z/]{0,6}\s?)?(?:-|–|—|to|bis|\.\.\.?|…)\s?$", before):
         return "one end of a range"
+    if re.search(
+        r"\b(?:between|from|zwischen|von)\s+[\d.,]+\s?[A-Za-z/]{0,6}\s+(?:and|to|und|bis)\s+$", before
+    ):
+        return "one end of a range"
     if re.search(r"\d\s?[×x]\s?$", before):
         return "one factor of a product"
     return ""
+
+
+def _goes_on(line: str, end: int, unit: Unit) -> str:
+    """A range whose other end follows: "15 W - 60 W"."""
+    other = re.match(r"\s?(?:-|–|—|to|bis|\.\.)\s?\d+(?:[.,]\d+)*", line[end:])
+    if other is None:
+        return ""
+    following = units.match(line, _behind(line, end + other.end()))
+    return "one end of a range" if following is not None and following[0].kind == unit.kind else ""
 
 
 def _partner(line: str, found: re.Match[str], style: Style) -> float | None:

@@ -102,7 +102,7 @@ _SPELLINGS: tuple[tuple[Kind, str, re.Pattern[str]], ...] = (
     ("bytes", "byte", _pattern(r"(?P<b>[Bb]ytes?|B|b)(?!\s?(?:/|p\w|per\b|pro\b))")),
     ("bytes", "byte", re.compile(r"(?P<short>[KMGT]i)(?![A-Za-z0-9/])")),
     ("frequency", "hertz", _pattern(r"(?:[Hh]z|[Hh]ertz)")),
-    ("power", "watt", re.compile(r"(?P<short>k)?(?:W(?:atts?)?|watts?)(?![A-Za-z0-9/])")),
+    ("power", "watt", re.compile(r"(?P<short>k)?(?:[Ww](?:atts?)?)(?![A-Za-z0-9/])")),
     ("width", "bit", re.compile(r"-?\s?[Bb]its?(?![A-Za-z0-9/])")),
 )
 
