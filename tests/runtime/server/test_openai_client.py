@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
-from serving import Running
+from serving import Gated, Running, running, toy_engine, toy_tokenizer, until
 
 from llm42c.runtime.loader import BuiltEngine
 from llm42c.runtime.sampling import SamplingParams
@@ -167,3 +169,41 @@ def test_what_is_wrong_in_a_message_is_named(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="tiny", messages=picture)
     assert caught.value.param == "messages[0].content"
+
+
+def test_a_client_that_was_turned_away_comes_back_and_one_without_patience_costs_nothing() -> None:
+    model = Gated()
+    with (
+        running(toy_engine(model, max_num_seqs=1), toy_tokenizer(), max_queue=0) as up,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+        url = f"{up.url}/v1"
+        model.gate.clear()
+        first = pool.submit(openai.OpenAI(base_url=url, api_key="x").completions.create, prompt="AB", **asked)
+        until(lambda: len(up.service.flights) == 1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            openai.OpenAI(base_url=url, api_key="x", max_retries=0).completions.create(prompt="CD", **asked)
+        assert caught.value.code == "queue_full"
+        opener = threading.Timer(0.3, model.gate.set)
+        opener.start()  # inside the second of Retry-After
+        again = openai.OpenAI(base_url=url, api_key="x", max_retries=2).completions.create(
+            prompt="CD", **asked
+        )
+        opener.join()
+        assert first.result().choices[0].finish_reason == again.choices[0].finish_reason == "length"
+
+        model.gate.clear()
+        hasty = openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=0.2)
+        with pytest.raises(openai.APITimeoutError):
+            hasty.completions.create(prompt="CD", **asked)
+        model.gate.set()
+        until(lambda: len(up.service.flights) == 0)
+        with openai.OpenAI(base_url=url, api_key="x").completions.create(
+            prompt="CD", stream=True, **asked | {"max_tokens": 200}
+        ) as stream:
+            next(iter(stream))  # and leaves
+        until(lambda: len(up.service.flights) == 0)
+        assert (
+            hasty.with_options(timeout=30).completions.create(prompt="CD", **asked).choices == again.choices
+        )
