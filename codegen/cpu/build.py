@@ -3,11 +3,11 @@
 The cache key covers the sources, the compiler, its flags, torch and the CPU's instruction set, so a
 new torch, an edited kernel or another machine under the same home folder never loads a stale file.
 
-A wheel made with ``make wheel`` carries the library for each of ``CARRIED``, and nothing is compiled then.
+A wheel made with ``make wheel`` carries the library for each of ``ISAS``, and nothing is compiled then.
 The library sees torch through its stable C interface alone: one serves every torch from ``TORCH_TARGET`` on.
 
 The kernels give the same bits for every instruction set. ``LLM42_ISA`` in the environment, read when the
-library is loaded, chooses one of ``ISAS``; without it everything that the CPU has is used.
+library is loaded, chooses one of ``ISAS``; without it the first that the CPU can run is used.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ from llm42c.codegen import cache
 
 SOURCE_DIR = Path(__file__).parent
 CARRIED_DIR = SOURCE_DIR / "carried"
-ISAS = ("native", "avx512_bf16", "avx512", "avx2", "portable")
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 ISA_VARIABLE = "LLM42_ISA"
 _AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 _ISA_FLAGS = {
-    "native": ["-march=native"],
     "avx512_bf16": [*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
     "avx512": _AVX512_FLAGS,
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # The portable form of vec.h; the compiler may still vectorise its loops with what the CPU has.
     "portable": ["-march=native", "-DLLM42_GENERIC_VEC=1"],
 }
-# What a wheel carries, best first. Its portable library runs on every CPU of the architecture.
-CARRIED = ("avx512_bf16", "avx512", "avx2", "portable")
+# A wheel carries all of them; its portable library runs on every CPU of the architecture.
 _CARRIED_FLAGS = _ISA_FLAGS | {"portable": ["-DLLM42_GENERIC_VEC=1"]}
 # Flags of /proc/cpuinfo that a CPU must have to run the library of an instruction set.
 _AVX512_NEEDS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}
@@ -129,7 +127,7 @@ def _torch_flags(added: bool) -> tuple[list[str], list[str]]:
     return [abi, *include, f"-I{root / 'include/torch/csrc/api/include'}"], [*link, "-lc10"]
 
 
-def build_key(isa: str = "native", added: tuple[Path, ...] = (), *, carried: bool = False) -> str:
+def build_key(isa: str, added: tuple[Path, ...] = (), *, carried: bool = False) -> str:
     """Hash of everything that the compiled library, or one of ``added`` sources, depends on.
 
     ``carried``: of the library that a wheel carries.
@@ -187,7 +185,7 @@ def carry(folder: Path) -> None:
 
     It is taken from the cache where the same was compiled before.
     """
-    for isa in CARRIED:
+    for isa in ISAS:
         path = folder / CARRIED_DIR.name / carried_name(isa)
         path.parent.mkdir(exist_ok=True)
         library = cache.sealed(_kept(isa, (), carried=True))
@@ -208,26 +206,23 @@ def carried_name(isa: str) -> str:
 
 
 def carried(isa: str) -> Path | None:
-    """The library for ``isa`` that this package carries; for ``"native"`` the best that this CPU can run."""
-    if not CARRIED_DIR.is_dir():
-        return None
-    features = set(cpu_features().split())
-    able = [name for name in CARRIED if NEEDS.get(name, set()) <= features] if isa == "native" else [isa]
-    return next((path for name in able if (path := CARRIED_DIR / carried_name(name)).is_file()), None)
+    """The library for ``isa`` that this package carries."""
+    path = CARRIED_DIR / carried_name(isa)
+    return path if path.is_file() else None
 
 
 def chosen_isa() -> str:
-    """What ``LLM42_ISA`` names, else ``"native"``. Raises BuildError for a name that is not in ``ISAS``."""
-    isa = os.environ.get(ISA_VARIABLE) or "native"
+    """What ``LLM42_ISA`` names, else :func:`widest_isa`. Raises BuildError for what is not in ``ISAS``."""
+    isa = os.environ.get(ISA_VARIABLE) or widest_isa()
     if isa not in ISAS:
         raise BuildError(f"{ISA_VARIABLE}={isa}: expected one of {', '.join(ISAS)}")
     return isa
 
 
 def widest_isa() -> str:
-    """The first of avx512_bf16, avx512 and avx2 that this CPU can run, else ``"portable"``."""
+    """The first of ``ISAS`` that this CPU can run."""
     features = set(cpu_features().split())
-    return next((isa for isa, needs in NEEDS.items() if needs <= features), "portable")
+    return next(isa for isa in ISAS if NEEDS.get(isa, set()) <= features)
 
 
 def require_isa(isa: str) -> None:

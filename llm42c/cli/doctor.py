@@ -103,7 +103,7 @@ def cpu() -> Iterator[Finding]:
 
     isa, asked = build.widest_isa(), os.environ.get(build.ISA_VARIABLE)
     yield Finding("CPU", "ok", f"{isa}, {os.cpu_count()} threads")
-    if asked and asked not in ("native", isa):
+    if asked and asked != isa:
         yield Finding(build.ISA_VARIABLE, "note", f"kernels are of {asked}", f"unset {build.ISA_VARIABLE}")
     if isa == "portable":
         yield Finding("vectors", "note", "none that the kernels know: decoding will be slow")
@@ -116,7 +116,7 @@ def compiler() -> Finding:
     """What compiles the kernels, or the library that needs no compiler."""
     from llm42c.codegen.cpu import build
 
-    if (carried := build.carried("native")) is not None:
+    if (carried := build.carried(build.widest_isa())) is not None:
         return Finding("kernels", "ok", f"this package carries them ({carried.stem})")
     try:
         toolchain = build.Toolchain.find()

@@ -52,17 +52,17 @@ def test_a_wheel_takes_what_was_compiled_before(
     with monkeypatch.context() as patch:
         patch.setattr(build, "_run", lambda command: pytest.fail(f"compiled again: {command}"))
         build.carry(second)
-        for isa in build.CARRIED:
+        for isa in build.ISAS:
             same = build._CARRIED_FLAGS[isa] == build._ISA_FLAGS[isa]
             assert same == (isa != "portable")
             if same and build.NEEDS[isa] <= set(build.cpu_features().split()):
                 assert build.build(isa).is_relative_to(cache.folder())
     assert _contents(first) == _contents(second)
-    assert _contents(first).keys() == set(map(build.carried_name, build.CARRIED))
+    assert _contents(first).keys() == set(map(build.carried_name, build.ISAS))
     tiny.write_text(SOURCE.replace("42", "43"))  # what was compiled before is of another source
     build.carry(second)
-    assert _contents(first).keys().isdisjoint(map(build.carried_name, build.CARRIED))
-    assert all(_contents(second)[build.carried_name(isa)] for isa in build.CARRIED)
+    assert _contents(first).keys().isdisjoint(map(build.carried_name, build.ISAS))
+    assert all(_contents(second)[build.carried_name(isa)] for isa in build.ISAS)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -70,19 +70,19 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_key_covers_sources_headers_flags_and_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [build.build_key(), build.build_key("portable"), build.build_key("portable", carried=True)]
+    keys = [build.build_key("avx2"), build.build_key("portable"), build.build_key("portable", carried=True)]
     tiny.write_text(SOURCE.replace("42", "43"))
-    keys.append(build.build_key())
+    keys.append(build.build_key("avx2"))
     (tiny.parent / "answer.h").write_text("#pragma once\n")
-    keys.append(build.build_key())
+    keys.append(build.build_key("avx2"))
     monkeypatch.setattr(build.torch, "__version__", "0.0")
-    keys.append(build.build_key())
+    keys.append(build.build_key("avx2"))
     monkeypatch.setattr(build, "cpu_features", lambda: "another processor")
-    keys.append(build.build_key())
+    keys.append(build.build_key("avx2"))
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
-    keys.append(build.build_key())
+    keys.append(build.build_key("avx2"))
     assert len(set(keys)) == len(keys)
-    assert build.build_key() == keys[-1]
+    assert build.build_key("avx2") == keys[-1]
 
 
 def test_without_a_compiler(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,17 +207,17 @@ def test_a_process_killed_while_it_builds(
 
 
 def test_an_unknown_instruction_set() -> None:
-    with pytest.raises(ValueError, match="expected one of native, avx512_bf16, avx512, avx2, portable"):
+    with pytest.raises(ValueError, match="expected one of avx512_bf16, avx512, avx2, portable"):
         build.build("sse2")
 
 
 def test_the_instruction_set_may_be_chosen(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.chosen_isa() == "native"
+    assert build.chosen_isa() == build.widest_isa()
     monkeypatch.setenv("LLM42_ISA", "portable")
     assert build.chosen_isa() == "portable"
     assert "_portable_" in build.build().name
     monkeypatch.setenv("LLM42_ISA", "generic")
-    with pytest.raises(build.BuildError, match="LLM42_ISA=generic: expected one of native, avx512"):
+    with pytest.raises(build.BuildError, match="LLM42_ISA=generic: expected one of avx512_bf16, avx512"):
         build.build()
 
 
@@ -312,18 +312,16 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 @pytest.mark.slow
 def test_bits_are_the_same_on_every_instruction_set() -> None:
-    flags = build.cpu_features().split()
-    isas = ["native", "portable"]
-    if build.NEEDS["avx512"] <= set(flags):
-        isas += ["avx2", "avx512"]
+    features = set(build.cpu_features().split())
+    isas = [isa for isa in build.ISAS if build.NEEDS.get(isa, set()) <= features]
     results = {}
     for isa in isas:
         command = [sys.executable, "-c", BITS, isa]
         results[isa] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = results["native"].splitlines()
+    lines = results["portable"].splitlines()
     assert len(set(lines)) == len(lines) > 50
-    for isa in isas[1:]:
-        assert results[isa] == results["native"], isa
+    for isa in isas:
+        assert results[isa] == results["portable"], isa
 
 
 def test_the_compiler_is_found() -> None:

@@ -70,7 +70,7 @@ def compile_header(folder: Path, isa: str) -> Path:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     folder = tmp_path_factory.mktemp("vec")
-    return {isa: ctypes.CDLL(str(compile_header(folder, isa))) for isa in ("native", "portable")}
+    return {isa: ctypes.CDLL(str(compile_header(folder, isa))) for isa in (build.widest_isa(), "portable")}
 
 
 def call(library: ctypes.CDLL, name: str, values: np.ndarray, out_dtype: type) -> np.ndarray:
@@ -127,7 +127,7 @@ def test_accuracy_over_a_dense_sweep(libraries: dict[str, ctypes.CDLL], name: st
     x = every_kind_of_float()
     with np.errstate(all="ignore"):
         want = reference(x.astype(np.float64))
-    got = apply(libraries["native"], name, x)
+    got = apply(libraries[build.widest_isa()], name, x)
     inside = (x > low) & (x < high)
     assert inside.sum() > 100_000
     worst = ulps(got[inside], want[inside]).max()
@@ -139,7 +139,7 @@ def test_accuracy_over_a_dense_sweep(libraries: dict[str, ctypes.CDLL], name: st
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_bits_on_every_isa(libraries: dict[str, ctypes.CDLL], name: str) -> None:
     x = every_kind_of_float(3989)
-    native, generic = (apply(libraries[isa], name, x) for isa in ("native", "portable"))
+    native, generic = (apply(libraries[isa], name, x) for isa in (build.widest_isa(), "portable"))
     nan = np.isnan(native)  # the payload of a NaN is nobody's business
     assert np.array_equal(nan, np.isnan(generic))
     assert np.array_equal(bits(native)[~nan], bits(generic)[~nan])
@@ -150,7 +150,7 @@ def test_special_values(libraries: dict[str, ctypes.CDLL]) -> None:
     x = np.array([-inf, -200, -104.1, -0.0, 0.0, 88.8, 1e30, inf, nan] + [0.0] * 7, np.float32)
 
     def check(name: str, want: list[float]) -> None:
-        got = apply(libraries["native"], name, x)[: len(want)]
+        got = apply(libraries[build.widest_isa()], name, x)[: len(want)]
         expected = np.array(want, np.float32)
         number = ~np.isnan(expected)
         assert np.array_equal(bits(got)[number], bits(expected)[number]), (name, got)
@@ -160,12 +160,12 @@ def test_special_values(libraries: dict[str, ctypes.CDLL]) -> None:
     check("exp_nonpositive", [0, 0, 0, 1, 1])
     check("log", [nan, nan, nan, -inf, -inf, np.log(np.float32(88.8)), np.log(np.float32(1e30)), inf, nan])
     check("tanh", [-1, -1, -1, -0.0, 0.0, 1, 1, 1, nan])
-    assert np.isnan(apply(libraries["native"], "exp_nonpositive", x)[8])
+    assert np.isnan(apply(libraries[build.widest_isa()], "exp_nonpositive", x)[8])
 
 
 def test_exp_underflows_gradually(libraries: dict[str, ctypes.CDLL]) -> None:
     x = np.linspace(-103.9, -87.4, 1600, dtype=np.float32)
-    got = apply(libraries["native"], "exp", x)
+    got = apply(libraries[build.widest_isa()], "exp", x)
     assert (got > 0).all()
     assert ulps(got, np.exp(x.astype(np.float64))).max() <= 1
 
