@@ -20,7 +20,7 @@ from torch import Tensor
 _PI = Fraction(314159265358979323846264338327950288419716939937510, 10**50)
 _BITS = 27
 _LARGEST = 2**25  # quarter turns; n · piece has at most 53 bits then
-_CHUNK = 1 << 20  # elements that are computed at a time
+_CHUNK = 1 << 15  # elements that are computed at a time: they stay in the cache
 
 
 def _pieces(value: Fraction) -> list[float]:
