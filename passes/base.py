@@ -95,13 +95,15 @@ class Pass:
 
     ``apply`` is a function, or a ``functools.partial`` of one that gives it options. ``targets`` are the
     kinds of graph it runs on. ``before`` is where a pass that is not in the list stands: in front of the
-    first pass of that name.
+    first pass of that name. ``makes``: the operators that no other pass makes; a contract that has one shows
+    that the pass ran.
     """
 
     name: str
     apply: Callable[[fx.Graph, Context, PassReport], None]
     targets: frozenset[str] = frozenset({PLAIN, PACKED})
     before: str = "check"
+    makes: frozenset[str] = frozenset()
 
     def function(self) -> tuple[Callable[..., None], list[object]]:
         """``apply`` without its options, and these."""

@@ -42,4 +42,10 @@ def two_chains(graph: fx.Graph, ctx: Context, report: PassReport) -> None:
         g.replace(node, g.insert(node, other.overload, node.args, like=node))
 
 
-TWO_CHAINS = Pass("two_chains", two_chains, frozenset({PACKED}), before="wanted_rows")
+TWO_CHAINS = Pass(
+    "two_chains",
+    two_chains,
+    frozenset({PACKED}),
+    before="wanted_rows",
+    makes=frozenset(_NAMES.values()),
+)

@@ -197,8 +197,14 @@ def _planned(plan: Path, model: str) -> dict[str, Any]:
     return settings(plan, model)
 
 
-def open_engine_of(contract: Contract, model: str, report: Report, **options: Any) -> BuiltEngine:
-    """As `open_engine`, with the dtype and the shapes that `contract` names. Raises the same."""
+def open_engine_of(
+    contract: Contract, model: str, report: Report, *, passes: Sequence[str] | None = None, **options: Any
+) -> BuiltEngine:
+    """As `open_engine`, with the dtype and the shapes that `contract` names, and the passes of llm42's own
+    that it shows; other passes are to be named. Raises the same."""
+    from llm42c.passes import pipeline
+
+    shown = [step.name for step in pipeline.ON_REQUEST if step.makes & contract.orders.keys()]
     return open_engine(
         model,
         report,
@@ -207,6 +213,7 @@ def open_engine_of(contract: Contract, model: str, report: Report, **options: An
         verify_seqs=contract.verify_seqs,
         verify_rows=contract.verify_rows,
         page_size=contract.page_size,
+        passes=list(dict.fromkeys([*shown, *(passes or ())])),
         **options,
     )
 

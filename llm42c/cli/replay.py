@@ -14,6 +14,7 @@ from llm42c.cli.common import (
     DeviceOption,
     FastOption,
     KvOption,
+    PassOption,
     VerifyOption,
     open_engine_of,
     print_json,
@@ -42,6 +43,7 @@ def replay(
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
     kv_mb: KvOption = 256,
+    passes: PassOption = None,
     json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a receipt.")] = False,
 ) -> None:
     """Do again what receipts say was done, in few passes, and compare every token and log-prob bit."""
@@ -61,7 +63,12 @@ def replay(
     if first is not None:
         with progress_bars() as report:
             built = open_engine_of(
-                first.contract, model, report, device=device, fast=fast, verify=verify, kv_mb=kv_mb
+                *(first.contract, model, report),
+                device=device,
+                fast=fast,
+                verify=verify,
+                kv_mb=kv_mb,
+                passes=passes,
             )
     exact = True
     for name, receipt in read.items():

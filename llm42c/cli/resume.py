@@ -12,6 +12,7 @@ from llm42c.cli.common import (
     DeviceOption,
     FastOption,
     KvOption,
+    PassOption,
     SpeculateOption,
     VerifyOption,
     open_engine_of,
@@ -31,6 +32,7 @@ def resume(
     verify: VerifyOption = "auto",
     kv_mb: KvOption = 256,
     speculate: SpeculateOption = "off",
+    passes: PassOption = None,
     json_out: Annotated[bool, typer.Option("--json", help="One line of JSON a prompt.")] = False,
 ) -> None:
     """Finish what generate --journal FILE began, bit for bit, and print the whole of it."""
@@ -49,6 +51,7 @@ def resume(
             verify=verify,
             kv_mb=kv_mb,
             speculate=speculate,
+            passes=passes,
         )
         names = [built.engine.resume(state) for state in states]
         record = open_journal(journal, end)

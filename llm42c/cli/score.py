@@ -14,6 +14,7 @@ from llm42c.cli.common import (
     FastOption,
     KvOption,
     ModelArgument,
+    PassOption,
     VerifyOption,
     open_engine,
     print_json,
@@ -36,13 +37,16 @@ def score(
     fast: FastOption = "pinned",
     verify: VerifyOption = "auto",
     kv_mb: KvOption = 256,
+    passes: PassOption = None,
 ) -> None:
     """Log-probs of given completions, with the bits that generating them would have given."""
     pairs = [_pair(f"{file}:{n}", text) for n, text in read_lines(file)]
     if not pairs:
         raise RequestError(f"{file} holds nothing to score")
     with progress_bars() as report:
-        built = open_engine(model, report, dtype=dtype, device=device, fast=fast, verify=verify, kv_mb=kv_mb)
+        built = open_engine(
+            *(model, report), dtype=dtype, device=device, fast=fast, verify=verify, kv_mb=kv_mb, passes=passes
+        )
         ids = [
             (_ids(built.tokenizer, prompt, True), _ids(built.tokenizer, completion, False))
             for prompt, completion in pairs

@@ -14,6 +14,7 @@ from llm42c.cli.common import (
     DtypeOption,
     FastOption,
     ModelArgument,
+    PassOption,
     PlannedKvOption,
     PlannedSpeculateOption,
     PlanOption,
@@ -77,6 +78,7 @@ def serve(
     kv_mb: PlannedKvOption = None,
     speculate: PlannedSpeculateOption = None,
     plan: PlanOption = None,
+    passes: PassOption = None,
 ) -> None:
     """Serve MODEL to OpenAI's clients, with answers that can be checked, resumed and repeated."""
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
@@ -114,6 +116,7 @@ def serve(
             kv_mb=kv_mb,
             speculate=speculate,
             plan=plan,
+            passes=passes,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )

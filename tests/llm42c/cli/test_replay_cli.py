@@ -11,6 +11,7 @@ import tiny_folder
 
 from llm42c import cli
 from llm42c.cli import exits
+from llm42c.passes import pipeline
 
 PROMPTS = ["w5 w6 w7", "w9 w5 w9 w5 w9"]
 
@@ -56,6 +57,25 @@ def test_receipts_are_replayed_and_scored(
         *(capsys, "replay", str(path), "--model", model, "--json", "--fast", "stock")
     )  # the form that decodes is no part of the contract
     assert result["verdict"] == "exact"
+
+
+def test_a_receipt_shows_the_pass_that_it_was_made_with(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "receipts.jsonl", tmp_path / "score.jsonl"
+    way = [model, PROMPTS[0], "-n", "9", "--ignore-eos", "--dtype", "bfloat16", "--receipt", str(path)]
+    (answer,) = run(capsys, "generate", *way, "--json", "--pass", "two_chains")
+    assert "linear_blocks" in json.loads(path.read_text())["contract"]["orders"]
+    (result,) = run(capsys, "replay", str(path), "--model", model, "--json")
+    assert result["verdict"] == "exact"
+    asked.write_text(json.dumps({"prompt": PROMPTS[0], "completion": answer["token_ids"]}))
+    way = ["score", model, str(asked), "--dtype", "bfloat16"]
+    (same,), (other,) = (run(capsys, *way, *more) for more in (["--pass", "two_chains"], []))
+    assert same["logprobs"] == answer["logprobs"]
+    assert same["contract"] == answer["contract"] != other["contract"]
+    monkeypatch.setattr(pipeline, "ON_REQUEST", ())  # control: nobody knows the pass
+    (result,) = run(capsys, "replay", str(path), "--model", model, "--json", status=exits.FAILED)
+    assert result["verdict"] == "another contract"
 
 
 def test_a_receipt_of_another_model_names_what_differs(
