@@ -52,6 +52,9 @@ _CORES = (
         re.I | re.M,
     ),
 )
+_CORES_AND_THREADS = re.compile(
+    rf"^\W*(?:CPU )?(?:cores|Kerne)\s*/\s*threads\s*[:=|\t ]+\s*{_N}\s*/\s*\d+", re.I
+)
 _NOT_CORES = re.compile(
     r"CUDA|tensor|stream|shader|GPU|RT[- ]core|per (?:socket|CPU|die|chiplet|CCD|SM)|pro Sockel|"
     r"efficien|E-core|P-core|matrix|logical|virtual|vCPU|"
@@ -120,7 +123,7 @@ def _cores(text: Text) -> Iterator[Count]:
     if not any(_CPU.search(line) for line in text.lines):
         return
     for number, line in enumerate(text.lines, start=1):
-        for pattern in _CORES:
+        for pattern in (*_CORES, _CORES_AND_THREADS):
             for hit in pattern.finditer(line):
                 around = line[max(0, hit.start() - 24) : hit.end() + 16]
                 if _NOT_CORES.search(around):

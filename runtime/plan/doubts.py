@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 
+from llm42c.runtime.plan.labels import named
 from llm42c.runtime.plan.layout import Place
 
 _INSTRUCTION = re.compile(
     r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:previous|prior|above|all|earlier|instruction\w*|rules)\b|"
-    r"\b(?:system prompt|as an ai|assistant:|user:|you (?:must|should|are|will)|"
+    r"\b(?:system prompt|as an ai|from now on|admin\w*|assistant:|user:|you (?:must|should|are|will)|"
     r"(?:please )?(?:report|output|respond|answer|"
-    r"return|print|say|pretend|assume|set|override|use)\b.{0,60}\b(?:instead|as the|value|"
+    r"return|print|say|pretend|assume|set|override|use|treat|consider|"
+    r"regard)\b.{0,60}\b(?:instead|as the|value|"
     r"bandwidth|TB/s|GB/s))|"
     r"\b(?:ignoriere|vergiss|melde|antworte|gib\b.{0,30}\baus)\b|<\|?\w*(?:system|im_start|"
     r"inst)\w*\|?>|\[INST\]",
@@ -21,7 +23,7 @@ _COMPARED = re.compile(
     r"predecessor\w*|previous[- ]gen\w*|"
     r"prior[- ]gen\w*|last[- ]gen\w*|older|earlier generation|predecessor's|Vorgänger\w*|"
     r"gegenüber|statt|im Vergleich|"
-    r"competitor\w*|competing|rival|formerly|used to|originally)\b",
+    r"had|offered|featured|hatten?|bot|besaß|competitor\w*|competing|rival|formerly|used to|originally)\b",
     re.I,
 )
 _OLDER = re.compile(
@@ -119,6 +121,15 @@ def why_not(place: Place, field: str) -> str:
             return reason
     if _PART.search(around) or _PART.search(f"{place.label} {place.column}"):
         return "it is of a part of the device"
+    if (
+        place.beside
+        and place.column
+        and named(place.label, quantity.kind)
+        and not named(place.column, quantity.kind)
+    ):
+        return "its row has a value of each of several columns"
+    if place.stacked and named(place.column, quantity.kind) and not named(place.label, quantity.kind):
+        return "its column has a value of each of several rows"
     if field != "link_bandwidth" and _WHOLE.search(wide):
         return "it is of several devices together"
     if field == "link_bandwidth" and re.search(

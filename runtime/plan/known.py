@@ -8,6 +8,7 @@ papers of the year that is named.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -732,7 +733,8 @@ FAMILIES = (
 )
 
 
-def names(text: str) -> list[tuple[int, int, Known]]:
+@functools.lru_cache(1 << 14)
+def names(text: str) -> tuple[tuple[int, int, Known], ...]:
     """(start, end, device) of every known name in ``text``, the longest where several begin."""
     found = [
         (m.start(), m.end(), known)
@@ -745,4 +747,4 @@ def names(text: str) -> list[tuple[int, int, Known]]:
     for item in found:
         if not kept or item[0] >= kept[-1][1]:
             kept.append(item)
-    return kept
+    return tuple(kept)

@@ -96,12 +96,21 @@ _NOT_POWER = (
 SUBJECTS: dict[Kind, tuple[tuple[str, str], ...]] = {
     "rate": (
         ("pin_rate", _PIN),
-        (_NONE, rf"{_NOT_MEMORY}|{_OTHER_RATE}"),
+        (_NONE, rf"{_NOT_MEMORY}|{_OTHER_RATE}|(?:memory )?(?:capacity|size)"),
         ("pcie_bandwidth", _PCIE),
         ("link_bandwidth", _LINK),
         ("memory_bandwidth", _MEMORY),
     ),
-    "bytes": ((_NONE, rf"{_NOT_MEMORY}|per (?:SM|CU|core)"), ("memory_bytes", rf"{_MEMORY}")),
+    "bytes": (
+        (
+            _NONE,
+            (
+                rf"{_NOT_MEMORY}|per (?:SM|CU|core)|(?:\w+ )?(?:(?<!high-)(?<!high )bandwidth|BW|"
+                rf"throughput)|\w*[Bb]andbreite"
+            ),
+        ),
+        ("memory_bytes", rf"{_MEMORY}"),
+    ),
     "power": ((_NONE, _NOT_POWER), ("tdp_watts", _POWER)),
     "operations": (
         (
@@ -169,8 +178,19 @@ def fields(place: Place) -> tuple[str, ...]:
     kind = place.quantity.kind
     if kind not in SUBJECTS:
         return ()
-    found = _nearest(place, kind)
+    found = _nearest(place, kind) or _under_memory(place)
     return () if _NONE in found else found
+
+
+_PLAIN = re.compile(r"\b(?:bandwidth|BW|Bandbreite)\b", re.I)
+
+
+def _under_memory(place: Place) -> tuple[str, ...]:
+    """A bandwidth that nothing is said of stands right below the memory's size."""
+    if place.quantity.kind != "rate" or not _PLAIN.search(f"{place.label} {place.left} {place.right}"):
+        return ()
+    above = {n.name for n in named(place.above, "bytes")}
+    return ("memory_bandwidth",) if above == {"memory_bytes"} else ()
 
 
 def _nearest(place: Place, kind: Kind) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ import itertools
 import re
 from dataclasses import dataclass, field
 
-from llm42c.runtime.plan.text import Quantity, Text
+from llm42c.runtime.plan.known import names
+from llm42c.runtime.plan.text import SEPARATORS, Quantity, Text
 
-_CELL = re.compile(r"\||</?t\w[^>]{0,40}>|\s&\s|\t+| {2,}|\.{4,}|;(?=\s|$)")
+_CELL = re.compile(SEPARATORS)
 _KEY = re.compile(
     r"^\s*(?:[-*•+]\s+|\d+[.)]\s+)?(?P<key>[^:=.!?]{1,70}?)\s*(?::(?!\d)|=)\s*(?P<value>\S.*)?$"
 )
@@ -43,6 +44,9 @@ class Place:
     headings: list[str] = field(default_factory=list)
     sentence: str = ""
     at: int = 0  # of the quantity in its sentence
+    above: str = ""  # the line above a structured one
+    beside: bool = False  # other cells of the row hold quantities of the same kind
+    stacked: bool = False  # other rows of the table do, in the same place
     structured: bool = False
 
     @property
@@ -146,6 +150,9 @@ def _of_row(text: Text, number: int) -> list[Place]:
                 headings,
                 line.strip(),
                 quantity.start - (len(line) - len(line.lstrip())),
+                text.lines[number - 2] if number > 1 else "",
+                any(q.kind == quantity.kind and not start <= q.start < end for q in quantities),
+                _stacked(text, number, len(row), index, quantity),
                 True,
             )
         )
@@ -154,6 +161,26 @@ def _of_row(text: Text, number: int) -> list[Place]:
 
 def _quantity_in(text: Text, number: int, cell: tuple[int, int]) -> bool:
     return any(cell[0] <= q.start < cell[1] for q in text.on(number))
+
+
+def _stacked(text: Text, number: int, width: int, index: int, quantity: Quantity) -> bool:
+    for step in (-1, 1):
+        other = number + step
+        while 0 < other <= len(text.lines) and (there := cells(text.lines[other - 1])):
+            if len(there) == width:
+                start, end = there[index]
+                if any(q.kind == quantity.kind and start <= q.start < end for q in text.on(other)):
+                    return True
+            elif not re.fullmatch(r"[\s|:+=-]+", text.lines[other - 1]):
+                break
+            other += step
+    return False
+
+
+def _of_names(line: str, quantities: list[Quantity]) -> bool:
+    """Quantities that are parts of devices' names: "A100 80GB"."""
+    spans = [(start, end) for start, end, _ in names(line)]
+    return all(any(a <= q.start <= b + 1 for a, b in spans) for q in quantities)
 
 
 def _column(text: Text, number: int, row: list[tuple[int, int]], index: int) -> str:
@@ -168,17 +195,18 @@ def _column(text: Text, number: int, row: list[tuple[int, int]], index: int) -> 
         there = cells(line)
         if re.fullmatch(r"[\s|:+=-]+", line):
             continue
-        if len(there) < 2:
+        if len(there) < 2 or len(there) not in (len(row), len(row) - 1):
             break
-        if not text.on(above):
+        plain = not any(re.fullmatch(r"[\s\d.,*]+", line[start:end]) for start, end in there)
+        if (plain and not text.on(above)) or (text.on(above) and _of_names(line, text.on(above))):
             head = above
-        elif len(there) != len(row):
-            break
     if head is None:
         return ""
     line, there = text.lines[head - 1], cells(text.lines[head - 1])
     shift = len(row) - len(there)  # a table whose corner is empty
-    place = index - shift if shift in (0, 1) else -1
+    if shift and line[: there[0][1]].rstrip().rfind("  ") < row[0][0]:
+        return ""
+    place = index - shift
     if 0 <= place < len(there) and (place > 0 or shift):
         return line[there[place][0] : there[place][1]].strip()
     return ""
@@ -236,9 +264,7 @@ def _of_paragraph(text: Text, first: int, last: int) -> list[Place]:
         ]
         for quantity, at in inside:
             left, right, before, after = _clauses_at(sentence, at, at + quantity.end - quantity.start, inside)
-            found.append(
-                Place(quantity, left, right, before, after, "", "", headings, sentence.strip(), at, False)
-            )
+            found.append(Place(quantity, left, right, before, after, "", "", headings, sentence.strip(), at))
         begin = stop
     return found
 

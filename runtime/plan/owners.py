@@ -69,7 +69,7 @@ def _subject(text: Text, named: list[tuple[int, Known]]) -> Known | None:
             if not _BESIDES.search(before + line[:start]) and not re.search(r"[a-z][.!?]\s", ahead):
                 plain.append((number, known))
     for number, known in plain:
-        if number <= first + 1:
+        if number <= first + 1 or not any(text.on(n) for n in range(first, number)):
             return known
     return None
 

@@ -186,7 +186,8 @@ def _quantities(line: str, number: int, style: Style) -> Iterator[Quantity]:
 
 # -- numbers whose unit stands elsewhere ---------------------------------------------------------------------
 
-_CELL = re.compile(r"\||</?t\w[^>]{0,40}>|\s&\s|\t+| {2,}|\.{3,}|;(?=\s|$)|(?<=[\w\)\]]):(?=\s)|=")
+SEPARATORS = r"\|+|!!|</?t\w[^>]{0,40}>|\s&\s|\t+| {2,}|\.{3,}|;(?=\s|$)"  # of cells
+_CELL = re.compile(rf"{SEPARATORS}|(?<=[\w)\]]):(?=\s)|=")
 _BARE = re.compile(rf"^\s*(?P<digits>\d+(?:[.,{_GROUP}]\d+)*)\s*(?P<mark>\*{{1,3}}|[†‡§¹²³⁴⁵⁶⁷⁸⁹])?\s*$")
 _UNIT_IN = re.compile(
     r"[(\[]\s*(?P<in>[^()\[\]]{1,14}?)\s*[)\]]\s*$|[\s,]\s*(?:in\s+)?(?P<last>[^\s(),]{1,14})\s*$"
