@@ -29,6 +29,7 @@ from llm42c.runtime.bench.machine import describe
 
 def serve(model: str, requests: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
     from llm42c.runtime.loader import build_engine
+    from llm42c.runtime.server.app import make_app
     from llm42c.runtime.server.listen import Server, bind, configured
     from llm42c.runtime.server.service import Service
     from llm42c.runtime.server.settings import Settings
@@ -36,7 +37,7 @@ def serve(model: str, requests: list[int], tokens: int, rounds: int) -> list[dic
     built = build_engine(model, prefix_cache=False)
     service = Service(built.engine, built.tokenizer, Settings(model=model))
     listener, up = bind("127.0.0.1", 0), threading.Event()
-    server = Server(configured(service), service, up.set)
+    server = Server(configured(make_app(service), service), service, up.set)
     thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])))
     thread.start()
     up.wait()

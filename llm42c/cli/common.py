@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -136,9 +136,27 @@ def check_device(name: str) -> Any:
     return device
 
 
-def open_engine(
+def open_engine(model: str, report: Report, **options: Any) -> BuiltEngine:
+    """Load MODEL and build an engine, under `torchrun` divided among the ranks. `options` are those of
+    `engine_options`.
+
+    Raises the errors of both, ConfigError for a bad choice, and DeviceError for a device that is not there.
+    """
+    chosen = engine_options(model, **options)
+    from llm42c.parallel import ranks
+    from llm42c.runtime.opening import open_model
+
+    place = ranks.world()
+    built = open_model(model, report=report, ranks=place, **chosen)
+    if place.size > 1 and not silent():
+        err.print(f"{place.size} ranks; {built.compiler.division.text()}", soft_wrap=True)
+        if (weaving := built.compiler.compile("pinned").weaving) is not None:
+            err.print(f"token weaving: {weaving.summary()}", soft_wrap=True)
+    return built
+
+
+def engine_options(
     model: str,
-    report: Report,
     *,
     dtype: str | None = None,
     device: str = "cpu",
@@ -150,45 +168,32 @@ def open_engine(
     passes: Sequence[str] | None = None,
     plan: Path | None = None,
     **config: Any,
-) -> BuiltEngine:
-    """Load MODEL and build an engine, under `torchrun` divided among the ranks.
-
-    What is None is the plan's, if there is one, else the engine's default. Raises the errors of both,
-    ConfigError for a bad choice or another model's plan, and DeviceError for a device that is not there.
+) -> dict[str, Any]:
+    """What commands take, as options of `open_model`. What is None is the plan's, if there is one, else the
+    engine's default. Raises ConfigError for a bad choice or another model's plan than `model`'s, and
+    DeviceError for a device that is not there.
     """
-    form: Literal["pinned", "stock"] = choice("--fast", fast, ("pinned", "stock"))
+    choice("--fast", fast, ("pinned", "stock"))
     choice("--verify", verify, ("auto", "always"))
     decided = {} if plan is None else _planned(plan, model)
     drafts = decided.get("speculate") if speculate is None else None if speculate == "off" else speculate
-    weave: TokenWeave = choice("--token-weave", token_weave, get_args(TokenWeave))
+    choice("--token-weave", token_weave, get_args(TokenWeave))
     wanted, where = parse_dtype(dtype), check_device(device)
     from llm42c.runtime.drafters import drafter_source
 
     drafter_source(drafts)
-    from llm42c.parallel import ranks
-    from llm42c.runtime.opening import open_model
-
-    place = ranks.world()
     given = {name: value for name, value in config.items() if value is not None}
     if kv_mb is not None:
         given["kv_cache_bytes"] = kv_mb * 2**20
     config = {**decided, "verify": verify, "speculate": drafts, **given}
-    built = open_model(
-        model,
-        wanted,
-        device=where,
-        report=report,
-        fast=form,
-        ranks=place,
-        token_weave=weave,
-        passes=passes or (),
+    return {
+        "dtype": wanted,
+        "device": where,
+        "fast": fast,
+        "token_weave": token_weave,
+        "passes": passes or (),
         **config,
-    )
-    if place.size > 1 and not silent():
-        err.print(f"{place.size} ranks; {built.compiler.division.text()}", soft_wrap=True)
-        if (weaving := built.compiler.compile("pinned").weaving) is not None:
-            err.print(f"token weaving: {weaving.summary()}", soft_wrap=True)
-    return built
+    }
 
 
 def _planned(plan: Path, model: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from llm42c.runtime.server.schema import (
 )
 from llm42c.runtime.server.service import Service
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +50,7 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
     )
     app.add_middleware(Guard, settings=service.settings)
-    _errors(app)
+    add_errors(app)
     _generation(app, service)
     _checks(app, service)
     _state(app, service)
@@ -111,7 +113,7 @@ def _state(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
-        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.page(), media_type=METRICS_TYPE)
 
     @app.get("/stats.json")
     async def stats() -> dict[str, Any]:
@@ -119,7 +121,9 @@ def _state(app: FastAPI, service: Service) -> None:
         return service.metrics.snapshot() | {"draining": service.flights.draining}
 
 
-def _errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Every error is OpenAI's object."""
+
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return answer(error)

@@ -9,14 +9,14 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from llm42c.errors import ConfigError
-from llm42c.runtime.server.app import make_app
 from llm42c.runtime.server.connections import patient
-from llm42c.runtime.server.service import Service
+from llm42c.runtime.server.settings import Settings
 
 _AFTER_DRAIN_S = 5.0  # for error events of what was not finished
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -54,13 +54,27 @@ def check_certificate(certificate: Path | None, key: Path | None) -> None:
         raise ConfigError(f"cannot use the certificate {certificate} with {key}: {why}") from None
 
 
+class Served(Protocol):
+    """What stands behind the application."""
+
+    settings: Settings
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        ...
+
+    def hand_over(self) -> None:
+        """End those that are left."""
+        ...
+
+
 class Server(uvicorn.Server):
     """Ends at SIGTERM or SIGINT when accepted requests are finished, or their time is over; at a second
     signal at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._ready = service, ready
+        self._served, self._ready = served, ready
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -78,10 +92,8 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.flights.draining = True
-        over = asyncio.get_running_loop().call_later(
-            self._service.settings.drain_s, self._service.flights.hand_over
-        )
+        self._served.drain()
+        over = asyncio.get_running_loop().call_later(self._served.settings.drain_s, self._served.hand_over)
         try:
             await super().shutdown(sockets)
         finally:
@@ -89,7 +101,8 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    service: Service,
+    app: ASGIApp,
+    served: Served,
     listener: socket.socket,
     *,
     certificate: Path | None = None,
@@ -97,20 +110,21 @@ def serve(
     ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until a signal. To be called in the main thread."""
-    config = configured(service, ssl_certfile=certificate, ssl_keyfile=key)
-    Server(config, service, ready).run(sockets=[listener])
+    config = configured(app, served, ssl_certfile=certificate, ssl_keyfile=key)
+    Server(config, served, ready).run(sockets=[listener])
 
 
-def configured(service: Service, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves the app of `service`. `options`: more of uvicorn's."""
+def configured(app: ASGIApp, served: Served, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves `app`. `options`: more of uvicorn's."""
+    settings = served.settings
     return uvicorn.Config(
-        make_app(service),
-        http=patient(service.settings.write_timeout_s, service.settings.max_connections),
+        app,
+        http=patient(settings.write_timeout_s, settings.max_connections),
         ws="none",
         log_config=None,  # how a process logs is its application's
         log_level="error",  # what a client does wrong is told to the client
         access_log=False,
-        timeout_graceful_shutdown=int(service.settings.drain_s + _AFTER_DRAIN_S),
+        timeout_graceful_shutdown=int(settings.drain_s + _AFTER_DRAIN_S),
         server_header=False,
         **options,
     )

@@ -26,6 +26,7 @@ from llm42c.runtime.server.errors import ApiError
 from llm42c.runtime.server.flights import Flight, Flights, Reading
 from llm42c.runtime.server.jobs import Job, named_refusal, sampling_params
 from llm42c.runtime.server.metrics import Metrics
+from llm42c.runtime.server.relayed import RELAYED, Relayed
 from llm42c.runtime.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -66,6 +67,13 @@ class Service:
     def start(self) -> None:
         """In the event loop that will use it."""
         self.flights.start()
+
+    def drain(self) -> None:
+        """Take no more; what was accepted goes on until `hand_over`."""
+        self.flights.draining = True
+
+    def hand_over(self) -> None:
+        self.flights.hand_over()
 
     async def close(self) -> None:
         await self.flights.close()
@@ -154,10 +162,12 @@ class Service:
             Head(f"{asked.prefix}-{start.nonce}", start.created, body.model, self.contract.hash)
         )
         reading = self.flights.reading(body.timeout)
+        relayed: Relayed = request.scope.get(RELAYED) or Relayed()
         try:
-            await reading.join(asked.jobs)
+            await reading.join(relayed.drafted(asked.jobs))
         except RequestError as error:
             raise named_refusal(error, asked.prompt) from None
+        relayed.follow(reading.flights)
         if body.stream:
             return EventStream(Events(answer, reading, start), reading, self.settings.write_timeout_s)
         flights = list(reading.flights)

@@ -177,12 +177,15 @@ class EventStream(Response):
         with contextlib.suppress(OSError, TimeoutError):  # nobody reads
             await send(start)
             async for data in self._events:
-                await self._write(send, {"type": "http.response.body", "body": data, "more_body": True})
-            await self._write(send, {"type": "http.response.body", "body": b""})
+                if data:
+                    await write(send, data, self._write_timeout_s)
+            await write(send, b"", self._write_timeout_s)
 
-    async def _write(self, send: Send, message: dict[str, Any]) -> None:
-        async with asyncio.timeout(self._write_timeout_s):
-            await send(message)
+
+async def write(send: Send, data: bytes, timeout_s: float) -> None:
+    """A piece of a body; without data its end. Raises TimeoutError where nobody takes it."""
+    async with asyncio.timeout(timeout_s):
+        await send({"type": "http.response.body", "body": data, "more_body": bool(data)})
 
 
 async def gone(receive: Receive) -> None:

@@ -24,6 +24,7 @@ import transformers as hf
 
 from llm42c.runtime.engine import Engine
 from llm42c.runtime.loader import BuiltEngine, build_engine, text_decoder
+from llm42c.runtime.server.app import make_app
 from llm42c.runtime.server.listen import Server, bind, configured
 from llm42c.runtime.server.service import Service
 from llm42c.runtime.server.settings import Settings
@@ -83,7 +84,7 @@ class Running:
     """`url` ends in the port."""
 
     url: str
-    service: Service
+    service: Any  # or what else stands behind the application
     server: Server
     thread: threading.Thread
 
@@ -99,15 +100,22 @@ def running(
 ) -> Iterator[Running]:
     """Its engine is closed with it. `send_buffer`: bytes that the system takes for each connection."""
     service = Service(engine, tokenizer, Settings(**({"model": "tiny", "drain_s": 5.0} | settings)))
+    with listening(make_app(service), service, send_buffer) as up:
+        yield up
+
+
+@contextlib.contextmanager
+def listening(app: Any, served: Any, send_buffer: int | None = None) -> Iterator[Running]:
+    """`app` over loopback."""
     listener: socket.socket = bind("127.0.0.1", 0)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     started = threading.Event()
-    server = Server(configured(service), service, started.set)
+    server = Server(configured(app, served), served, started.set)
     thread = threading.Thread(target=lambda: asyncio.run(server._serve([listener])), daemon=True)
     thread.start()
     assert started.wait(30)
-    up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server, thread)
+    up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", served, server, thread)
     try:
         yield up
     finally:

@@ -1,0 +1,1 @@
+"""Several engines of one contract behind one door: who dies takes no answer along."""
