@@ -54,7 +54,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt constraints-oldest.txt | $(BIN)/p
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp
-	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf,sign,structured,serve,plan,bench,dev]"
+	@$(INSTALL) --no-build-isolation $(EXACT_TORCH) -e ".[gguf,sign,structured,serve,plan,bench,ray,dev]"
 	@touch $@
 
 # For maintainers: take the newest releases inside the bounds, then measure and commit results with them.
