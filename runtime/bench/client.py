@@ -23,6 +23,7 @@ class Reply:
     due: float  # when it was to be sent
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # of each token
+    logprobs: list[float] = field(default_factory=list)  # where they were asked for
     ends: int = 0  # choices that said why they ended
     closed: int = 0  # `[DONE]`s
     error: str | None = None  # instead of an end
@@ -111,4 +112,5 @@ def _take(reply: Reply, chunk: dict[str, Any], now: float) -> None:
         new = choice.get("token_ids") or []
         reply.tokens += new
         reply.times += [now] * len(new)
+        reply.logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
         reply.ends += choice.get("finish_reason") is not None

@@ -28,8 +28,9 @@ _COUNTERS = {
     "llm42_drafted_tokens_total": "drafted_tokens",
     "llm42_accepted_drafts_total": "accepted_drafts",
     "llm42_preemptions_total": "preemptions",
+    "llm42_streams_resumed_total": "resumed",  # of several replicas only
 }
-COUNTERS = ("certified_tokens", "verified_tokens", "ordinary_tokens", *list(_COUNTERS.values())[1:])
+COUNTERS = ("certified_tokens", "verified_tokens", "ordinary_tokens", *list(_COUNTERS.values())[1:-1])
 
 
 class HttpServer:
@@ -72,13 +73,20 @@ class HttpServer:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return bytes(answer.read())
 
+    def vocabulary(self) -> tuple[int, int]:
+        """A range of token ids that llm42's model knows, without the special ones at its beginning."""
+        size = int(json.loads(self.get("/v1/models"))["data"][0]["vocab_size"])
+        return min(100, size // 2), min(49000, size)
+
     def state(self) -> dict[str, Any]:
         """What /ready says."""
         return dict(json.loads(self.get("/ready")))
 
     def resident_bytes(self) -> int:
-        """Memory that the process and those it started hold; pages that they share count for each."""
-        return sum(_resident(pid) for pid in _session(self.held.process.pid))
+        """Memory that the process, those it started, and its replicas hold; pages that they share count for
+        each."""
+        replicas = [replica["pid"] for replica in self.state().get("replicas", []) if replica["pid"]]
+        return sum(map(_resident, {*_session(self.held.process.pid), *replicas}))
 
     def close(self) -> None:
         self.held.close()

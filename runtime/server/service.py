@@ -222,6 +222,7 @@ class Service:
             "created": 0,
             "owned_by": "llm42",
             "max_model_len": self.jobs.limits.max_model_len,
+            "vocab_size": self.jobs.limits.vocab_size,
             "contract": self.contract.hash,
         }
 

@@ -154,7 +154,7 @@ def cluster(count: int, blueprint: Blueprint) -> Iterator[list[OnRay]]:
         ]
         try:
             handles = serve.run_many(targets)
-        except RuntimeError as error:
+        except (RuntimeError, RayError, RayServeException) as error:
             raise ConfigError(f"the replicas do not start: {_line(error)}") from None
         yield [OnRay(_name(i), handle) for i, handle in enumerate(handles)]
     finally:
