@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llm42c.prompts import load_prompts
+from llm42c.runtime.bench.client import send_all
 from llm42c.runtime.bench.contenders import Llm42
 from llm42c.runtime.bench.machine import describe
 
@@ -89,21 +90,13 @@ def _over_http(port: int, bodies: list[dict[str, Any]], way: str, tokens: int) -
     return len(bodies) * tokens / float(done.stdout)
 
 
-async def client(port: int, bodies: list[dict[str, Any]]) -> float:
+def client(port: int, bodies: list[dict[str, Any]]) -> float:
     """Seconds for all, sent at once."""
-
-    async def ask(body: dict[str, Any]) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
-        writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
-        found = await reader.read(-1)
-        assert b'"finish_reason": "length"' in found, found[:500]
-        writer.close()
-
     start = time.perf_counter()
-    await asyncio.gather(*map(ask, bodies))
-    return time.perf_counter() - start
+    replies = asyncio.run(send_all(f"http://127.0.0.1:{port}", bodies, [0.0] * len(bodies)))
+    seconds = time.perf_counter() - start
+    assert all(reply.whole for reply in replies), [reply.error for reply in replies]
+    return seconds
 
 
 def main() -> None:
@@ -116,7 +109,7 @@ def main() -> None:
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client is not None:
-        print(asyncio.run(client(arguments.client, json.load(sys.stdin))))
+        print(client(arguments.client, json.load(sys.stdin)))
         return
     requests = list(map(int, arguments.requests.split(",")))
     rows = serve(arguments.model, requests, arguments.tokens, arguments.rounds)

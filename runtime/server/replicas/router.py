@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -36,6 +37,7 @@ class Router:
     def __init__(self, places: Places, settings: Settings, hedge_s: float | None = None) -> None:
         self.places, self.settings = places, settings
         self.draining = False
+        self._began = time.monotonic()
         self._hedge_s = hedge_s
         self._relays: set[Relay] = set()
         self._registry = CollectorRegistry()
@@ -126,12 +128,26 @@ class Router:
         registry.register(_Merged([(p.name, page) for p, page in zip(up, pages, strict=True)], self.places))
         return generate_latest(self._registry) + generate_latest(registry)
 
+    async def stats(self) -> dict[str, Any]:
+        """What the page shows: the sums over all replicas."""
+        pages = await asyncio.gather(*(_page(place, "/stats.json") for place in self.places.up))
+        uptime_s = time.monotonic() - self._began
+        summed = _sum([json.loads(page) for page in pages if page])
+        return summed | {"uptime_s": uptime_s, "draining": self.draining}
 
-async def _page(place: Place) -> str:
-    """What the replica's /metrics says; nothing if it does not say it soon."""
+
+def _sum(values: list[Any]) -> Any:
+    """Numbers added up, at each place of objects that are alike."""
+    if values and isinstance(values[0], dict):
+        return {name: _sum([value[name] for value in values]) for name in values[0]}
+    return sum(values) if values else {}
+
+
+async def _page(place: Place, path: str = "/metrics") -> str:
+    """What the replica says there; nothing if it does not say it soon."""
     try:
         async with asyncio.timeout(_SCRAPE_S):
-            call = Call("GET", "/metrics")
+            call = Call("GET", path)
             found = [m.data async for m in place.replica.ask(call) if isinstance(m, Piece)]
     except (LostError, TimeoutError):
         return ""
@@ -217,6 +233,10 @@ def make_router_app(router: Router) -> FastAPI:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(await router.metrics(), media_type=METRICS_TYPE)
+
+    @app.get("/stats.json")
+    async def stats() -> dict[str, Any]:
+        return await router.stats()
 
     @app.api_route("/{path:path}", methods=["GET", "HEAD", "POST"], response_model=None)
     async def relay(request: Request) -> Response:

@@ -378,6 +378,14 @@ def test_pages_of_the_router(two: Two) -> None:
     assert state["contract"] == two.replicas[0].service.contract.hash
     assert json.loads(raw_get(two, "/v1/models")[1])["data"][0]["id"] == "tiny"
     assert raw_get(two, "/health")[0] == 200
+    assert raw_get(two, "/")[0] == 200
+    stats, each = (
+        json.loads(raw_get(two, "/stats.json")[1]),
+        [r.service.metrics.snapshot() for r in two.replicas],
+    )
+    assert stats["tokens"]["certified"] == sum(one["tokens"]["certified"] for one in each) > 0
+    assert stats["draining"] is False
+    assert stats["uptime_s"] < 600
     assert raw_get(two, "/nothing")[0] == 404
     assert post(two.up, "/tokenize", {"model": "tiny", "prompt": "AB"})["count"] == 2
 
