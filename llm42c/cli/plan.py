@@ -37,7 +37,7 @@ class _Make(TyperGroup):
 
 app = typer.Typer(
     cls=_Make,
-    help="Plans: make (what `llm42 plan [MODEL]` means), score.",
+    help="Plans: make (what `llm42 plan [MODEL]` means), calibrate, score.",
     pretty_exceptions_enable=False,
 )
 
@@ -65,6 +65,9 @@ def make(
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write the plan as JSON, for --plan.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw speed, memory and cost: .svg or .png.")
+    ] = None,
 ) -> None:
     """Read a device, and say what MODEL needs on it, how fast it is, what it costs, and how to configure
     it."""
@@ -79,6 +82,33 @@ def make(
         out.print(line, markup=False, soft_wrap=True)
     if out_file is not None:
         write_text(out_file, made.to_json())
+    if plot is not None:
+        from llm42c.runtime.plan.plot import draw
+
+        draw(made, plot)
+
+
+@app.command("calibrate")
+def calibrate(model: ModelArgument = DEFAULT_MODEL, dtype: DtypeOption = None) -> None:
+    """Time steps of MODEL on this machine's CPU; later plans for it, of models of that dtype, go by them."""
+    from llm42c.cli.common import open_engine, progress_bars
+    from llm42c.runtime.plan import calibration, probe
+    from llm42c.runtime.plan.calibrate import calibrate as timed
+    from llm42c.runtime.plan.needs import needs
+
+    device = probe.cpu()
+    with progress_bars() as report:
+        built = open_engine(model, report, dtype=dtype)
+        report("timing", 0, 0)
+        found = timed(built.engine, needs(model, dtype), device)
+    kept = calibration.keep(device, found)
+    out.print(f"{found.name}: {found.source}", markup=False, soft_wrap=True)
+    coefficients = f"{found.constant * 1e3:.3g} ms, {found.memory_share:.3g}, {found.compute_share:.3g}"
+    out.print(
+        f"constant, memory, compute: {coefficients}; measured/predicted {found.low:.2f} to {found.high:.2f}"
+    )
+    if not kept:
+        raise typer.Exit(exits.FAILED)
 
 
 @app.command("score")

@@ -43,11 +43,12 @@ class Calibration:
     rate: float | None = None
     power: tuple[float, float, float] | None = None
     base_bytes: tuple[float, float] | None = None
+    weights: tuple[float, float] = (0.0, float("inf"))  # bytes of the models that it was fitted to
+    dtype: str = "bfloat16"
+    formats: tuple[str, ...] = ()  # of quantised weights
 
 
-_MLENERGY = (
-    "ML.ENERGY Leaderboard 3.0 (2025-12-01), vLLM 0.11.1, bf16, dense models of 8 to 405 billion parameters"
-)
+_MLENERGY = "ML.ENERGY Leaderboard 3.0 (2025-12-01), vLLM 0.11.1, bf16, dense models"
 PACKAGED: tuple[Calibration, ...] = (
     Calibration(
         "vllm-h100",
@@ -59,6 +60,7 @@ PACKAGED: tuple[Calibration, ...] = (
         0.836,
         1.164,
         power=(0.58, 0.79, 0.99),
+        weights=(16e9, 142e9),
     ),
     Calibration(
         "vllm-b200",
@@ -70,6 +72,7 @@ PACKAGED: tuple[Calibration, ...] = (
         0.823,
         2.07,
         power=(0.45, 0.87, 0.98),
+        weights=(16e9, 812e9),
     ),
 )
 
@@ -99,23 +102,25 @@ def fit(observations: Sequence[Observation], bandwidth: float, rate: float) -> t
     return float(best[0]), float(best[1]), float(best[2])
 
 
-def of(device: Device) -> Calibration | None:
-    """The calibration of a device: what was measured of it here, else what is packaged for its name."""
-    kept = _read(place(device))
+def of(device: Device, dtype: str, formats: Sequence[str] = ()) -> Calibration | None:
+    """For models of that dtype and those formats: what was measured of the device here, else what is packaged
+    for its name."""
+    kept = _read(place(device, dtype, formats))
     if kept is not None:
         return kept
-    return next((c for c in PACKAGED if device.name in c.devices), None)
+    wanted = dtype, tuple(sorted(formats))
+    return next((c for c in PACKAGED if device.name in c.devices and (c.dtype, c.formats) == wanted), None)
 
 
-def place(device: Device) -> Path:
+def place(device: Device, dtype: str, formats: Sequence[str]) -> Path:
     """Where the calibration of a device is kept."""
-    return cache.folder() / _FOLDER / f"speed-{device.hash[:16]}.json"
+    return cache.folder() / _FOLDER / f"speed-{device.hash[:16]}-{'-'.join([dtype, *sorted(formats)])}.json"
 
 
 def keep(device: Device, calibration: Calibration) -> bool:
-    return cache.place(_FOLDER) is not None and cache.write(
-        place(device), json.dumps(asdict(calibration), indent=1)
-    )
+    """Whether it could be kept."""
+    path = place(device, calibration.dtype, calibration.formats)
+    return cache.place(_FOLDER) is not None and cache.write(path, json.dumps(asdict(calibration), indent=1))
 
 
 def _read(path: Path) -> Calibration | None:

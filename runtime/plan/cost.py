@@ -60,7 +60,7 @@ def country(text: str) -> Country:
 def _grid(text: str) -> tuple[Sourced | None, str, str]:
     root = _folder("codecarbon")
     if root is None:
-        raise ConfigError("--country needs codecarbon's tables: pip install 'llm42c[plan]'")
+        raise ConfigError("--country needs codecarbon's tables: pip install 'llm42c[plan-cost]'")
     data: dict[str, Any] = json.loads((root / "data/private_infra/global_energy_mix.json").read_text())
     code = _letters(text, data)
     entry = data[code]
@@ -75,6 +75,8 @@ def _letters(text: str, data: dict[str, Any]) -> str:
     wanted = text.strip().upper()
     if wanted in data:
         return wanted
+    if importlib.util.find_spec("pycountry") is None:  # which codecarbon needs
+        raise _unknown(text)
     import pycountry
 
     found = (
@@ -83,8 +85,12 @@ def _letters(text: str, data: dict[str, Any]) -> str:
         else pycountry.countries.get(name=text.strip())
     )
     if found is None or found.alpha_3 not in data:
-        raise ConfigError(f"unknown country {text!r}: give two or three letters, such as KE or KEN")
+        raise _unknown(text)
     return str(found.alpha_3)
+
+
+def _unknown(text: str) -> ConfigError:
+    return ConfigError(f"unknown country {text!r}: give two or three letters, such as KE or KEN")
 
 
 def _income(code: str) -> tuple[Sourced | None, bool]:

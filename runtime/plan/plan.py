@@ -67,7 +67,7 @@ def make(asked: Asked) -> Plan:
     where: Country | None = None if asked.country is None else country(asked.country)
     target = resolve(asked.device)
     wanted = needs(asked.model, asked.dtype)
-    found = calibrations.of(target.device)
+    found = calibrations.of(target.device, wanted.dtype, tuple(wanted.formats))
     model = Model(target.device, found, asked.devices)
     room = fit(wanted, target.device, model, asked.devices)
     context = min(asked.context, wanted.context)

@@ -16,13 +16,17 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def present() -> Device:
-    """The GPU of this machine that torch can use, else its CPU, with the bandwidth of memory as measured."""
+    """The GPU of this machine that torch can use, else its CPU."""
+    gpu = _gpu()
+    return cpu() if gpu is None else gpu
+
+
+def cpu() -> Device:
+    """The CPU of this machine, with the bandwidth of memory as measured."""
+    import torch
+
     from llm42c.codegen import targets
     from llm42c.codegen.device import measure
-
-    if (gpu := _gpu()) is not None:
-        return gpu
-    import torch
 
     target = targets.of(torch.device("cpu"))
     return _limited(measure(target.detect(), target.rates))

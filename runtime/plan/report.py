@@ -89,6 +89,10 @@ def _speed(plan: Plan) -> Iterator[str]:
         else f"{plan.calibration.name}: {plan.calibration.source}"
     )
     yield _row("", f"TTFT(1k) {first} · {source}")
+    c = plan.calibration
+    if c is not None and not c.weights[0] <= plan.needs.weights <= c.weights[1]:
+        low, high = (size / 1e9 for size in c.weights)
+        yield _row("", f"extrapolated: that was fitted to weights of {low:.3g} to {high:.3g} GB")
 
 
 def _cost(plan: Plan) -> Iterator[str]:

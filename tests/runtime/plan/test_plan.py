@@ -184,6 +184,48 @@ def test_calibrations_are_of_their_devices_only() -> None:
     def device(name: str) -> Device:
         return Device("cuda", name, "sm_90", {"memory_bandwidth": Value(1e12, "test")})
 
-    found = calibration.of(device("NVIDIA H100 SXM"))
+    found = calibration.of(device("NVIDIA H100 SXM"), "bfloat16")
     assert isinstance(found, Calibration)
-    assert calibration.of(device("NVIDIA H100 NVL")) is None
+    assert calibration.of(device("NVIDIA H100 NVL"), "bfloat16") is None
+    assert calibration.of(device("NVIDIA H100 SXM"), "float32") is None
+    assert calibration.of(device("NVIDIA H100 SXM"), "bfloat16", ["q4_0"]) is None
+
+
+def test_an_extrapolation_is_called_so(folder: Path, sheet: Path) -> None:
+    assert "extrapolated: that was fitted to weights of 16 to" in _lines(Asked(str(folder), str(sheet)))
+
+
+def test_a_calibration_of_this_machine(
+    folder: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept for its device and dtype, and plans of others do not see it."""
+    from llm42c.runtime.plan import calibrate, calibration
+    from llm42c.runtime.plan.needs import needs
+
+    monkeypatch.setattr(calibrate, "BATCHES", (1, 4))
+    monkeypatch.setattr(calibrate, "PROMPTS", (32, 64))
+    device = Device("cpu", "this", "x86_64", {"memory_bandwidth": Value(1e10, "test")})
+    (tmp_path / "this.json").write_text(device.to_json())
+    asked = Asked(str(folder), str(tmp_path / "this.json"))
+    assert plans.make(asked).calibration is None
+    built = build_engine(tiny.model("llama", torch.bfloat16), kv_cache_bytes=1 << 21, max_num_seqs=8)
+    found = calibrate.calibrate(built.engine, needs(str(folder)), device)
+    built.close()
+    assert min(found.constant, found.memory_share, found.compute_share) >= 0
+    assert found.low < 1 < found.high
+    assert calibration.keep(device, found)
+    assert plans.make(asked).calibration == found
+    assert plans.make(asked).first_token is not None
+    assert calibration.of(device, "float32") is None
+
+
+def test_a_picture(folder: Path, sheet: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from llm42c.runtime.plan.plot import draw
+
+    made = plans.make(Asked(str(folder), str(sheet), usd_per_hour=1.0))
+    draw(made, tmp_path / "plan.svg")
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert drawn.count('id="axes_') == 3
+    with pytest.raises(ConfigError, match="--plot"):
+        draw(made, tmp_path / "plan.xyz")
