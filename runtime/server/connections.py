@@ -12,6 +12,8 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _OTHER_FILES = 128  # that the process may need
+# What is written ahead of a client: a second of tokens. Whoever reads nothing has no more made for it.
+_AHEAD_BYTES = 2**14
 
 
 class Connection(H11Protocol):
@@ -24,6 +26,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_AHEAD_BYTES)
         self._watch()
         if len(self.connections) > self.most:
             waiting = [c for c in self.connections if isinstance(c, Connection) and c._waits is not None]

@@ -25,7 +25,7 @@ from llm42c.runtime.server.errors import ApiError
 from llm42c.runtime.server.flights import Flight, Reading
 
 DONE = b"data: [DONE]\n\n"
-MOST_BYTES = 2**15  # of one write: a slow reader's buffer holds no more than it must
+MOST_BYTES = 2**13  # of one write: a slow reader's buffer holds no more than it must
 _ID = re.compile(r"([0-9a-f]{16})\.([0-9a-f]{16})\.([0-9]{1,12})\.([0-9fu,-]+)", re.ASCII)
 _UNSENT, _ENDED, _OVER = "-", "f", "u"
 
