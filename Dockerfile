@@ -1,6 +1,6 @@
 # A server of llm42 on a CPU. docs/deployment.md says how to build and run it.
 
-ARG PYTHON=3.12
+ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS build
 # PyTorch's index of builds without CUDA, which are a tenth of the size.

@@ -41,7 +41,9 @@ def request(body: dict[str, Any]) -> bytes:
     return f"{head}Content-Type: application/json\r\n\r\n".encode() + data
 
 
-LONG = request({"model": NAME, "prompt": "Tales", "max_tokens": 1000, "stream": True, "ignore_eos": True})
+LONG = request(
+    {"model": NAME, "prompt": "Tales", "max_tokens": 1000, "stream": True, "logprobs": 20, "ignore_eos": True}
+)
 
 
 async def misbehave(port: int, way: str, number: int) -> None:
@@ -122,7 +124,7 @@ def crowded(port: int, clients: int) -> Iterator[None]:
         return
     process = subprocess.Popen(command)
     try:
-        time.sleep(2 + clients * ARRIVAL_S)
+        time.sleep(10 + clients * ARRIVAL_S)  # what nobody reads has filled its buffers by then
         yield
     finally:
         process.kill()

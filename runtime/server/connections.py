@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _OTHER_FILES = 128  # that the process may need
-# What is written ahead of a client: a second of tokens. Whoever reads nothing has no more made for it.
+# What is written ahead of a client, in the process and in the system, which takes megabytes if it may.
+# Whoever reads nothing has no more made for it.
 _AHEAD_BYTES = 2**14
+_SYSTEM_AHEAD_BYTES = 2**15
 
 
 class Connection(H11Protocol):
@@ -27,6 +30,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=_AHEAD_BYTES)
+        raw = transport.get_extra_info("socket")
+        if raw.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > 2 * _SYSTEM_AHEAD_BYTES:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEM_AHEAD_BYTES)  # which Linux doubles
         self._watch()
         if len(self.connections) > self.most:
             waiting = [c for c in self.connections if isinstance(c, Connection) and c._waits is not None]
