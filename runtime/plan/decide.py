@@ -17,7 +17,7 @@ MOST_SEQS, LEAST_SEQS = 256, 8
 DEFAULT_SEQS, DEFAULT_TOKENS = 32, 512  # where the speed is not known
 MOST_TOKENS = 8192
 BUSY = 4.0  # operations of a step over everything else in it, at which it is full
-WINDOW, WINDOW_PRICE = 4, 1.5  # a window of so many guesses may cost so many steps
+WINDOW, WINDOW_PRICE = 4, 1.25  # a window of so many guesses may cost so many steps
 PAGE = 16
 
 

@@ -9,7 +9,8 @@ from llm42c.runtime.plan.layout import Place
 
 _INSTRUCTION = re.compile(
     r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:previous|prior|above|all|earlier|instruction\w*|rules)\b|"
-    r"\b(?:system prompt|as an ai|from now on|admin\w*|assistant:|user:|you (?:must|should|are|will)|"
+    r"\b(?:system prompt|as an ai|dear (?:model|assistant|ai|reader)|answer accordingly|"
+    r"from now on|admin\w*|assistant:|user:|you (?:must|should|are|will)|"
     r"(?:please )?(?:report|output|respond|answer|"
     r"return|print|say|pretend|assume|set|override|use|treat|consider|"
     r"regard)\b.{0,60}\b(?:instead|as the|value|"
@@ -37,7 +38,8 @@ _BEGINS = re.compile(
 _HYPOTHETICAL = re.compile(
     r"\b(?:would|could|might|may|rumou?red|rumou?rs?|leak\w*|expected|planned|future|upcoming|"
     r"next[- ]gen\w*|projected|target(?:s|ed)?\b(?= )|"
-    r"goal|hoped|unconfirmed|not (?:yet )?(?:final|confirmed)|preliminary|estimat\w+|speculat\w+|"
+    r"goal|hoped|unconfirmed|not (?:yet )?(?:final|confirmed)|preliminary|overclock\w*|estimat\w+|"
+    r"speculat\w+|"
     r"if (?:it|you|we|the)|will (?:have|reach|offer|provide|deliver|feature|come|bring|carry|use|double)|"
     r"wird (?:es )?(?:haben|bieten)|"
     r"successor|roadmap|soll\b|angeblich|geplant|voraussichtlich|prototype|engineering sample)\b",
@@ -50,7 +52,7 @@ _NEGATED = re.compile(
     re.I,
 )
 _MEASURED = re.compile(
-    r"\b(?:measured|achiev\w+|observed|sustain\w+|in practice|real[- ]world|STREAM|benchmark\w*|"
+    r"\b(?:measured|achiev\w+|observed|sustain\w+|in practice|real[- ]world|average|STREAM|benchmark\w*|"
     r"we (?:saw|see|measured?)|"
     r"gemessen\w*|erreicht\w* in|effective (?:bandwidth|throughput|memory bandwidth)|"
     r"utili[sz]ation|realistic\w*|roughly half|attain\w+)\b",
@@ -68,6 +70,7 @@ _PART = re.compile(
     r"/node)\b|\bMIG\b|\bvGPU\b",
     re.I,
 )
+_MODULE = re.compile(r"^(?:Memory Device|DIMM\b|Handle 0x)", re.I)  # of dmidecode
 _WHOLE = re.compile(
     r"\b(?:aggregate\w*|combined|altogether|in total across|across (?:all|eight|8|the|four|4|two|"
     r"2)|system total|DGX|HGX|NVL\d+|SuperPOD|cluster|rack|"
@@ -119,6 +122,8 @@ def why_not(place: Place, field: str) -> str:
     ):
         if pattern.search(_scope(place, reason)):
             return reason
+    if any(_MODULE.search(heading) for heading in place.headings):
+        return "it is of a part of the device"
     if _PART.search(around) or _PART.search(f"{place.label} {place.column}"):
         return "it is of a part of the device"
     if (
@@ -144,8 +149,9 @@ def why_not(place: Place, field: str) -> str:
 def _scope(place: Place, reason: str) -> str:
     """How far a word reaches: in prose the sentence up to the quantity and its clause, in a row the row."""
     if place.structured:
+        plain = [b for b in place.before[:1] if not re.search(r"\d", b)]
         return " ".join(
-            [place.label, place.left, place.right, *place.after, place.column, *place.headings[:1]]
+            [*plain, place.label, place.left, place.right, *place.after, place.column, *place.headings[:1]]
         )
     end = place.at + len(place.quantity.shown) + len(place.right)
     if reason.startswith("it is compared"):

@@ -49,7 +49,8 @@ _NOT_MEMORY = (
     r"host memory|CPU memory|system memory|"
     r"system RAM|host RAM|server memory|LPDDR5X? (?:CPU|host)|Hauptspeicher des Servers|BAR1|"
     r"Conf Compute|Reserved|Used|Free|\bfree\b|ECC|"
-    r"memory (?:clock|speed|data rate)|Speichertakt|constant memory|texture memory|"
+    r"memory (?:clock|speed|data rate)|Speichertakt|constant memory|"
+    r"CXL(?: memory)?(?: expansion)?|texture memory|"
     r"persistent memory|Optane|"
     r"Arbeitsspeicher des (?:Hosts|Servers)|model|weights|Gewichte|checkpoint|file|dataset"
 )
@@ -81,7 +82,7 @@ _POWER = (
     r"max(?:imum|\.)? power(?: consumption| draw)?|power envelope|power consumption|power budget|"
     r"thermal envelope|thermal budget|"
     r"Default Power Limit|power rating|rated power|Leistungsaufnahme|Verlustleistung|power cap|power limit|"
-    r"\bdraws?\b|rated at|needs|consum\w+|\bPower\b|power|dissipat\w+|Watts?\b"
+    r"\bdraws?\b|pwr|rated at|needs|consum\w+|\bPower\b|power|dissipat\w+|Watts?\b"
 )
 _NOT_POWER = (
     r"power supply|PSU|(?:mean|median|average|idle|typical|minimum) power\w*|Netzteil|idle|"

@@ -19,7 +19,8 @@ _KEY = re.compile(
 )
 _BULLET = re.compile(r"^\s*(?:[-*•+–]\s+|\d+[.)]\s+)")
 _PAIR = re.compile(
-    r"^(?P<key>[A-Za-z][\w\s()/&-]{1,48}),(?!\d{3}\b)\s?(?P<value>\"[^\"]+\"|[^,]{1,40})$"
+    r"^(?![^,]*\d\s?[KMGT]i?[Bb])(?P<key>[A-Za-z][\w\s()/&-]{1,48}),(?!\d{3}\b)\s?(?P<value>\"[^\"]+\"|"
+    r"[^,]{1,40})$"
 )  # of a CSV file
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ\"'(*<\[])|(?<=>)\s+|(?<=\))\s{2,}")
 _CLAUSE = re.compile(
@@ -287,7 +288,7 @@ def _clauses_at(
         if not within:
             cuts += [cut.start(), cut.end()]
     cuts.sort()
-    low = max(c for c in cuts if c <= start)
+    low = begin = max(c for c in cuts if c <= start)
     high = min(c for c in cuts if c >= end)
     for q, at in inside:  # another quantity of the same clause
         if low < at + q.end - q.start <= start:
@@ -295,6 +296,7 @@ def _clauses_at(
         if end <= at < high:
             high = at
     pieces = [(a, b) for a, b in itertools.pairwise(cuts) if sentence[a:b].strip(" ,;:().")]
-    before = [sentence[a:b] for a, b in reversed(pieces) if b <= low]
+    own = [sentence[begin:low]] if low > begin else []
+    before = own + [sentence[a:b] for a, b in reversed(pieces) if b <= low]
     after = [sentence[a:b] for a, b in pieces if a >= high]
     return sentence[low:start], sentence[end:high], before, after

@@ -21,14 +21,14 @@ CORPUS = Path(__file__).with_name("corpus")
 def test_the_corpus_is_whole() -> None:
     truth = json.loads((CORPUS / "truth.json").read_text())
     assert {p.stem for p in CORPUS.glob("*.txt")} == truth.keys()
-    assert len(truth) >= 150
+    assert len(truth) >= 190
     assert all(entry["facts"] and entry["fields"].keys() <= FEATURES.keys() for entry in truth.values())
 
 
 def test_nothing_wrong_is_accepted() -> None:
     found = score(CORPUS)
     assert found.whole.wrong == 0, found.misses
-    assert found.whole.recall >= 0.97, found.misses
+    assert found.whole.recall >= 0.96, found.misses
     for name, tally in found.fields.items():
         assert tally.recall >= 0.85, name
 
