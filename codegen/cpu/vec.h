@@ -1,7 +1,8 @@
 // Vectors with identical semantics on every instruction set: the one place where it shows.
 //
 // V16   sixteen fp32 lanes
-// Vec   as many fp32 lanes as a register has: kLanes of them; there are kRegisters registers
+// Vec   as many fp32 lanes as a register has: kLanes of them; there are kRegisters registers.
+//       kPlain: lanes are a loop, so that large tiles would gain nothing and take compilers minutes
 // W8    eight words of 32 bits
 // B64   64 bytes, and I16 sixteen 32-bit integers, for products of bytes
 //

@@ -24,7 +24,7 @@ struct BlocksOf {
 
 // By vectors. x is kept as fp32 numbers.
 struct Blocks : BlocksOf<LinkX> {
-  static constexpr int kSteps = 2, kTile = kLanes == 16 ? 4 : 2, kWhole = 1;
+  static constexpr int kSteps = 2, kTile = kPlain ? 1 : kLanes == 16 ? 4 : 2, kWhole = 1;
   static constexpr bool kFlush = kLinksByMode;
   static constexpr int kVecsAtOnce = 3;
   static constexpr int passes(int) { return kVecs / kVecsAtOnce; }

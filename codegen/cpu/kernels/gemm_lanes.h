@@ -12,7 +12,7 @@ namespace llm42::gemm {
 
 inline constexpr int kPanel = 48;
 inline constexpr int kVecs = kPanel / kLanes;
-inline constexpr int kRows = kLanes == 16 ? 8 : 6;  // of a tile
+inline constexpr int kRows = kPlain ? 2 : kLanes == 16 ? 8 : 6;  // of a tile
 
 // Passes over the panel that a tile of `rows` rows takes in chains: as many columns at once as there are registers for
 // accumulators and factors, less one, without which compilers spill.

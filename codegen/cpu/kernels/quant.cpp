@@ -15,7 +15,7 @@ namespace llm42::quant {
 
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 8 : 3;  // a row has two sums in registers, of integers and of floats
+constexpr int kRows = kPlain ? 1 : kLanes == 16 ? 8 : 3;  // a row has two sums in registers, of integers and of floats
 constexpr int64_t kMaxRows = 256;            // rows of x whose integers stay in the cache
 constexpr int64_t kRowsPerThread = 64;       // from here on, a thread's rows are its own
 constexpr int64_t kMacsPerThread = 1 << 16;  // below this, waking a thread costs more than it saves

@@ -7,6 +7,7 @@
 namespace llm42 {
 
 inline constexpr int kLanes = 8, kRegisters = 16;
+inline constexpr bool kPlain = false;
 
 struct V8 {
   __m256 v;

@@ -13,6 +13,7 @@
 namespace llm42 {
 
 inline constexpr int kLanes = 16, kRegisters = 32;
+inline constexpr bool kPlain = false;
 
 struct V16 {
   __m512 v;

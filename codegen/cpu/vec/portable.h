@@ -7,6 +7,7 @@
 namespace llm42 {
 
 inline constexpr int kLanes = 8, kRegisters = 16;
+inline constexpr bool kPlain = true;
 
 struct W8 {
   uint32_t v[8];
@@ -104,18 +105,15 @@ inline V8 sum_of_chains(V8 a, V8 b) {
 }
 #include "vec/pairs_by_links.h"
 
-// What rounds to less than the least normal number, had exponents no end, becomes zero. Only where fmaf gives
-// just that number is there a doubt, and the sum is exact in fp64 then.
+// By doubles: the product of two bf16 numbers is exact there, and so is the sum, or else the smaller term is too small
+// to decide how the greater one, which a float holds, is rounded. What rounds to less than the least normal number,
+// had exponents no end, becomes zero.
 inline V8 fma(Flushed a, Flushed b, V8 c) {
-  bool doubt = false;
-  V8 r = fma(a.v, b.v, c);
-  for (int i = 0; i < 8; i++) {
-    doubt |= std::fabs(r.v[i]) == 0x1p-126f;
-    r.v[i] = flushed(r.v[i]);
-  }
-  for (int i = 0; doubt && i < 8; i++)
-    if (std::fabs(double(a.v.v[i]) * b.v.v[i] + c.v[i]) < 0x1p-126 - 0x1p-151) r.v[i] = std::copysign(0.f, r.v[i]);
-  return r;
+  return V8::map([&](int i) {
+    const double sum = double(a.v.v[i]) * b.v.v[i] + c.v[i];
+    const float rounded = float(sum);
+    return std::fabs(sum) < 0x1p-126 - 0x1p-151 ? std::copysign(0.f, rounded) : rounded;
+  });
 }
 
 inline V8 max(V8 a, V8 b) { return V8::map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
