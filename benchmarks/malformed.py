@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
-import csv
 import http.client
 import importlib.util
 import json
@@ -29,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llm42c.runtime.bench.harness import write_csv
 from llm42c.runtime.bench.machine import describe
 
 NAME = "smollm2"
@@ -307,10 +307,7 @@ def main() -> None:
     rows = measure(arguments.count)
     machine = {"command": shlex.join(["python", *sys.argv]), **describe()}
     if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine])
-            writer.writeheader()
-            writer.writerows(row | machine for row in rows)
+        write_csv(arguments.csv, rows, **machine)
     if any(row["wrong"] or row["witness_answers"] != 1 for row in rows):
         sys.exit("somebody was hurt")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import shlex
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 from llm42c.prompts import load_prompts
 from llm42c.runtime.bench.client import send_all
 from llm42c.runtime.bench.contenders import Llm42
+from llm42c.runtime.bench.harness import write_csv
 from llm42c.runtime.bench.machine import describe
 
 
@@ -115,10 +115,7 @@ def main() -> None:
     rows = serve(arguments.model, requests, arguments.tokens, arguments.rounds)
     machine = {"command": shlex.join(["python", *sys.argv]), **describe()}
     if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine])
-            writer.writeheader()
-            writer.writerows(row | machine for row in rows)
+        write_csv(arguments.csv, rows, **machine)
 
 
 if __name__ == "__main__":

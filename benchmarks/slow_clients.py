@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import csv
 import json
 import shlex
 import socket
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm42c.runtime.bench.harness import write_csv
 from llm42c.runtime.bench.machine import describe
 
 NAME = "smollm2"
@@ -207,10 +207,7 @@ def main() -> None:
     rows = measure(arguments.clients, arguments.rounds, arguments.seconds)
     machine = {"command": shlex.join(["python", *sys.argv]), **describe()}
     if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *machine])
-            writer.writeheader()
-            writer.writerows(row | machine for row in rows)
+        write_csv(arguments.csv, rows, **machine)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ import re
 from dataclasses import dataclass, field
 
 from llm42c.runtime.plan.known import names
-from llm42c.runtime.plan.text import SEPARATORS, Quantity, Text
+from llm42c.runtime.plan.text import Quantity, Text, cells
 
-_CELL = re.compile(SEPARATORS)
 _KEY = re.compile(
     r"^\s*(?:[-*•+]\s+|\d+[.)]\s+)?(?P<key>[^:=.!?]{1,70}?)\s*(?::(?!\d)|=)\s*(?P<value>\S.*)?$"
 )
@@ -104,17 +103,6 @@ def certainly(line: str) -> bool:
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
-
-
-def cells(line: str) -> list[tuple[int, int]]:
-    """Where the cells of a row begin and end."""
-    found, start = [], 0
-    for separator in [*_CELL.finditer(line), None]:
-        end = len(line) if separator is None else separator.start()
-        if line[start:end].strip():
-            found.append((start, end))
-        start = end if separator is None else separator.end()
-    return found
 
 
 def _of_row(text: Text, number: int) -> list[Place]:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from llm42c.runtime.plan.known import Known, names
-from llm42c.runtime.plan.layout import Place, cells
-from llm42c.runtime.plan.text import Text
+from llm42c.runtime.plan.layout import Place
+from llm42c.runtime.plan.text import Text, cells
 
 UNCLEAR = "unclear"
 _PRODUCT = re.compile(

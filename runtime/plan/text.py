@@ -187,17 +187,18 @@ def _quantities(line: str, number: int, style: Style) -> Iterator[Quantity]:
 # -- numbers whose unit stands elsewhere ---------------------------------------------------------------------
 
 SEPARATORS = r"\|+|!!|</?t\w[^>]{0,40}>|\s&\s|\t+| {2,}|\.{3,}|;(?=\s|$)"  # of cells
-_CELL = re.compile(rf"{SEPARATORS}|(?<=[\w)\]]):(?=\s)|=")
+_CELL = re.compile(SEPARATORS)
+_KEYED = re.compile(rf"{SEPARATORS}|(?<=[\w)\]]):(?=\s)|=")
 _BARE = re.compile(rf"^\s*(?P<digits>\d+(?:[.,{_GROUP}]\d+)*)\s*(?P<mark>\*{{1,3}}|[†‡§¹²³⁴⁵⁶⁷⁸⁹])?\s*$")
 _UNIT_IN = re.compile(
     r"[(\[]\s*(?P<in>[^()\[\]]{1,14}?)\s*[)\]]\s*$|[\s,]\s*(?:in\s+)?(?P<last>[^\s(),]{1,14})\s*$"
 )
 
 
-def cells(line: str) -> list[tuple[int, int]]:
+def cells(line: str, between: re.Pattern[str] = _CELL) -> list[tuple[int, int]]:
     """Where the cells of a row begin and end."""
     found, start = [], 0
-    for separator in [*_CELL.finditer(line), None]:
+    for separator in [*between.finditer(line), None]:
         end = len(line) if separator is None else separator.start()
         if line[start:end].strip():
             found.append((start, end))
@@ -209,7 +210,7 @@ def _bare(lines: list[str], number: int, style: Style) -> Iterator[Quantity]:
     """Cells that are numbers alone: their unit is the next cell, or stands in the label or the column's
     head."""
     line = lines[number - 1]
-    row = cells(line)
+    row = cells(line, _KEYED)
     numbers = [(i, m) for i, (a, b) in enumerate(row) if i and (m := _BARE.match(line[a:b])) is not None]
     if not numbers:
         return
@@ -263,7 +264,7 @@ def _head_unit(lines: list[str], number: int, width: int, place: int) -> Unit | 
     """The unit in the head of a column: of the nearest row above that has as many cells and no numbers."""
     for above in range(number - 1, 0, -1):
         line = lines[above - 1]
-        there = cells(line)
+        there = cells(line, _KEYED)
         if not line.strip():
             return None
         if re.fullmatch(r"[\s|:+=-]+", line):
